@@ -1,0 +1,1 @@
+"""Shards to batches, with an exact position in the run."""

@@ -1,0 +1,1 @@
+"""Features, statistics and distances between sets of images."""

@@ -1,0 +1,1 @@
+"""The training loop and all that must survive a restart."""
