@@ -1,0 +1,104 @@
+"""One autoregressive flow: a causal transformer predicts μ and α of each patch from those before."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tarflow_dist.flow.transformer import KVCache, TransformerLayer, accurate_dtype
+
+
+class FlowBlock(nn.Module):
+    """z_i = (x_i − μ_i(x_<i)) · exp(−α_i(x_<i)), with μ = α = 0 at the first patch.
+
+    Args:
+        num_patches: N, the length of the sequence.
+        patch_dim: D, values a patch.
+        width, num_layers, head_dim: size of the transformer.
+        num_classes: 0 for an unconditional model.
+        reverse: the block sees the patches last to first.
+        volume_preserving: α = 0 everywhere.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_patches: int,
+        patch_dim: int,
+        width: int,
+        num_layers: int,
+        head_dim: int,
+        num_classes: int,
+        reverse: bool,
+        volume_preserving: bool,
+    ):
+        super().__init__()
+        self.reverse = reverse
+        self.volume_preserving = volume_preserving
+        self.head_dim = head_dim
+        self.proj_in = nn.Linear(patch_dim, width)
+        self.pos_embed = nn.Parameter(torch.randn(num_patches, width) * 1e-2)
+        self.class_embed = (
+            nn.Parameter(torch.randn(num_classes, 1, width) * 1e-2) if num_classes else None
+        )
+        self.attn_blocks = nn.ModuleList(
+            TransformerLayer(width, head_dim) for _ in range(num_layers)
+        )
+        self.proj_out = nn.Linear(width, patch_dim if volume_preserving else 2 * patch_dim)
+        nn.init.zeros_(self.proj_out.weight)  # training starts (nearly) at the identity
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data to latent.
+
+        Args:
+            x: (B, N, D) patches in image order, at least float32.
+            y: (B,) int64 class ids, −1 for a dropped label; None drops all.
+
+        Returns:
+            z (B, N, D) in image order, and log|det dz/dx| (B,) in nats.
+        """
+        x = self.permute(x)
+        h = self.embed(x, self.permuted_positions(), y)
+        for layer in self.attn_blocks:
+            h = layer(h)
+        mu, alpha = self.mu_alpha(h[:, :-1])
+        mu, alpha = F.pad(mu, (0, 0, 1, 0)), F.pad(alpha, (0, 0, 1, 0))
+        z = (x - mu) * torch.exp(-alpha)
+        return self.permute(z), -alpha.sum(dim=(1, 2))
+
+    def permute(self, x: Tensor) -> Tensor:
+        """Image order to the block's own order, or back: (B, N, D)."""
+        return x.flip(1) if self.reverse else x
+
+    def permuted_positions(self) -> Tensor:
+        """Position embeddings (N, width) in the block's own order."""
+        return self.pos_embed.flip(0) if self.reverse else self.pos_embed
+
+    def embed(self, x: Tensor, positions: Tensor, y: Tensor | None) -> Tensor:
+        """Patches (B, S, D) at `positions` (S, width) → the transformer's input (B, S, width)."""
+        h = self.proj_in(x.to(self.proj_in.weight.dtype)) + positions
+        if self.class_embed is None:
+            return h
+        no_class = self.class_embed.mean(dim=0)
+        if y is None:
+            return h + no_class
+        chosen = self.class_embed[y.clamp(min=0)]
+        return h + torch.where((y < 0)[:, None, None], no_class, chosen)
+
+    def mu_alpha(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The transformer's output (B, S, width) at patches i → μ and α (B, S, D) of patches i + 1,
+        at least float32."""
+        out = self.proj_out(h)
+        out = out.to(accurate_dtype(out.dtype))
+        if self.volume_preserving:
+            return out, torch.zeros_like(out)
+        alpha, mu = out.chunk(2, dim=-1)
+        return mu, alpha
+
+    def new_caches(self, batch: int) -> list[KVCache]:
+        """An empty KV cache a layer, for `batch` sequences of N patches."""
+        num_patches, width = self.pos_embed.shape
+        shape = (batch, width // self.head_dim, num_patches, self.head_dim)
+        return [
+            KVCache(shape, device=self.pos_embed.device, dtype=self.pos_embed.dtype)
+            for _ in self.attn_blocks
+        ]

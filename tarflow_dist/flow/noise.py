@@ -1,0 +1,36 @@
+"""Pixels k ∈ 0…255 to the model's range and back: two maps, one for each kind of training noise.
+
+Gaussian noise (generation) is added to x = k/127.5 − 1; uniform noise (likelihood) fills the 8-bit
+bins, x = (k + u)/128 − 1 with u in [0, 1). Random numbers are the caller's.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Noise = Literal["gaussian", "uniform"]
+
+# log2 128: bits a dimension of the bins' width in x, for bits/dim of a uniform-noise model
+UNIFORM_BIN_BITS = 7
+
+
+def scale_pixels(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 pixels → k/127.5 − 1 in [−1, 1], the map of Gaussian-noise models."""
+    return pixels.to(dtype) / 127.5 - 1
+
+
+def add_gaussian(pixels: Tensor, normal: Tensor, sigma: float) -> Tensor:
+    """uint8 pixels and standard normal numbers of one shape → k/127.5 − 1 + σ·normal."""
+    return scale_pixels(pixels, normal.dtype) + sigma * normal
+
+
+def dequantise(pixels: Tensor, uniform: Tensor) -> Tensor:
+    """uint8 pixels and numbers in [0, 1) of one shape → (k + u)/128 − 1 in [−1, 1)."""
+    return (pixels.to(uniform.dtype) + uniform) / 128 - 1
+
+
+def to_pixels(images: Tensor, noise: Noise) -> Tensor:
+    """The model's range → uint8: the nearest pixel of the Gaussian map, or the bin that holds x."""
+    levels = ((images + 1) * 127.5).round() if noise == "gaussian" else ((images + 1) * 128).floor()
+    return levels.clamp(0, 255).to(torch.uint8)

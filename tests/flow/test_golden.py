@@ -1,0 +1,102 @@
+"""The flow against vectors that the published model computed in float64 (tests/golden/README.md)."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tarflow_dist.flow import Flow
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+CASES = ["cond", "uncond", "volume_preserving"]
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+def settings(case: str) -> dict:
+    return json.loads((GOLDEN / f"{case}.json").read_text())
+
+
+def golden_flow(case: str, dtype: torch.dtype) -> Flow:
+    s = settings(case)
+    flow = Flow(
+        image_size=s["img_size"],
+        patch_size=s["patch_size"],
+        in_channels=s["in_channels"],
+        width=s["channels"],
+        num_blocks=s["num_blocks"],
+        layers_per_block=s["layers_per_block"],
+        num_classes=s["num_classes"],
+        volume_preserving=not s["nvp"],
+        sigma=s["sigma"],
+    ).double()
+    weights = load_file(GOLDEN / f"{case}.weights.safetensors")
+    flow.load_state_dict({k: v for k, v in weights.items() if not k.endswith("attn_mask")})
+    return flow.to(dtype)
+
+
+def golden_vectors(case: str) -> dict[str, torch.Tensor]:
+    vectors = load_file(GOLDEN / f"{case}.vectors.safetensors")
+    if not settings(case)["num_classes"]:
+        vectors = {k: v for k, v in vectors.items() if k not in ("y", "y_drop")}
+    return vectors
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    assert actual.dtype == dtype
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("labels", ["y", "y_drop"])
+def test_forward(case: str, dtype: torch.dtype, labels: str) -> None:
+    flow, v = golden_flow(case, dtype), golden_vectors(case)
+    prefix = "forward" if labels == "y" else "forward_drop"
+    if f"{prefix}.z" not in v:
+        pytest.skip(f"{case} has no dropped labels")
+    per_block = []
+    for block in flow.blocks:
+        block.register_forward_hook(lambda module, args, output: per_block.append(output[0]))
+    z, logdets = flow(v["x"].to(dtype), v.get(labels))
+    assert_close(z, v[f"{prefix}.z"], dtype)
+    assert_close(logdets.sum(0) / flow.num_dims, v[f"{prefix}.logdet_per_dim"], dtype)
+    if f"{prefix}.loss" in v:
+        assert_close(flow.loss(z, logdets).reshape(1), v[f"{prefix}.loss"], dtype)
+    for t, output in enumerate(per_block):
+        if f"{prefix}.block{t}" in v:
+            assert_close(output, v[f"{prefix}.block{t}"], dtype)
+
+
+def test_reverse(case: str, dtype: torch.dtype) -> None:
+    flow, v = golden_flow(case, dtype), golden_vectors(case)
+    for label, arguments in settings(case)["reverse"].items():
+        x = flow.decode(v["noise"].to(dtype), v.get("y"), **arguments)
+        assert_close(x, v[f"reverse.{label}"], dtype)
+
+
+def test_denoise(case: str, dtype: torch.dtype) -> None:
+    flow, v = golden_flow(case, dtype), golden_vectors(case)
+    assert_close(flow.denoise(v["x"].to(dtype), v.get("y")), v["denoise"], dtype)
+
+
+def test_training_losses(case: str, dtype: torch.dtype) -> None:
+    flow, v = golden_flow(case, dtype), golden_vectors(case)
+    optimizer = torch.optim.AdamW(flow.parameters(), 1e-3, betas=(0.9, 0.95), weight_decay=1e-4)
+    losses = []
+    for _ in range(6):
+        loss = flow.loss(*flow(v["x"].to(dtype), v.get("y")))
+        losses.append(loss.detach())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert_close(torch.stack(losses), v["train.losses"], dtype)
