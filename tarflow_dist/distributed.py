@@ -66,6 +66,6 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether `flag` is set on any rank. Travels through host memory, so the device isn't awaited."""
+    """Whether `flag` is set on any rank. Goes through host memory: the device isn't awaited."""
     total = sum_over_ranks(torch.tensor(int(flag)))
     return bool(total.item())

@@ -11,7 +11,7 @@ from torch import Tensor
 from tarflow_dist import rng
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import write_whole
-from tarflow_dist.flow import Flow
+from tarflow_dist.flow.model import Flow
 from tarflow_dist.flow.noise import to_pixels
 
 WEIGHTS_FILE = "model.safetensors"

@@ -1,4 +1,4 @@
-"""One autoregressive flow: a causal transformer predicts μ and α of each patch from those before."""
+"""One autoregressive flow: a causal transformer predicts each patch's μ and α from those before."""
 
 import torch
 from torch import Tensor, nn

@@ -1,7 +1,6 @@
 """The stack of autoregressive flows: likelihood one way, samples the other."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,6 +12,7 @@ from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.flow.inverse import invert_block
 from tarflow_dist.flow.noise import Noise
 from tarflow_dist.flow.patches import patchify, unpatchify
+from tarflow_dist.flow.sizes import check_sizes, layers_of_blocks
 from tarflow_dist.flow.transformer import accurate_dtype
 
 
@@ -51,7 +51,7 @@ class Flow(nn.Module):
         in_channels: int = 3,
         width: int,
         num_blocks: int,
-        layers_per_block: int | Sequence[int],
+        layers_per_block: int | list[int],
         head_dim: int = 64,
         num_classes: int = 0,
         volume_preserving: bool = False,
@@ -59,28 +59,23 @@ class Flow(nn.Module):
         sigma: float | None = None,
     ):
         super().__init__()
-        if image_size % patch_size:
-            raise ValueError(
-                f"image_size {image_size} is not a multiple of patch_size {patch_size}"
-            )
-        if width % head_dim:
-            raise ValueError(f"width {width} is not a multiple of head_dim {head_dim}")
-        if (noise == "gaussian") != (sigma is not None):
-            raise ValueError("sigma belongs to gaussian noise: give both, or uniform noise alone")
-        layers = (
-            [layers_per_block] * num_blocks
-            if isinstance(layers_per_block, int)
-            else list(layers_per_block)
+        check_sizes(
+            image_size=image_size,
+            patch_size=patch_size,
+            width=width,
+            head_dim=head_dim,
+            num_blocks=num_blocks,
+            layers_per_block=layers_per_block,
+            noise=noise,
+            sigma=sigma,
         )
-        if len(layers) != num_blocks:
-            raise ValueError(f"layers_per_block has {len(layers)} entries for {num_blocks} blocks")
         self.config: dict[str, Any] = {
             "image_size": image_size,
             "patch_size": patch_size,
             "in_channels": in_channels,
             "width": width,
             "num_blocks": num_blocks,
-            "layers_per_block": layers_per_block if isinstance(layers_per_block, int) else layers,
+            "layers_per_block": layers_per_block,
             "head_dim": head_dim,
             "num_classes": num_classes,
             "volume_preserving": volume_preserving,
@@ -105,7 +100,7 @@ class Flow(nn.Module):
                 reverse=t % 2 == 1,
                 volume_preserving=volume_preserving,
             )
-            for t, num_layers in enumerate(layers)
+            for t, num_layers in enumerate(layers_of_blocks(num_blocks, layers_per_block))
         )
         self.register_buffer("var", torch.ones(self.num_patches, self.patch_dim))
 

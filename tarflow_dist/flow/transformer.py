@@ -1,4 +1,4 @@
-"""The causal transformer inside a flow block: pre-norm attention and MLP, with a KV cache to sample.
+"""The causal transformer inside a flow block: pre-norm attention and MLP, and a KV cache.
 
 Parameter names are those of the published checkpoints, so weights go both ways unchanged.
 """

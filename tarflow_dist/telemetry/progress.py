@@ -53,6 +53,10 @@ class Progress:
             flush=True,
         )
 
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
     def __enter__(self) -> "Progress":
         return self
 
@@ -62,5 +66,4 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self.close()

@@ -1,0 +1,126 @@
+"""Turns a checkpoint into a model folder: model.safetensors and config.json.
+
+SOURCE is a run's folder or one of its checkpoints, a DeepSpeed ZeRO checkpoint of another program
+(with --trust-pickle), or a published TARFlow .pth file (with --sigma).
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tarflow_dist.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+RUN_WEIGHTS = {"ema": "ema", "raw": "weights"}
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tarflow_dist.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", type=Path, metavar="SOURCE")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the model's folder")
+    parser.add_argument(
+        "--weights",
+        choices=RUN_WEIGHTS,
+        default="ema",
+        help="of a run: the weights' moving average (ema, the default) or the weights themselves",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="type of the weights (default: as they are)"
+    )
+    parser.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="let DeepSpeed unpickle its checkpoint, which can run code hidden in it",
+    )
+    foreign = parser.add_argument_group("for checkpoints that hold weights alone (.pth, DeepSpeed)")
+    foreign.add_argument(
+        "--sigma", type=float, help="std of the Gaussian noise it was trained with"
+    )
+    foreign.add_argument(
+        "--uniform", action="store_true", help="it was trained with uniform noise, without a sigma"
+    )
+    foreign.add_argument(
+        "--in-channels", type=int, default=3, help="channels of its images (default 3)"
+    )
+    arguments = parser.parse_args(argv)
+    convert(arguments)
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    source, out = arguments.source, arguments.out
+    if not source.exists():
+        raise UserError(f"there is no {source}")
+    if (out / "model.safetensors").exists():
+        raise UserError(f"{out} holds a model already: choose another folder, or remove it")
+    reader = _read_run if _is_run(source) else _read_foreign
+    weights, model, provenance = reader(source, arguments)
+
+    import torch
+
+    from tarflow_dist.pretrained import TarFlow
+
+    if arguments.dtype:
+        dtype = getattr(torch, arguments.dtype)
+        weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    with torch.device("meta"):
+        flow = TarFlow(**model)
+    flow.load_weights(weights, source=source)
+    flow.provenance = {"source": str(source), **provenance}
+    flow.save_pretrained(out)
+    count = sum(p.numel() for p in flow.parameters())
+    dtype = next(flow.parameters()).dtype
+    print(f"{out}: {count / 1e6:.4g} M parameters, {dtype}".replace("torch.", ""))
+
+
+def _is_run(source: Path) -> bool:
+    return (source / "checkpoints").is_dir() or (source / "state.json").is_file()
+
+
+def _read_run(
+    source: Path, arguments: argparse.Namespace
+) -> tuple[dict[str, "Tensor"], dict[str, Any], dict[str, Any]]:
+    from tarflow_dist.training import checkpoint
+
+    folder: Path | None = source
+    if (source / checkpoint.FOLDER).is_dir():
+        folder = checkpoint.newest(source / checkpoint.FOLDER)
+    if folder is None:
+        raise UserError(f"the run {source} has no checkpoint yet")
+    saved = checkpoint.Checkpoint(folder)
+    weights = saved.read_all(RUN_WEIGHTS[arguments.weights]) | saved.read_all("buffers")
+    provenance = {"images": saved.state.images, "weights": arguments.weights}
+    return weights, saved.model, provenance
+
+
+def _read_foreign(
+    source: Path, arguments: argparse.Namespace
+) -> tuple[dict[str, "Tensor"], dict[str, Any], dict[str, Any]]:
+    from tarflow_dist import foreign
+
+    if (arguments.sigma is None) != arguments.uniform:
+        raise UserError(
+            f"{source} doesn't say what noise it was trained with: give --sigma S or --uniform, one of them"
+        )
+    if source.is_file():
+        weights = foreign.read_published(source)
+    elif arguments.trust_pickle:
+        weights = foreign.read_deepspeed(source)
+    else:
+        raise UserError(
+            f"{source} is no run of ours; if it is a DeepSpeed checkpoint that you trust, whose "
+            "reading can run code hidden in it, add --trust-pickle"
+        )
+    model = foreign.infer_config(weights, in_channels=arguments.in_channels, source=source)
+    noise = "uniform" if arguments.uniform else "gaussian"
+    return weights, {**model, "noise": noise, "sigma": arguments.sigma}, {}
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,69 @@
+"""The run's figures: one JSON line a logged step, and the same to Weights & Biases."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tarflow_dist.config import LogConfig
+from tarflow_dist.files import write_whole
+
+
+class Metrics:
+    """Appends rows to `run`/metrics.jsonl and logs them to wandb. Made on rank 0 alone.
+
+    Args:
+        run: the run's folder; wandb's own files go to `run`/wandb.
+        log: where wandb's figures go.
+        config: the resolved config, shown with the run at wandb.
+        images: the run's position; rows past it belong to a future that was lost, and are dropped.
+        wandb_id: id of the run to go on with; empty for a new one.
+    """
+
+    def __init__(
+        self, run: Path, log: LogConfig, config: dict[str, Any], *, images: int, wandb_id: str
+    ):
+        self.file = run / "metrics.jsonl"
+        if self.file.exists():
+            lines = _whole_lines(self.file)
+            kept = [line for line in lines if json.loads(line)["images"] <= images]
+            with write_whole(self.file) as part:
+                part.write_text("".join(kept))
+        self._rows = self.file.open("a")
+        self._wandb = None
+        self.wandb_id = wandb_id
+        if log.wandb != "disabled":
+            import wandb
+
+            self._wandb = wandb.init(
+                project=log.wandb_project,
+                name=run.name,
+                id=wandb_id or None,
+                resume="allow",
+                dir=run,
+                mode=log.wandb,
+                config=config,
+                settings=wandb.Settings(silent=True),
+            )
+            self.wandb_id = self._wandb.id
+
+    def log(self, row: dict[str, float]) -> None:
+        """Writes one row; it holds `images`, the position in the run."""
+        self._rows.write(json.dumps(row) + "\n")
+        self._rows.flush()
+        if self._wandb is not None:
+            self._wandb.log(row, step=int(row["images"]))
+
+    def close(self) -> None:
+        self._rows.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """All rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in _whole_lines(run / "metrics.jsonl")]
+
+
+def _whole_lines(file: Path) -> list[str]:
+    """The lines that were written to their end; a killed run may leave half of one."""
+    return [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -1,0 +1,43 @@
+"""Trains a TARFlow: python -m tarflow_dist.train CONFIG [key=value …], also under torchrun.
+
+The same command again goes on from the run's newest checkpoint.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from tarflow_dist import config as configs
+from tarflow_dist.errors import run_command
+
+EXIT_INTERRUPTED = 75  # sysexits' EX_TEMPFAIL: the same command goes on
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tarflow_dist.train",
+        description=__doc__,
+        epilog=f"config fields:\n{configs.help_text()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", type=Path, help="a YAML file, such as configs/digits.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
+    arguments = parser.parse_args(argv)
+    config = configs.load(arguments.config, arguments.overrides)
+
+    from tarflow_dist import distributed
+    from tarflow_dist.training.loop import train
+
+    device = distributed.init()
+    finished = train(config, device)
+    if distributed.is_main():
+        if finished:
+            print(f"{config.run}: finished; python -m tarflow_dist.convert {config.run} OUT")
+        else:
+            print(f"{config.run}: interrupted and saved; the same command goes on", file=sys.stderr)
+    distributed.shutdown()
+    return 0 if finished else EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,39 @@
+"""A batch of pixels to what the flow trains on: flips, noise and dropped labels, on the device.
+
+All of it is a function of (seed, epoch, image index), never of rank, world size or batch.
+"""
+
+import torch
+from torch import Tensor
+
+from tarflow_dist import rng
+from tarflow_dist.config import Config
+from tarflow_dist.data.loader import Batch
+from tarflow_dist.flow.noise import add_gaussian, dequantise
+
+
+def augment(batch: Batch, config: Config, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """uint8 images (B, C, H, W) → noisy images (B, C, H, W) float32, and labels (B,) int64 with −1
+    where dropped, or None for an unconditional model."""
+    pixels = batch.images.to(device, non_blocking=True)
+    index, epoch = batch.index.to(device), batch.epoch.to(device)
+
+    def uniform(shape: tuple[int, ...], purpose: str) -> Tensor:
+        return rng.uniform(shape, seed=config.seed, purpose=purpose, index=index, epoch=epoch)
+
+    if config.data.flip:
+        mirrored = uniform((1, 1, 1), "flip") < 0.5
+        pixels = torch.where(mirrored, pixels.flip(-1), pixels)
+    shape = tuple(pixels.shape[1:])
+    if config.model.noise == "gaussian":
+        assert config.model.sigma is not None
+        normal = rng.normal(shape, seed=config.seed, purpose="noise", index=index, epoch=epoch)
+        x = add_gaussian(pixels, normal, config.model.sigma)
+    else:
+        x = dequantise(pixels, uniform(shape, "noise"))
+    if not config.model.num_classes:
+        return x.float(), None
+    labels = batch.labels.to(device)
+    if config.train.label_drop:
+        labels = labels.masked_fill(uniform((), "label drop") < config.train.label_drop, -1)
+    return x.float(), labels

@@ -1,0 +1,35 @@
+"""Ctrl-C and SIGTERM as a request to save and leave, taken up at a step's end."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupt:
+    """While entered, the first signal sets `requested`; a second one acts as ever."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Interrupt":
+        self._handlers = {s: signal.signal(s, self._request) for s in SIGNALS}
+        return self
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self._restore()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)

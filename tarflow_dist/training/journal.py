@@ -1,0 +1,94 @@
+"""What a run writes down: metrics, progress, status. Rank 0 writes; all ranks call."""
+
+import math
+import sys
+import time
+from types import TracebackType
+
+from tarflow_dist import distributed
+from tarflow_dist.config import Config
+from tarflow_dist.errors import UserError
+from tarflow_dist.telemetry.metrics import Metrics
+from tarflow_dist.telemetry.plots import plot_loss
+from tarflow_dist.telemetry.progress import Progress
+from tarflow_dist.training import run_folder
+from tarflow_dist.training.state import RunState
+from tarflow_dist.training.step import StepResult
+
+
+class Journal:
+    """Context manager around the steps of a run.
+
+    Args:
+        config: the run's.
+        state: read at every row; gets the run's wandb id.
+        changes: sentences on what differs from the run's first start.
+    """
+
+    def __init__(self, config: Config, state: RunState, changes: list[str]):
+        self._config, self._state = config, state
+        self._figures: dict[str, float] = {}
+        self._progress = Progress(
+            config.run.name,
+            config.train.images,
+            start=state.images,
+            enabled=distributed.is_main(),
+        )
+        self._metrics: Metrics | None = None
+        if distributed.is_main():
+            run_folder.record_start(config)
+            self._metrics = Metrics(
+                config.run,
+                config.log,
+                config.model_dump(mode="json"),
+                images=state.images,
+                wandb_id=state.wandb_id,
+            )
+            state.wandb_id = self._metrics.wandb_id
+            verb = f"going on at {state.images} images" if state.images else "starting"
+            print(f"{config.run}: {verb}", *changes, sep="; ", file=sys.stderr)
+            run_folder.record_status(config, state="running", images=state.images)
+        self._row_time, self._row_images = time.monotonic(), state.images
+
+    def write_row(self, step: StepResult, grad_norm: float) -> None:
+        """A row of metrics for the step just taken. Collective.
+
+        Raises:
+            UserError: the loss is no longer a number.
+        """
+        figures = step.figures()
+        now, images = time.monotonic(), self._state.images
+        rate = (images - self._row_images) / (now - self._row_time)
+        self._row_time, self._row_images = now, images
+        row = {"images": images, **figures, "grad_norm": grad_norm, "images_per_second": rate}
+        self._figures = {"loss": figures["loss"]}
+        if self._metrics is not None:
+            self._metrics.log(row)
+        if not math.isfinite(figures["loss"]):
+            raise UserError(
+                f"the loss is {figures['loss']} at {images} images: lower optimizer.lr or "
+                f"optimizer.clip_grad_norm and run the same command to go on from the last "
+                "checkpoint"
+            )
+
+    def advance(self, images: int) -> None:
+        """A step of `images` is done."""
+        self._progress.update(images, self._figures)
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.close()
+        if self._metrics is None:
+            return
+        self._metrics.close()
+        plot_loss(self._config.run, self._config.run / "loss.png")
+        images = self._state.images
+        finished = "finished" if images >= self._config.train.images else "interrupted"
+        run_folder.record_status(self._config, state="failed" if error else finished, images=images)

@@ -1,0 +1,63 @@
+"""The training loop: step, log, checkpoint, until the run's images are seen."""
+
+import torch
+
+from tarflow_dist import distributed
+from tarflow_dist.config import Config
+from tarflow_dist.data.loader import train_batches
+from tarflow_dist.data.order import ImageOrder
+from tarflow_dist.training import checkpoint, run_folder
+from tarflow_dist.training.interrupt import Interrupt
+from tarflow_dist.training.journal import Journal
+from tarflow_dist.training.start import build_engine, open_data, restore
+from tarflow_dist.training.step import train_step
+
+
+def train(config: Config, device: torch.device) -> bool:
+    """Trains the run of `config` from its newest checkpoint, or from the start.
+
+    Returns:
+        True at the run's end; False if it was interrupted, after saving.
+
+    Raises:
+        UserError: data, run folder or checkpoint do not fit the config, a checkpoint can't be
+            written, or the loss is no longer a number.
+    """
+    batch_size = config.train.batch_size
+    micro_batch_size = config.micro_batch(distributed.world_size())
+    shards = open_data(config)
+    changes = run_folder.changes_since_start(config)
+    engine = build_engine(config, micro_batch_size, device)
+    state = restore(config, engine)
+    batches = train_batches(
+        shards,
+        ImageOrder(shards.sizes, seed=config.seed, window=config.data.shuffle_window),
+        position=state.images,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        num_workers=config.data.num_workers,
+    )
+    with Journal(config, state, changes) as journal, Interrupt() as interrupt:
+        while state.images < config.train.images and not interrupt.requested:
+            step = train_step(engine, batches, config, device, state.images + batch_size)
+            state.images += batch_size
+            interrupt.requested = distributed.any_rank(interrupt.requested)
+
+            if state.passed(config.log.every_images, batch_size):
+                journal.write_row(step, engine.grad_norm())
+            journal.advance(batch_size)
+
+            finished = state.images >= config.train.images
+            due = state.passed(config.checkpoint.every_images, batch_size)
+            if due or finished or interrupt.requested:
+                state.optimizer_steps = engine.optimizer_steps
+                checkpoint.save(
+                    config.run / checkpoint.FOLDER,
+                    engine.tensors(),
+                    state,
+                    model=engine.flow.config,
+                    keep=config.checkpoint.keep,
+                )
+    return state.images >= config.train.images

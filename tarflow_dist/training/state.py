@@ -1,0 +1,30 @@
+"""What a run must remember besides its tensors."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+
+@dataclass
+class RunState:
+    """Progress of a run. Schedules, the data's position and all random numbers follow from it.
+
+    Attributes:
+        images: images trained on so far, and with it the position in the order of images.
+        optimizer_steps: steps that Adam has taken.
+        wandb_id: the run's id at Weights & Biases; empty before it has one.
+    """
+
+    images: int = 0
+    optimizer_steps: int = 0
+    wandb_id: str = ""
+
+    def passed(self, every: int, batch_size: int) -> bool:
+        """Whether the last step, of `batch_size` images, reached a multiple of `every`."""
+        return self.images // every > (self.images - batch_size) // every
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Self:
+        return cls(**{field.name: saved[field.name] for field in fields(cls)})
