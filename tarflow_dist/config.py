@@ -270,15 +270,22 @@ def _first_problem(error: ValidationError) -> str:
     # pydantic names a union's branches in the path: keep the part that is a field
     key = next((k for k in known if path == k or path.startswith(f"{k}.")), path)
     if problem["type"] == "extra_forbidden":
-        sections = sorted({k.rpartition(".")[0] for k in known} - {""})
-        near = difflib.get_close_matches(path, known + sections, n=1, cutoff=0.0)[0]
-        return f"unknown key {path}; did you mean {near}?"
+        return f"unknown key {path}; did you mean {_nearest(path, known)}?"
     if problem["type"] == "missing":
         return f"{key} is missing"
     reason = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{key}: {reason}" if key else reason
     return f"{key} is {problem['input']!r}: {reason[0].lower()}{reason[1:]}"
+
+
+def _nearest(path: str, known: list[str]) -> str:
+    """The key or section meant by `path`: one with its last word, or else the most alike."""
+    last = path.rpartition(".")[2]
+    if same := [key for key in known if key.rpartition(".")[2] == last]:
+        return same[0]
+    sections = sorted({key.rpartition(".")[0] for key in known} - {""})
+    return difflib.get_close_matches(path, known + sections, n=1, cutoff=0.0)[0]
 
 
 def _lookup(tree: dict[str, Any], key: str) -> Any:

@@ -59,7 +59,10 @@ def save(
     except (OSError, SafetensorError) as error:
         problem = str(error)
     if distributed.any_rank(bool(problem)):
-        raise UserError(f"the checkpoint {folder / name} could not be written: {problem}")
+        raise UserError(
+            f"the checkpoint {folder / name} could not be written: "
+            f"{problem or 'another rank could not write its share'}"
+        )
     if distributed.is_main():
         sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
         content = {"state": state.to_json(), "model": model, "files": sizes}

@@ -1,0 +1,125 @@
+"""The whole road on the built-in digits: shard, train, convert, sample, measure (`make demo`).
+
+Every step is a command that a user would type, and is shown. Steps that are done already are left
+out, so a demo that was interrupted goes on; remove demo/ to start over.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tarflow_dist.errors import run_command
+
+FOLDER = Path("demo")
+SHARDS, RUN, MODEL = FOLDER / "shards", FOLDER / "run", FOLDER / "model"
+GUIDED, UNGUIDED = FOLDER / "guided", FOLDER / "unguided"
+NUM_SAMPLES = 2000
+
+
+def main(argv: list[str]) -> None:
+    if argv:
+        sys.exit("usage: python -m tarflow_dist.demo (it takes no arguments)")
+    began = time.monotonic()
+    ranks, precision = _machine()
+    step("data_prep digits", [SHARDS], done=SHARDS / "wds" / "summary.json")
+    step(
+        "tarflow_dist.train configs/digits.yaml",
+        [f"run={RUN}", f"data.path={SHARDS / 'mds'}", f"train.precision={precision}"],
+        ranks=ranks,
+        done=RUN / "loss.png",
+    )
+    step("tarflow_dist.convert", [RUN, MODEL], done=MODEL / "model.safetensors")
+    for out, guidance in ((GUIDED, 1), (UNGUIDED, 0)):
+        step(
+            "tarflow_dist.sample_fid",
+            [
+                *("--model", MODEL, "--reference", SHARDS / "mds", "--features", "pixels"),
+                *("--num-samples", NUM_SAMPLES, "--guidance", guidance, "--out", out),
+            ],
+            ranks=ranks,
+            done=out / "result.json",
+        )
+    report(time.monotonic() - began)
+
+
+def step(command: str, arguments: Sequence[object], *, done: Path, ranks: int = 1) -> None:
+    """Shows and runs `python -m command arguments`, under torchrun on several ranks, unless its
+    result `done` is there. Leaves with the command's exit code if it fails."""
+    module = shlex.split(command) + [str(argument) for argument in arguments]
+    shown = ["torchrun", "--nproc-per-node", str(ranks)] if ranks > 1 else ["python"]
+    print(f"\n$ {shlex.join([*shown, '-m', *module])}", flush=True)
+    if done.exists():
+        print(f"({done} is there already)")
+        return
+    launcher = ["torch.distributed.run", *shown[1:]] if ranks > 1 else []
+    # one thread a rank: more would spin against each other
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    full = [sys.executable, *(["-m", *launcher] if launcher else []), "-m", *module]
+    code = subprocess.run(full, env=environment).returncode
+    if code:
+        sys.exit(code)
+
+
+def report(seconds: float) -> None:
+    """Measures the model and prints a short table."""
+    guided, unguided = (json.loads((out / "result.json").read_text()) for out in (GUIDED, UNGUIDED))
+    rows = [
+        ("held-out loss (297 digits)", f"{_held_out_loss():.3f} nats a dimension"),
+        ("guided samples of the class asked for", f"{_class_agreement():.1%} of {NUM_SAMPLES}"),
+        ("Fréchet distance in pixels, unguided", f"{unguided['frechet_distance']:.3f}"),
+        ("Fréchet distance in pixels, guided", f"{guided['frechet_distance']:.3f}"),
+        ("loss curve", str(RUN / "loss.png")),
+        ("sample grid, a row a class", str(GUIDED / "grid.png")),
+        ("time", f"{seconds:.0f} s"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    print("\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+
+
+def _machine() -> tuple[int, str]:
+    """Ranks and precision: one rank a GPU in bf16, or two on the CPU in fp32."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return (gpus, "bf16") if gpus else (2, "fp32")
+
+
+def _held_out_loss() -> float:
+    import torch
+
+    from tarflow_dist import TarFlow
+    from tarflow_dist.data.shards import open_shards
+    from tarflow_dist.evaluation.held_out import held_out_loss
+
+    shards = open_shards(SHARDS / "mds", "val")
+    images, labels = zip(*(shards[i] for i in range(len(shards))), strict=True)
+    flow = TarFlow.from_pretrained(MODEL)
+    return held_out_loss(flow, torch.tensor(images), torch.tensor(labels))
+
+
+def _class_agreement() -> float:
+    """The share of guided samples that a classifier of real digits (an SVC with 99 % on held-out
+    ones) gives the class they were asked for."""
+    import numpy as np
+    from sklearn.svm import SVC
+
+    from tarflow_dist.data.shards import open_shards
+
+    shards = open_shards(SHARDS / "mds", "train")
+    images, labels = zip(*(shards[i] for i in range(len(shards))), strict=True)
+    drawn = np.load(GUIDED / "samples.npz")
+
+    def features(images: np.ndarray) -> np.ndarray:
+        return images.reshape(len(images), -1) * (16 / 255)
+
+    classifier = SVC(gamma=0.001).fit(features(np.stack(images)), labels)
+    return float((classifier.predict(features(drawn["arr_0"])) == drawn["arr_1"]).mean())
+
+
+if __name__ == "__main__":
+    run_command(main)
