@@ -3,10 +3,12 @@
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
 USER_ERROR_EXIT_CODE = 2
+SECONDS_FOR_RANK_0 = 5.0
 # what the machine refuses for reasons that are the user's to mend, wherever it is met
 REFUSED_BY_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
@@ -17,8 +19,7 @@ class UserError(ValueError):
 
 def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Runs a command's `main(argv)` and exits: with what it returns, or with code 2 and a sentence
-    on a `UserError`, a full disk or a missing permission. On several ranks, which all meet the same
-    error, rank 0 speaks."""
+    on a `UserError`, a full disk or a missing permission."""
     try:
         code = main(sys.argv[1:]) or 0
     except UserError as error:
@@ -33,6 +34,13 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
 
 
 def _report(sentence: str) -> int:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {sentence}", file=sys.stderr)
+    """Prints `sentence` once. Mostly all ranks meet the same error: rank 0 speaks and leaves, upon
+    which torchrun and srun end the others; another rank speaks if it is still there by then."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(SECONDS_FOR_RANK_0)
+    print(
+        f"error: {sentence}" if rank == "0" else f"error on rank {rank}: {sentence}",
+        file=sys.stderr,
+    )
     return USER_ERROR_EXIT_CODE

@@ -106,12 +106,13 @@ class TarFlow(Flow):
             uint8 (B, H, W, C).
 
         Raises:
-            ValueError: labels or guidance that this model can't have.
+            ValueError: labels or guidance that this model can't have, or samples that are not finite.
         """
         if y is not None:
             y = torch.as_tensor(y, dtype=torch.int64, device=self.device)
         if index is None:
             index = torch.arange(1 if y is None else len(y))
+        index = index.cpu()
         noise = rng.normal(
             (self.num_patches, self.patch_dim),
             seed=seed,
@@ -128,6 +129,10 @@ class TarFlow(Flow):
         )
         if denoise and self.sigma is not None:
             x = self.denoise(x, y)
+        finite = x.isfinite().flatten(1).all(dim=1)
+        if not finite.all():
+            lost = index[~finite.cpu()].tolist()
+            raise ValueError(f"samples {lost} are not finite: lower the guidance, or train longer")
         return to_pixels(x, self.noise).permute(0, 2, 3, 1)
 
 

@@ -25,10 +25,9 @@ if TYPE_CHECKING:
 
     from tarflow_dist.pretrained import TarFlow
 
-READERS = 2  # worker processes a rank that read the reference
 UINT8_RULES = {  # flow/noise.py, to_pixels
-    "gaussian": "round((x + 1)·127.5), clipped",
-    "uniform": "floor((x + 1)·128), clipped",
+    "gaussian": "round((x + 1) * 127.5), clipped",
+    "uniform": "floor((x + 1) * 128), clipped",
 }
 
 
@@ -81,11 +80,10 @@ def main(argv: list[str]) -> None:
     check_arguments(args)
 
     from tarflow_dist import distributed
-    from tarflow_dist.data.loader import eval_batches
     from tarflow_dist.data.shards import open_shards
     from tarflow_dist.evaluation.export import write_grid, write_npz
     from tarflow_dist.evaluation.features import make_extractor
-    from tarflow_dist.evaluation.measure import measure, sample_batches
+    from tarflow_dist.evaluation.measure import measure, reference_batches, sample_batches
     from tarflow_dist.evaluation.sampling import draw_missing_chunks, make_draw
     from tarflow_dist.evaluation.statistics import frechet_distance
     from tarflow_dist.evaluation.store import SampleStore
@@ -96,7 +94,7 @@ def main(argv: list[str]) -> None:
     settings = sample_settings(args, flow)
     reference = open_shards(args.reference, args.split)
     image_shape = (flow.in_channels, flow.image_size, flow.image_size)
-    check_reference(args.reference, reference[0][0].shape, image_shape)
+    check_reference(args.reference, reference.image_shape, image_shape)
     extractor = make_extractor(
         args.features,
         image_shape=image_shape,
@@ -111,24 +109,11 @@ def main(argv: list[str]) -> None:
     with timed(seconds, "sampling"):
         chunks_drawn = draw_missing_chunks(store, make_draw(flow, settings))
     with timed(seconds, "sample_features"):
-        samples = measure(
-            sample_batches(store), extractor, label="samples", total=len(store), device=device
-        )
+        images, share = sample_batches(store)
+        samples = measure(images, extractor, label="samples", share=share, device=device)
     with timed(seconds, "reference_features"):
-        batches = eval_batches(
-            reference,
-            batch_size=args.batch_size,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            num_workers=READERS,
-        )
-        real = measure(
-            (batch.images for batch in batches),
-            extractor,
-            label="reference",
-            total=len(reference),
-            device=device,
-        )
+        images, share = reference_batches(reference, args.batch_size)
+        real = measure(images, extractor, label="reference", share=share, device=device)
     if distributed.is_main():
         with timed(seconds, "distance"):
             distance = frechet_distance(
@@ -189,7 +174,7 @@ def check_reference(
     folder: Path, shape: tuple[int, ...], image_shape: tuple[int, int, int]
 ) -> None:
     """Raises `UserError` if the reference's images are of another `shape` than the model's."""
-    if tuple(shape) != image_shape:
+    if shape != image_shape:
         there, wanted = ("×".join(map(str, s)) for s in (shape, image_shape))
         raise UserError(
             f"the images of {folder} are {there} and the model draws {wanted} (channels × height × "

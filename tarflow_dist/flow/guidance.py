@@ -1,5 +1,6 @@
 """Classifier-free guidance of the inverse flow."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,12 +25,12 @@ class Guidance:
     attn_temp: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError(f"guidance is {self.weight}, but must be 0 or more")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"guidance is {self.weight}, but must be a number, 0 or more")
         if self.guide not in ("both", "mu", "alpha"):
             raise ValueError(f"guide is {self.guide!r}, but must be both, mu or alpha")
-        if self.attn_temp <= 0:
-            raise ValueError(f"attn_temp is {self.attn_temp}, but must be above 0")
+        if not 0 < self.attn_temp < math.inf:
+            raise ValueError(f"attn_temp is {self.attn_temp}, but must be a number above 0")
         if self.weight == 0 and self.attn_temp != 1:
             raise ValueError("attn_temp shapes the unguided pass: give a guidance above 0 with it")
 

@@ -145,6 +145,7 @@ def test_bf16_weights_keep_the_affine_arithmetic_in_float32() -> None:
     ("arguments", "message"),
     [
         ({"guidance": -1.0}, "0 or more"),
+        ({"guidance": math.nan}, "must be a number"),
         ({"guidance": 1.0, "guide": "ab"}, "both, mu or alpha"),
         ({"guidance": 1.0, "attn_temp": 0.0}, "above 0"),
         ({"attn_temp": 0.5}, "guidance above 0"),

@@ -1,0 +1,132 @@
+"""What a distance between image sets is measured on. An extractor is one small class here, and a
+line in `make_extractor`. Importing this loads no torch."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from tarflow_dist.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+EXTRACTORS = ("inception", "pixels")
+
+
+class FeatureExtractor(Protocol):
+    """uint8 images (B, C, H, W) → features (B, dim). `name` goes into the result."""
+
+    name: str
+    dim: int
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+
+def make_extractor(
+    name: str,
+    *,
+    image_shape: tuple[int, int, int],
+    inception_weights: Path | None = None,
+    device: torch.device | str = "cpu",
+) -> FeatureExtractor:
+    """The extractor called `name`, one of `EXTRACTORS`, for images of `image_shape` (C, H, W)."""
+    if name == "pixels":
+        return PixelFeatures(image_shape)
+    return InceptionFeatures(check_inception_weights(inception_weights), device)
+
+
+class PixelFeatures:
+    """The pixels themselves, k/127.5 − 1 in float64: for tiny images, such as the digits.
+
+    Args:
+        image_shape: C, H, W.
+    """
+
+    name = "pixels"
+    MAX_DIM = 4096  # the covariance and its roots grow as dim² and dim³
+
+    def __init__(self, image_shape: tuple[int, int, int]):
+        channels, height, width = image_shape
+        self.dim = channels * height * width
+        if self.dim > self.MAX_DIM:
+            raise UserError(
+                f"pixels as features are for images of up to {self.MAX_DIM} values, and these have "
+                f"{self.dim}: use inception"
+            )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (images.double() / 127.5 - 1).flatten(1)
+
+
+class InceptionFeatures:
+    """The 2048 features of the Inception v3 that FID is defined on (arXiv 1706.08500), by
+    torch-fidelity, whose resize equals TensorFlow 1's. Grey images are repeated to three channels.
+
+    Args:
+        weights: a file as in `check_inception_weights`.
+        device: where it runs.
+
+    Raises:
+        UserError: the file is damaged, holds more than tensors, or is of another network.
+    """
+
+    name = "inception-v3-2048"
+    dim = 2048
+
+    def __init__(self, weights: Path, device: torch.device | str = "cpu"):
+        import torch
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        try:
+            tensors = torch.load(weights, map_location="cpu", weights_only=True)
+        except Exception as error:  # which one depends on the damage
+            raise UserError(
+                f"{weights} is damaged, or holds more than tensors and is not opened: {_WANTED}"
+            ) from error
+        # torch-fidelity unpickles whatever it is given, so it gets a copy of what loaded safely.
+        copy = io.BytesIO()
+        torch.save(tensors, copy)
+        copy.seek(0)
+        try:
+            network = FeatureExtractorInceptionV3(
+                self.name, [str(self.dim)], feature_extractor_weights_path=copy
+            )
+        except (RuntimeError, TypeError) as error:  # from load_state_dict
+            raise UserError(
+                f"{weights} holds other weights than FID's Inception v3: {_WANTED}"
+            ) from error
+        self._network = network.to(device)
+        self._device = device
+
+    def __call__(self, images: Tensor) -> Tensor:
+        import torch
+
+        if images.shape[1] == 1:
+            images = images.repeat(1, 3, 1, 1)
+        # Convolutions run in TF32 by default, which keeps three digits.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            (features,) = self._network(images.to(self._device))
+        return features
+
+
+_WANTED = (
+    "give --inception-weights the file pt_inception-2015-12-05-6726825d.pth (pytorch-fid's) or "
+    "weights-inception-2015-12-05-6726825d.pth (torch-fidelity's)"
+)
+
+
+def check_inception_weights(path: Path | None) -> Path:
+    """`path` to pt_inception-2015-12-05-6726825d.pth (pytorch-fid's) or
+    weights-inception-2015-12-05-6726825d.pth (torch-fidelity's), if there is a file.
+
+    Raises:
+        UserError: nothing given, or nothing there.
+    """
+    if path is None:
+        raise UserError(f"Inception features need their weights on disk: {_WANTED}")
+    if not path.is_file():
+        raise UserError(f"{path} is not a file: {_WANTED}")
+    return path

@@ -1,0 +1,80 @@
+"""Mean and covariance of features over any number of ranks, and the distance between two such."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tarflow_dist.distributed import sum_over_ranks
+from tarflow_dist.errors import UserError
+
+Array = NDArray[np.float64]
+
+
+class Statistics:
+    """Σx, Σxxᵀ and the count of features, in float64.
+
+    Args:
+        dim: F, features an image.
+        device: where the sums are kept.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu"):
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.sum = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    def add(self, features: Tensor) -> None:
+        """Takes the features (B, F) of B images."""
+        features = features.to(self.sum)
+        self.count += len(features)
+        self.sum += features.sum(dim=0)
+        self.outer.addmm_(features.T, features)
+
+    def reduce(self) -> None:
+        """Adds up all ranks' sums, in place, so that every rank has the whole."""
+        for total in (self.count, self.sum, self.outer):
+            sum_over_ranks(total)
+
+    def mean(self) -> Array:
+        """μ (F,)."""
+        self._check_count(1)
+        return (self.sum / self.count).cpu().numpy()
+
+    def covariance(self) -> Array:
+        """Σ (F, F), the unbiased estimate: (Σxxᵀ − n·μμᵀ)/(n − 1)."""
+        self._check_count(2)
+        mean = self.sum / self.count
+        centred = self.outer - self.count * torch.outer(mean, mean)
+        return (centred / (self.count - 1)).cpu().numpy()
+
+    def _check_count(self, needed: int) -> None:
+        if self.count < needed:
+            raise UserError(
+                f"a mean and a covariance need at least 2 images, and there are {int(self.count)}: "
+                "take more"
+            )
+
+
+def frechet_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> float:
+    """|μ₁ − μ₂|² + tr Σ₁ + tr Σ₂ − 2·tr (√Σ₁·Σ₂·√Σ₁)^½: the squared 2-Wasserstein distance between
+    two Gaussians (Heusel et al., arXiv 1706.08500, equation 6).
+
+    The last trace is the sum of the singular values of √Σ₁·√Σ₂. Eigenvalues of the product, or a
+    general matrix root, would turn rounding errors ε into √ε in every empty direction of a
+    rank-deficient covariance (fewer images than features), or turn complex; so taken, equal sets
+    are at distance 0.
+
+    Args:
+        mean1, mean2: (F,).
+        cov1, cov2: (F, F), symmetric, positive semi-definite up to rounding.
+    """
+    overlap = np.linalg.svd(_symmetric_root(cov1) @ _symmetric_root(cov2), compute_uv=False).sum()
+    distance = np.square(mean1 - mean2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * overlap
+    return max(float(distance), 0.0)
+
+
+def _symmetric_root(cov: Array) -> Array:
+    """√Σ with eigenvalues below 0, which are rounding errors, taken as 0."""
+    values, vectors = np.linalg.eigh((cov + cov.T) / 2)
+    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T

@@ -1,0 +1,112 @@
+"""The sample store: what is written is read back, left and taken up again, or refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tarflow_dist.errors import UserError
+from tarflow_dist.evaluation.store import SampleStore, decode_png, encode_png
+
+SETTINGS = {"num_samples": 10, "chunk_size": 4, "seed": 0, "guidance": 1.5}
+
+
+def a_store(folder: Path, **changes: Any) -> SampleStore:
+    store = SampleStore(folder, SETTINGS | changes)
+    store.begin()
+    return store
+
+
+def some_images(count: int, channels: int = 3, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (count, 6, 6, channels), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_png_round_trip(channels: int) -> None:
+    (image,) = some_images(1, channels)
+    np.testing.assert_array_equal(decode_png(encode_png(image)), image)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_chunk_comes_back_as_it_was(tmp_path: Path, channels: int) -> None:
+    store = a_store(tmp_path / "samples")
+    images = some_images(4, channels)
+    store.write_chunk(1, images, np.array([3, 1, -1, 0]))
+    np.testing.assert_array_equal(store.read_images(1), images)
+    np.testing.assert_array_equal(store.read_images(1, rows=[2, 0]), images[[2, 0]])
+    assert store.read_labels(1).tolist() == [3, 1, -1, 0]
+
+
+def test_columns_on_disk(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    store = a_store(tmp_path)
+    store.write_chunk(2, some_images(2), np.array([0, 1]))
+    table = pq.read_table(tmp_path / "samples-000002.parquet")
+    assert [(f.name, str(f.type)) for f in table.schema] == [
+        ("index", "int64"),
+        ("label", "int64"),
+        ("png", "binary"),
+    ]
+    assert table["index"].to_pylist() == [8, 9]
+
+
+def test_chunks_cover_the_samples(tmp_path: Path) -> None:
+    store = a_store(tmp_path)
+    assert [list(store.chunk_indexes(c)) for c in range(store.num_chunks)] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9],
+    ]
+
+
+def test_the_same_settings_take_up_what_is_missing(tmp_path: Path) -> None:
+    store = a_store(tmp_path)
+    assert store.missing_chunks() == [0, 1, 2]
+    store.write_chunk(1, some_images(4), np.zeros(4, np.int64))
+    assert a_store(tmp_path).missing_chunks() == [0, 2]
+
+
+def test_a_chunk_cut_off_while_written_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow.parquet as pq
+
+    def killed(table: Any, part: Path, **_: Any) -> None:
+        part.write_bytes(b"half a fi")
+        raise KeyboardInterrupt
+
+    store = a_store(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "write_table", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.write_chunk(0, some_images(4), np.zeros(4, np.int64))
+    assert a_store(tmp_path).missing_chunks() == [0, 1, 2]
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    a_store(tmp_path)
+    with pytest.raises(UserError) as caught:
+        a_store(tmp_path, seed=7, guidance=2.0)
+    assert "made with seed 0, not 7; guidance 1.5, not 2.0:" in str(caught.value)
+    assert json.loads((tmp_path / "settings.json").read_text()) == SETTINGS
+
+
+def test_samples_of_unknown_settings_are_refused(tmp_path: Path) -> None:
+    store = a_store(tmp_path)
+    store.write_chunk(0, some_images(4), np.zeros(4, np.int64))
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(UserError, match=r"no settings\.json"):
+        a_store(tmp_path)
+
+
+def test_a_damaged_chunk_is_named(tmp_path: Path) -> None:
+    store = a_store(tmp_path)
+    store.write_chunk(0, some_images(4), np.zeros(4, np.int64))
+    file = store.chunk_file(0)
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"samples-000000\.parquet is damaged: delete it"):
+        store.read_images(0)
