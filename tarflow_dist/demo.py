@@ -90,6 +90,7 @@ def _machine() -> tuple[int, str]:
 
 
 def _held_out_loss() -> float:
+    import numpy as np
     import torch
 
     from tarflow_dist import TarFlow
@@ -99,7 +100,7 @@ def _held_out_loss() -> float:
     shards = open_shards(SHARDS / "mds", "val")
     images, labels = zip(*(shards[i] for i in range(len(shards))), strict=True)
     flow = TarFlow.from_pretrained(MODEL)
-    return held_out_loss(flow, torch.tensor(images), torch.tensor(labels))
+    return held_out_loss(flow, torch.from_numpy(np.stack(images)), torch.tensor(labels))
 
 
 def _class_agreement() -> float:

@@ -76,10 +76,8 @@ def eval_batches(
     """Every image once over all ranks, in order: rank r has images r, r + world_size, … in batches
     of `batch_size`, the last one short. A rank may have one batch fewer than another."""
     mine = np.arange(rank, len(shards), world_size)
-    picks = (
-        (np.zeros_like(indexes), indexes)
-        for indexes in np.split(mine, range(batch_size, len(mine), batch_size))
-    )
+    parts = (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
+    picks = ((np.zeros_like(part), part) for part in parts)
     return _load(shards, picks, num_workers)
 
 

@@ -12,6 +12,9 @@ from tarflow_dist.evaluation.store import NO_LABEL, Pixels, SampleStore
 from tarflow_dist.files import write_whole
 
 
+GUTTER = 4  # white pixels between the images of a grid
+
+
 def write_npz(store: SampleStore, file: Path) -> None:
     """ADM's sample file: arr_0 uint8 (num_samples, H, W, C) and, of a conditional model, arr_1
     int64 labels (num_samples,). ADM's evaluator wants colour; grey samples stay as the model drew
@@ -51,12 +54,15 @@ def write_grid(store: SampleStore, file: Path, side: int = 10) -> None:
     labels = np.concatenate([store.read_labels(chunk) for chunk in range(store.num_chunks)])
     rows = [_read_at(store, row) for row in grid_rows(labels, side)]
     H, W, C = rows[0].shape[1:]
-    grid = np.zeros((len(rows) * H, max(len(row) for row in rows) * W, C), np.uint8)
+    scale = max(1, 64 // H)
+    height, width = H * scale + GUTTER, W * scale + GUTTER
+    columns = max(len(row) for row in rows)
+    grid = np.full((len(rows) * height, columns * width, C), 255, np.uint8)
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
-            grid[i * H : (i + 1) * H, j * W : (j + 1) * W] = image
-    scale = max(1, 64 // H)
-    grid = grid.repeat(scale, axis=0).repeat(scale, axis=1)
+            large = image.repeat(scale, axis=0).repeat(scale, axis=1)
+            top, left = i * height, j * width
+            grid[top : top + H * scale, left : left + W * scale] = large
     with write_whole(file) as part:
         Image.fromarray(grid.squeeze(2) if C == 1 else grid).save(part, "PNG")
 

@@ -1,0 +1,1 @@
+"""Images, however a user has them, to shards. Knows nothing of models."""
