@@ -106,7 +106,8 @@ def _read_foreign(
 
     if (arguments.sigma is None) != arguments.uniform:
         raise UserError(
-            f"{source} doesn't say what noise it was trained with: give --sigma S or --uniform, one of them"
+            f"{source} doesn't say what noise it was trained with: give either --sigma S or "
+            "--uniform"
         )
     if source.is_file():
         weights = foreign.read_published(source)

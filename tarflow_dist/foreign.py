@@ -34,7 +34,7 @@ def read_published(file: Path) -> dict[str, Tensor]:
 
 
 def read_deepspeed(folder: Path) -> dict[str, Tensor]:
-    """The fp32 weights of a DeepSpeed ZeRO checkpoint, put together by DeepSpeed's own reader, which
+    """The fp32 weights of a DeepSpeed ZeRO checkpoint, put together by DeepSpeed's own reader. It
     unpickles: only for files one trusts.
 
     Raises:

@@ -106,7 +106,8 @@ class TarFlow(Flow):
             uint8 (B, H, W, C).
 
         Raises:
-            ValueError: labels or guidance that this model can't have, or samples that are not finite.
+            ValueError: labels or guidance that this model can't have, or samples that are not
+                finite.
         """
         if y is not None:
             y = torch.as_tensor(y, dtype=torch.int64, device=self.device)

@@ -67,7 +67,7 @@ def test_distributions() -> None:
     uniform = rng.uniform((10, 10), seed=3, purpose="u", index=index).numpy().ravel()
     assert kstest(normal, "norm").pvalue > 1e-3
     assert kstest(uniform, "uniform").pvalue > 1e-3
-    assert 0 <= uniform.min()
+    assert uniform.min() >= 0
     assert uniform.max() < 1
     neighbours = np.corrcoef(normal[:-1], normal[1:])[0, 1]
     assert abs(neighbours) < 0.02

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from tarflow_dist.evaluation.store import NO_LABEL, Pixels, SampleStore
 from tarflow_dist.files import write_whole
 
-
 GUTTER = 4  # white pixels between the images of a grid
 
 

@@ -107,7 +107,7 @@ class Flow(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type of images and latents: float32, or float64 for a float64 model."""
-        return accurate_dtype(self.blocks[0].proj_in.weight.dtype)
+        return accurate_dtype(next(self.parameters()).dtype)
 
     @property
     def device(self) -> torch.device:
@@ -177,6 +177,7 @@ class Flow(nn.Module):
         self._check_labels(y)
         x = z.to(self.dtype) * self._prior_std()
         for block in reversed(self.blocks):
+            assert isinstance(block, FlowBlock)
             x = invert_block(block, x, y, rule)
         return unpatchify(x, self.patch_size, self.image_size)
 

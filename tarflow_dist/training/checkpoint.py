@@ -117,7 +117,7 @@ class Checkpoint:
             content = json.loads((folder / STATE_FILE).read_text())
             self.state = RunState.from_json(content["state"])
             self.model: dict[str, Any] = content["model"]
-            self._files = {}
+            self._files: dict[str, Any] = {}
             for name, size in content["files"].items():
                 if (folder / name).stat().st_size != size:
                     raise ValueError(f"{name} is not {size} bytes long")

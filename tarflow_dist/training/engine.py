@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -103,15 +104,12 @@ class Engine:
         whole fp32 tensor. The function is collective: every rank calls it, in this order."""
         for name, parameter in self.flow.named_parameters():
             size = parameter.numel()
-            yield f"{WEIGHTS}/{name}", size, lambda p=parameter: safe_get_full_fp32_param(p)
+            yield f"{WEIGHTS}/{name}", size, partial(safe_get_full_fp32_param, parameter)
             for key in OPTIMIZER_STATES:
-                yield (
-                    f"{key}/{name}",
-                    size,
-                    lambda p=parameter, k=key: safe_get_full_optimizer_state(p, k),
-                )
+                assemble = partial(safe_get_full_optimizer_state, parameter, key)
+                yield f"{key}/{name}", size, assemble
         for name, buffer in self.flow.named_buffers():
-            yield f"{BUFFERS}/{name}", buffer.numel(), lambda b=buffer: b
+            yield f"{BUFFERS}/{name}", buffer.numel(), buffer.detach
 
     @torch.no_grad()
     def load_tensors(self, read: Callable[[str], Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The flow against vectors that the published model computed in float64 (tests/golden/README.md)."""
+"""The flow against vectors that the published model computed (tests/golden/README.md)."""
 
 import json
 from pathlib import Path
