@@ -1,0 +1,180 @@
+"""`python -m tarflow_dist.train` as a user runs it, on one process and under torchrun."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Run
+
+from tarflow_dist.telemetry.metrics import read_metrics
+
+BATCH = 32
+# 50 steps at a constant learning rate, a row of metrics for each
+CURVE = [
+    "configs/digits.yaml",
+    f"train.images={50 * BATCH}",
+    f"train.batch_size={BATCH}",
+    "optimizer.lr=1e-4",
+    "optimizer.schedule=constant",
+    "optimizer.warmup_images=0",
+    f"log.every_images={BATCH}",
+    "log.wandb=disabled",
+]
+TIMING = ("images_per_second",)
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(run)]
+
+
+def rows_without_timing(run: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in read_metrics(run)]
+
+
+def largest_difference(a: list[float], b: list[float]) -> float:
+    assert len(a) == len(b) == 50
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(scope="module")
+def unbroken(digits: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 50 steps in fp32 on one process."""
+    folder = tmp_path_factory.mktemp("runs") / "unbroken"
+    run("tarflow_dist.train", *CURVE, f"run={folder}", f"data.path={digits / 'mds'}")
+    return folder
+
+
+def test_a_run_leaves_what_it_promises(unbroken: Path) -> None:
+    assert len(losses(unbroken)) == 50
+    assert json.loads((unbroken / "status.json").read_text()) == {
+        "state": "finished",
+        "images": 50 * BATCH,
+    }
+    environment = json.loads((unbroken / "environment.json").read_text())
+    assert environment["torch"]
+    assert (unbroken / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (unbroken / "checkpoints" / "latest").read_text().strip() == f"{50 * BATCH:011d}"
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("overrides", [["train.micro_batch_size=4"], ["train.zero_stage=2"]])
+def test_the_curve_is_the_same_on_two_ranks(
+    overrides: list[str], unbroken: Path, digits: Path, run: Run, tmp_path: Path
+) -> None:
+    """The other shard format, too: both hold the same images in the same order."""
+    folder = tmp_path / "two"
+    where = [f"run={folder}", f"data.path={digits / 'wds'}"]
+    run("tarflow_dist.train", *CURVE, *where, *overrides, ranks=2)
+    assert largest_difference(losses(folder), losses(unbroken)) < 1e-5
+
+
+@pytest.mark.e2e
+def test_bf16_stays_close(unbroken: Path, digits: Path, run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "bf16"
+    where = [f"run={folder}", f"data.path={digits / 'mds'}"]
+    run("tarflow_dist.train", *CURVE, *where, "train.precision=bf16", ranks=2)
+    difference = largest_difference(losses(folder), losses(unbroken))
+    assert 0 < difference < 1e-2
+
+
+def start(arguments: list[str], ranks: int) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, *(launcher if ranks > 1 else []), "-m", "tarflow_dist.train"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # a session of its own, so that one signal reaches all its processes, as Ctrl-C does
+    return subprocess.Popen(
+        [*command, *arguments],
+        cwd=ROOT,
+        env=environment,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_row(run: Path, images: int) -> None:
+    """Until the run's metrics hold a row at or past `images`."""
+    file = run / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if file.exists() and any(row["images"] >= images for row in read_metrics(run)):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{run} never reached {images} images")
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("at_step", [5, 25])
+def test_killed_and_started_again_it_goes_on_to_the_last_bit(
+    at_step: int, unbroken: Path, digits: Path, run: Run, tmp_path: Path
+) -> None:
+    """With SIGKILL, before the first checkpoint and after it."""
+    folder = tmp_path / "killed"
+    arguments = [
+        *CURVE,
+        f"run={folder}",
+        f"data.path={digits / 'mds'}",
+        f"checkpoint.every_images={10 * BATCH}",
+    ]
+    process = start(arguments, ranks=1)
+    wait_for_row(folder, at_step * BATCH)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(losses(folder)) < 50
+    run("tarflow_dist.train", *arguments)
+    assert rows_without_timing(folder) == rows_without_timing(unbroken)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_saves_and_leaves_with_a_sentence(
+    ranks: int, unbroken: Path, digits: Path, run: Run, tmp_path: Path
+) -> None:
+    folder = tmp_path / "interrupted"
+    arguments = [*CURVE, f"run={folder}", f"data.path={digits / 'mds'}"]
+    process = start(arguments, ranks)
+    wait_for_row(folder, 5 * BATCH)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate()
+    assert "interrupted and saved; the same command goes on" in stderr
+    if ranks == 1:  # torchrun has an exit code of its own
+        assert process.returncode == 75
+        assert "Traceback" not in stderr
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "interrupted"
+    assert int((folder / "checkpoints" / "latest").read_text()) == status["images"]
+    run("tarflow_dist.train", *arguments, ranks=ranks)
+    assert largest_difference(losses(folder), losses(unbroken)) < 1e-5
+
+
+def test_what_changed_is_said_or_refused(
+    unbroken: Path, digits: Path, run: Run, tmp_path: Path
+) -> None:
+    where = [f"run={unbroken}", f"data.path={digits / 'wds'}"]
+    done = run("tarflow_dist.train", *CURVE, *where)
+    assert f"data.path changed from {digits / 'mds'} to {digits / 'wds'}" in done.stderr
+    done = run("tarflow_dist.train", *CURVE, *where, "model.num_blocks=2", check=False)
+    assert done.returncode == 2
+    assert "was started with model.num_blocks 4 and can't go on with 2" in done.stderr
+
+
+def test_mistakes_are_told_in_one_line(digits: Path, run: Run, tmp_path: Path) -> None:
+    where = [f"run={tmp_path / 'run'}", f"data.path={digits / 'mds'}"]
+    for overrides, sentence in [
+        ([f"data.path={tmp_path}/nothing"], "there are no shards at"),
+        ([f"data.path={digits}"], "did you mean"),
+        (["model.image_size=16"], "model.image_size say (1, 16, 16)"),
+        (["model.num_classes=5"], "holds 10 classes, but model.num_classes is 5"),
+        (["train.micro_batch_size=5"], "train.batch_size 32 is not divisible by"),
+    ]:
+        done = run("tarflow_dist.train", *CURVE, *where, *overrides, check=False)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+        assert sentence in line
+    assert not (tmp_path / "run").exists()
