@@ -13,8 +13,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tarflow_dist import config as configs
 from tarflow_dist.errors import run_command
 
+CONFIG = Path("configs/digits.yaml")
 FOLDER = Path("demo")
 SHARDS, RUN, MODEL = FOLDER / "shards", FOLDER / "run", FOLDER / "model"
 GUIDED, UNGUIDED = FOLDER / "guided", FOLDER / "unguided"
@@ -26,10 +28,10 @@ def main(argv: list[str]) -> None:
         sys.exit("usage: python -m tarflow_dist.demo (it takes no arguments)")
     began = time.monotonic()
     ranks, precision = _machine()
-    step("data_prep digits", [SHARDS], done=SHARDS / "wds" / "summary.json")
+    step("data_prep", ["digits", SHARDS], done=SHARDS / "wds" / "summary.json")
     step(
-        "tarflow_dist.train configs/digits.yaml",
-        [f"run={RUN}", f"data.path={SHARDS / 'mds'}", f"train.precision={precision}"],
+        "tarflow_dist.train",
+        [CONFIG, f"run={RUN}", f"data.path={SHARDS / 'mds'}", f"train.precision={precision}"],
         ranks=ranks,
         done=RUN / "loss.png",
     )
@@ -47,20 +49,19 @@ def main(argv: list[str]) -> None:
     report(time.monotonic() - began)
 
 
-def step(command: str, arguments: Sequence[object], *, done: Path, ranks: int = 1) -> None:
-    """Shows and runs `python -m command arguments`, under torchrun on several ranks, unless its
+def step(module: str, arguments: Sequence[object], *, done: Path, ranks: int = 1) -> None:
+    """Shows and runs `python -m module arguments`, under torchrun on several ranks, unless its
     result `done` is there. Leaves with the command's exit code if it fails."""
-    module = shlex.split(command) + [str(argument) for argument in arguments]
+    command = ["-m", module, *map(str, arguments)]
     shown = ["torchrun", "--nproc-per-node", str(ranks)] if ranks > 1 else ["python"]
-    print(f"\n$ {shlex.join([*shown, '-m', *module])}", flush=True)
+    print(f"\n$ {shlex.join([*shown, *command])}", flush=True)
     if done.exists():
         print(f"({done} is there already)")
         return
-    launcher = ["torch.distributed.run", *shown[1:]] if ranks > 1 else []
+    launcher = ["-m", "torch.distributed.run", *shown[1:]] if ranks > 1 else []
     # one thread a rank: more would spin against each other
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    full = [sys.executable, *(["-m", *launcher] if launcher else []), "-m", *module]
-    code = subprocess.run(full, env=environment).returncode
+    code = subprocess.run([sys.executable, *launcher, *command], env=environment).returncode
     if code:
         sys.exit(code)
 
@@ -82,11 +83,15 @@ def report(seconds: float) -> None:
 
 
 def _machine() -> tuple[int, str]:
-    """Ranks and precision: one rank a GPU in bf16, or two on the CPU in fp32."""
+    """Ranks and precision: one rank a GPU in bf16, as many as divide the batch, or two on the CPU
+    in fp32."""
     import torch
 
     gpus = torch.cuda.device_count()
-    return (gpus, "bf16") if gpus else (2, "fp32")
+    if not gpus:
+        return 2, "fp32"
+    batch_size = configs.load(CONFIG).train.batch_size
+    return max(ranks for ranks in range(1, gpus + 1) if batch_size % ranks == 0), "bf16"
 
 
 def _held_out_loss() -> float:

@@ -130,9 +130,7 @@ def test_a_run(option: str, kind: str, of: str, run_folder: tuple, tmp_path: Pat
 
 @pytest.mark.e2e
 @pytest.mark.parametrize(("stage", "ranks"), [(1, 2), (2, 1), (3, 2)])
-def test_a_deepspeed_checkpoint_of_another_program(
-    stage: int, ranks: int, tmp_path: Path
-) -> None:
+def test_a_deepspeed_checkpoint_of_another_program(stage: int, ranks: int, tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     worker = HERE / "foreign_deepspeed_worker.py"
