@@ -33,7 +33,6 @@ def main(argv: list[str]) -> None:
         "tarflow_dist.train",
         [CONFIG, f"run={RUN}", f"data.path={SHARDS / 'mds'}", f"train.precision={precision}"],
         ranks=ranks,
-        done=RUN / "loss.png",
     )
     step("tarflow_dist.convert", [RUN, MODEL], done=MODEL / "model.safetensors")
     for out, guidance in ((GUIDED, 1), (UNGUIDED, 0)):
@@ -49,13 +48,15 @@ def main(argv: list[str]) -> None:
     report(time.monotonic() - began)
 
 
-def step(module: str, arguments: Sequence[object], *, done: Path, ranks: int = 1) -> None:
+def step(
+    module: str, arguments: Sequence[object], *, ranks: int = 1, done: Path | None = None
+) -> None:
     """Shows and runs `python -m module arguments`, under torchrun on several ranks, unless its
     result `done` is there. Leaves with the command's exit code if it fails."""
     command = ["-m", module, *map(str, arguments)]
     shown = ["torchrun", "--nproc-per-node", str(ranks)] if ranks > 1 else ["python"]
     print(f"\n$ {shlex.join([*shown, *command])}", flush=True)
-    if done.exists():
+    if done is not None and done.exists():
         print(f"({done} is there already)")
         return
     launcher = ["-m", "torch.distributed.run", *shown[1:]] if ranks > 1 else []

@@ -1,5 +1,5 @@
-"""Run under torchrun by test_convert.py: somebody else's training script, plain DeepSpeed, which saves
-a ZeRO checkpoint its own way and beside it the weights that must come out."""
+"""Run under torchrun by test_convert.py: another program's training, in plain DeepSpeed. It saves a
+ZeRO checkpoint its own way, and beside it the weights that must come out."""
 
 import os
 import sys
