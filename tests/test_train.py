@@ -4,12 +4,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Run
+from commands import ROOT, command, run
 
 from tarflow_dist.telemetry.metrics import read_metrics
 
@@ -28,12 +27,12 @@ CURVE = [
 TIMING = ("images_per_second",)
 
 
-def losses(run: Path) -> list[float]:
-    return [row["loss"] for row in read_metrics(run)]
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(folder)]
 
 
-def rows_without_timing(run: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in read_metrics(run)]
+def rows_without_timing(folder: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in read_metrics(folder)]
 
 
 def largest_difference(a: list[float], b: list[float]) -> float:
@@ -42,7 +41,7 @@ def largest_difference(a: list[float], b: list[float]) -> float:
 
 
 @pytest.fixture(scope="module")
-def unbroken(digits: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unbroken(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 50 steps in fp32 on one process."""
     folder = tmp_path_factory.mktemp("runs") / "unbroken"
     run("tarflow_dist.train", *CURVE, f"run={folder}", f"data.path={digits / 'mds'}")
@@ -64,7 +63,7 @@ def test_a_run_leaves_what_it_promises(unbroken: Path) -> None:
 @pytest.mark.e2e
 @pytest.mark.parametrize("overrides", [["train.micro_batch_size=4"], ["train.zero_stage=2"]])
 def test_the_curve_is_the_same_on_two_ranks(
-    overrides: list[str], unbroken: Path, digits: Path, run: Run, tmp_path: Path
+    overrides: list[str], unbroken: Path, digits: Path, tmp_path: Path
 ) -> None:
     """The other shard format, too: both hold the same images in the same order."""
     folder = tmp_path / "two"
@@ -74,7 +73,7 @@ def test_the_curve_is_the_same_on_two_ranks(
 
 
 @pytest.mark.e2e
-def test_bf16_stays_close(unbroken: Path, digits: Path, run: Run, tmp_path: Path) -> None:
+def test_bf16_stays_close(unbroken: Path, digits: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bf16"
     where = [f"run={folder}", f"data.path={digits / 'mds'}"]
     run("tarflow_dist.train", *CURVE, *where, "train.precision=bf16", ranks=2)
@@ -83,35 +82,32 @@ def test_bf16_stays_close(unbroken: Path, digits: Path, run: Run, tmp_path: Path
 
 
 def start(arguments: list[str], ranks: int) -> subprocess.Popen:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [sys.executable, *(launcher if ranks > 1 else []), "-m", "tarflow_dist.train"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     # a session of its own, so that one signal reaches all its processes, as Ctrl-C does
     return subprocess.Popen(
-        [*command, *arguments],
+        command("tarflow_dist.train", *arguments, ranks=ranks),
         cwd=ROOT,
-        env=environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         start_new_session=True,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def wait_for_row(run: Path, images: int) -> None:
+def wait_for_row(folder: Path, images: int) -> None:
     """Until the run's metrics hold a row at or past `images`."""
-    file = run / "metrics.jsonl"
+    file = folder / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
-        if file.exists() and any(row["images"] >= images for row in read_metrics(run)):
+        if file.exists() and any(row["images"] >= images for row in read_metrics(folder)):
             return
         time.sleep(0.02)
-    raise AssertionError(f"{run} never reached {images} images")
+    raise AssertionError(f"{folder} never reached {images} images")
 
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("at_step", [5, 25])
 def test_killed_and_started_again_it_goes_on_to_the_last_bit(
-    at_step: int, unbroken: Path, digits: Path, run: Run, tmp_path: Path
+    at_step: int, unbroken: Path, digits: Path, tmp_path: Path
 ) -> None:
     """With SIGKILL, before the first checkpoint and after it."""
     folder = tmp_path / "killed"
@@ -133,7 +129,7 @@ def test_killed_and_started_again_it_goes_on_to_the_last_bit(
 @pytest.mark.e2e
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ctrl_c_saves_and_leaves_with_a_sentence(
-    ranks: int, unbroken: Path, digits: Path, run: Run, tmp_path: Path
+    ranks: int, unbroken: Path, digits: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "interrupted"
     arguments = [*CURVE, f"run={folder}", f"data.path={digits / 'mds'}"]
@@ -152,9 +148,7 @@ def test_ctrl_c_saves_and_leaves_with_a_sentence(
     assert largest_difference(losses(folder), losses(unbroken)) < 1e-5
 
 
-def test_what_changed_is_said_or_refused(
-    unbroken: Path, digits: Path, run: Run, tmp_path: Path
-) -> None:
+def test_what_changed_is_said_or_refused(unbroken: Path, digits: Path, tmp_path: Path) -> None:
     where = [f"run={unbroken}", f"data.path={digits / 'wds'}"]
     done = run("tarflow_dist.train", *CURVE, *where)
     assert f"data.path changed from {digits / 'mds'} to {digits / 'wds'}" in done.stderr
@@ -163,7 +157,7 @@ def test_what_changed_is_said_or_refused(
     assert "was started with model.num_blocks 4 and can't go on with 2" in done.stderr
 
 
-def test_mistakes_are_told_in_one_line(digits: Path, run: Run, tmp_path: Path) -> None:
+def test_mistakes_are_told_in_one_line(digits: Path, tmp_path: Path) -> None:
     where = [f"run={tmp_path / 'run'}", f"data.path={digits / 'mds'}"]
     for overrides, sentence in [
         ([f"data.path={tmp_path}/nothing"], "there are no shards at"),

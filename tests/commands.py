@@ -1,0 +1,32 @@
+"""Commands run as a user runs them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(
+    module: str, *arguments: object, ranks: int = 1, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m module arguments…` and waits, one thread a rank, under torchrun for more
+    than one. Fails the test if the command fails, unless `check` is off."""
+    done = subprocess.run(
+        command(module, *arguments, ranks=ranks),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert not check or done.returncode == 0, f"{module} failed:\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def command(module: str, *arguments: object, ranks: int = 1) -> list[str]:
+    """The command line of `python -m module arguments…`."""
+    launcher = [sys.executable, "-m"]
+    if ranks > 1:
+        launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    return [*launcher, module, *map(str, arguments)]
