@@ -23,13 +23,16 @@ from pydantic import (
 )
 
 from tarflow_dist.errors import UserError
-from tarflow_dist.flow.sizes import check_sizes
+from tarflow_dist.flow.sizes import Noise, check_sizes
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class ModelConfig(Section):
@@ -53,7 +56,7 @@ class ModelConfig(Section):
     """Classes of a class-conditional model; 0 trains without labels."""
     volume_preserving: bool = False
     """No scale in the flow (alpha = 0); the prior's variance is learned instead."""
-    noise: Literal["gaussian", "uniform"] = "gaussian"
+    noise: Noise = "gaussian"
     """Training noise: gaussian to generate, uniform (within the 8-bit bins) for likelihoods."""
     sigma: PositiveFloat | None = None
     """Std of the gaussian noise, for images in [-1, 1]."""
@@ -63,10 +66,12 @@ class ModelConfig(Section):
         check_sizes(
             image_size=self.image_size,
             patch_size=self.patch_size,
+            in_channels=self.in_channels,
             width=self.width,
             head_dim=self.head_dim,
             num_blocks=self.num_blocks,
             layers_per_block=self.layers_per_block,
+            num_classes=self.num_classes,
             noise=self.noise,
             sigma=self.sigma,
         )
@@ -97,7 +102,7 @@ class OptimizerConfig(Section):
     """After the warm-up: down to min_lr over the run, or constant."""
     warmup_images: NonNegativeInt = 0
     """Images over which the learning rate grows linearly to its peak."""
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's moment decays."""
     weight_decay: NonNegativeFloat = 1e-4
     """AdamW's decoupled weight decay."""
@@ -156,7 +161,7 @@ class Config(Section):
 
     run: Path
     """The run's folder. The same command on an existing folder goes on where it stopped."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the weights, the order of images, noise, dropped labels and flips."""
     model: ModelConfig
     data: DataConfig
@@ -280,12 +285,14 @@ def _first_problem(error: ValidationError) -> str:
 
 
 def _nearest(path: str, known: list[str]) -> str:
-    """The key or section meant by `path`: one with its last word, or else the most alike."""
-    last = path.rpartition(".")[2]
+    """The key or section meant by `path`: one with its last word, or else the most alike, in the
+    section that it names if there is such a one."""
+    parent, _, last = path.rpartition(".")
     if same := [key for key in known if key.rpartition(".")[2] == last]:
         return same[0]
     sections = sorted({key.rpartition(".")[0] for key in known} - {""})
-    return difflib.get_close_matches(path, known + sections, n=1, cutoff=0.0)[0]
+    beside = [key for key in known if parent and key.startswith(f"{parent}.")]
+    return difflib.get_close_matches(path, beside or known + sections, n=1, cutoff=0.0)[0]
 
 
 def _lookup(tree: dict[str, Any], key: str) -> Any:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 RUN_WEIGHTS = {"ema": "ema", "raw": "weights"}
+RUN_OPTIONS = ("weights",)
+FOREIGN_OPTIONS = ("trust_pickle", "sigma", "uniform", "in_channels", "head_dim")
 
 
 def main(argv: list[str]) -> None:
@@ -28,7 +30,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--weights",
         choices=RUN_WEIGHTS,
-        default="ema",
         help="of a run: the weights' moving average (ema, the default) or the weights themselves",
     )
     parser.add_argument(
@@ -46,9 +47,8 @@ def main(argv: list[str]) -> None:
     foreign.add_argument(
         "--uniform", action="store_true", help="it was trained with uniform noise, without a sigma"
     )
-    foreign.add_argument(
-        "--in-channels", type=int, default=3, help="channels of its images (default 3)"
-    )
+    foreign.add_argument("--in-channels", type=int, help="channels of its images (default 3)")
+    foreign.add_argument("--head-dim", type=int, help="channels an attention head (default 64)")
     arguments = parser.parse_args(argv)
     convert(arguments)
 
@@ -59,8 +59,13 @@ def convert(arguments: argparse.Namespace) -> None:
         raise UserError(f"there is no {source}")
     if (out / "model.safetensors").exists():
         raise UserError(f"{out} holds a model already: choose another folder, or remove it")
-    reader = _read_run if _is_run(source) else _read_foreign
-    weights, model, provenance = reader(source, arguments)
+    is_run = _is_run(source)
+    idle = FOREIGN_OPTIONS if is_run else RUN_OPTIONS
+    if given := [name for name in idle if getattr(arguments, name) not in (None, False)]:
+        kind = "a run of ours" if is_run else "no run of ours"
+        option = given[0].replace("_", "-")
+        raise UserError(f"{source} is {kind}, to which --{option} does not apply: leave it out")
+    weights, model, provenance = (_read_run if is_run else _read_foreign)(source, arguments)
 
     import torch
 
@@ -69,18 +74,23 @@ def convert(arguments: argparse.Namespace) -> None:
     if arguments.dtype:
         dtype = getattr(torch, arguments.dtype)
         weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
-    with torch.device("meta"):
-        flow = TarFlow(**model)
+    try:
+        with torch.device("meta"):
+            flow = TarFlow(**model)
+    except ValueError as error:
+        raise UserError(f"{source} makes no TARFlow: {error}") from error
     flow.load_weights(weights, source=source)
     flow.provenance = {"source": str(source), **provenance}
     flow.save_pretrained(out)
     count = sum(p.numel() for p in flow.parameters())
     dtype = next(flow.parameters()).dtype
-    print(f"{out}: {count / 1e6:.4g} M parameters, {dtype}".replace("torch.", ""))
+    shown = f"{flow.config['width']} wide in heads of {flow.config['head_dim']}"
+    print(f"{out}: {count / 1e6:.4g} M parameters, {shown}, {dtype}".replace("torch.", ""))
 
 
 def _is_run(source: Path) -> bool:
-    return (source / "checkpoints").is_dir() or (source / "state.json").is_file()
+    is_folder = (source / "config.yaml").is_file() and (source / "checkpoints").is_dir()
+    return is_folder or (source / "state.json").is_file()
 
 
 def _read_run(
@@ -94,8 +104,9 @@ def _read_run(
     if folder is None:
         raise UserError(f"the run {source} has no checkpoint yet")
     saved = checkpoint.Checkpoint(folder)
-    weights = saved.read_all(RUN_WEIGHTS[arguments.weights]) | saved.read_all("buffers")
-    provenance = {"images": saved.state.images, "weights": arguments.weights}
+    kind = arguments.weights or "ema"
+    weights = saved.read_all(RUN_WEIGHTS[kind]) | saved.read_all("buffers")
+    provenance = {"images": saved.state.images, "weights": kind}
     return weights, saved.model, provenance
 
 
@@ -118,9 +129,15 @@ def _read_foreign(
             f"{source} is no run of ours; if it is a DeepSpeed checkpoint that you trust, whose "
             "reading can run code hidden in it, add --trust-pickle"
         )
-    model = foreign.infer_config(weights, in_channels=arguments.in_channels, source=source)
-    noise = "uniform" if arguments.uniform else "gaussian"
-    return weights, {**model, "noise": noise, "sigma": arguments.sigma}, {}
+    model = foreign.infer_config(
+        weights,
+        in_channels=3 if arguments.in_channels is None else arguments.in_channels,
+        source=source,
+    )
+    noise = {"noise": "uniform" if arguments.uniform else "gaussian", "sigma": arguments.sigma}
+    # heads leave no trace in the shapes; the published models' are 64 wide
+    head_dim = 64 if arguments.head_dim is None else arguments.head_dim
+    return weights, {**model, **noise, "head_dim": head_dim}, {}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
-"""The process group: one process alone, torchrun's ranks or SLURM's, all through the same calls."""
+"""The process group: one process alone or many ranks, all through the same calls."""
 
 import os
 import socket
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from tarflow_dist.errors import UserError
+
+T = TypeVar("T")
 
 
 def init() -> torch.device:
@@ -12,8 +17,13 @@ def init() -> torch.device:
 
     Ranks come from the environment (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
     MASTER_PORT), as torchrun sets it; without RANK this is the only process.
+
+    Raises:
+        UserError: srun started several processes and nothing told them their ranks.
     """
     if "RANK" not in os.environ:
+        if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+            raise UserError("srun alone sets no ranks: start torchrun, one task a node, under it")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -69,3 +79,16 @@ def any_rank(flag: bool) -> bool:
     """Whether `flag` is set on any rank. Goes through host memory: the device isn't awaited."""
     total = sum_over_ranks(torch.tensor(int(flag)))
     return bool(total.item())
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's `value`, by rank, on every rank."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: T) -> T:
+    """Rank 0's `value`, on every rank."""
+    return gather(value)[0]

@@ -4,7 +4,7 @@ Both hold just weights, under the published names; the model's size is read off 
 """
 
 import math
-import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tarflow_dist.errors import UserError
 
-# what wrappers put before a parameter's name
-WRAPPERS = ("module.", "_orig_mod.")
+# what DistributedDataParallel and torch.compile put into a parameter's name
+WRAPPERS = ("module", "_orig_mod")
 
 
 def read_published(file: Path) -> dict[str, Tensor]:
@@ -24,10 +24,10 @@ def read_published(file: Path) -> dict[str, Tensor]:
         UserError: the file is missing, damaged, or holds more than tensors.
     """
     try:
-        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {file}") from error
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        # files of before torch 1.6 can't be mapped into memory
+        mappable = zipfile.is_zipfile(file)
+        weights = torch.load(file, map_location="cpu", weights_only=True, mmap=mappable)
+    except Exception as error:  # of which kind depends on the damage
         reason = str(error).split("\n")[0]
         raise UserError(f"{file} is no file of plain tensors, or is damaged: {reason}") from error
     return _clean(weights, file)
@@ -50,8 +50,7 @@ def read_deepspeed(folder: Path) -> dict[str, Tensor]:
 
 
 def infer_config(weights: dict[str, Tensor], *, in_channels: int, source: Path) -> dict[str, Any]:
-    """The arguments of `Flow` that the shapes tell: all but the noise. Heads are 64 wide, as
-    published.
+    """The arguments of `Flow` that the shapes tell: all but the noise and the heads.
 
     Raises:
         UserError: the weights are no TARFlow's, or not with that number of channels.
@@ -62,8 +61,12 @@ def infer_config(weights: dict[str, Tensor], *, in_channels: int, source: Path) 
         num_patches = weights["blocks.0.pos_embed"].shape[0]
         output_dim = weights["blocks.0.proj_out.weight"].shape[0]
         layers = [_count_layers(weights, t) for t in range(num_blocks)]
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{source} holds no TARFlow: {error} is missing") from error
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(
+            f"{source} holds no TARFlow: its tensors are not named and shaped like one's"
+        ) from error
+    if in_channels < 1:
+        raise UserError(f"--in-channels is {in_channels}, but must be 1 or more")
     patch_size = math.isqrt(patch_dim // in_channels)
     if in_channels * patch_size**2 != patch_dim:
         raise UserError(
@@ -84,16 +87,16 @@ def infer_config(weights: dict[str, Tensor], *, in_channels: int, source: Path) 
 
 
 def _clean(weights: Any, source: Path) -> dict[str, Tensor]:
-    """Names without wrappers' prefixes, and without the causal masks, which are no weights."""
-    if not isinstance(weights, dict) or not all(isinstance(t, Tensor) for t in weights.values()):
+    """Names without wrappers' words, and without the causal masks, which are no weights."""
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
+    ):
         raise UserError(f"{source} holds no plain state dict of tensors")
-    cleaned = {}
-    for name, tensor in weights.items():
-        for wrapper in WRAPPERS:
-            name = name.removeprefix(wrapper)
-        if not name.endswith("attn_mask"):
-            cleaned[name] = tensor
-    return cleaned
+    cleaned = {
+        ".".join(part for part in name.split(".") if part not in WRAPPERS): tensor
+        for name, tensor in weights.items()
+    }
+    return {name: tensor for name, tensor in cleaned.items() if not name.endswith("attn_mask")}
 
 
 def _count_layers(weights: dict[str, Tensor], block: int) -> int:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from tarflow_dist import rng
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import write_whole
+from tarflow_dist.flow.guidance import Guide
 from tarflow_dist.flow.model import Flow
 from tarflow_dist.flow.noise import to_pixels
 
@@ -44,7 +45,7 @@ class TarFlow(Flow):
                 raise UserError(f"{path / CONFIG_FILE} describes no TARFlow: {error}") from error
         flow.provenance = saved.get("provenance", {})
         flow.load_weights(_read_weights(path / WEIGHTS_FILE), source=path / WEIGHTS_FILE)
-        return flow.requires_grad_(True).eval()
+        return flow.eval()
 
     def load_weights(self, weights: dict[str, Tensor], *, source: Path) -> None:
         """Takes the tensors of `weights` as this model's own, their type and device included.
@@ -74,10 +75,11 @@ class TarFlow(Flow):
         path.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         config = {"model": self.config, "provenance": self.provenance}
-        with write_whole(path / WEIGHTS_FILE) as part:
-            save_file(weights, part, metadata={"format": "pt"})
         with write_whole(path / CONFIG_FILE) as part:
             part.write_text(json.dumps(config, indent=2) + "\n")
+        # last: where there are weights, the model is whole
+        with write_whole(path / WEIGHTS_FILE) as part:
+            save_file(weights, part, metadata={"format": "pt"})
 
     def sample(
         self,
@@ -85,7 +87,7 @@ class TarFlow(Flow):
         *,
         guidance: float = 0.0,
         annealed: bool = False,
-        guide: Literal["both", "mu", "alpha"] = "both",
+        guide: Guide = "both",
         attn_temp: float = 1.0,
         denoise: bool = True,
         seed: int = 0,

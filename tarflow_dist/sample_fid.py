@@ -148,7 +148,7 @@ def sample_settings(args: argparse.Namespace, flow: "TarFlow") -> dict[str, Any]
     conditional = flow.num_classes > 0
     try:
         guidance = Guidance(args.guidance, args.annealed, args.guide, args.attn_temp)
-        guidance.check(conditional=conditional)
+        guidance.check(conditional=conditional, volume_preserving=flow.volume_preserving)
     except ValueError as error:
         raise UserError(str(error)) from error
     if args.labels and not conditional:

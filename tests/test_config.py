@@ -50,6 +50,11 @@ def test_what_is_dumped_loads_again(tmp_path: Path) -> None:
         ("optimizer.warmup_images=1_000_000", "is longer than train.images"),
         ("log.wandb=off", "log.wandb is False"),
         ("train.images=-3", "train.images is -3"),
+        ("train.bf16=true", "did you mean train."),
+        ("optimizer.betas=[0.9,1.0]", "optimizer.betas is"),
+        ("optimizer.lr=.inf", "optimizer.lr is inf"),
+        ("seed=99999999999999999999", "seed is 99999999999999999999"),
+        ("model.patch_size=8", "image_size 8 is a single patch"),
         ("seed", "should look like key=value"),
         ("seed.a=1", "seed is {'a': 1}"),
         ("model.width.a=1", "model.width has no keys below it"),
@@ -79,12 +84,12 @@ def test_a_file_that_is_no_config(tmp_path: Path, text: str) -> None:
 
 
 def test_batches_that_can_be_cut() -> None:
-    whole = configs.load(DIGITS)
+    whole = configs.load(DIGITS, ["train.batch_size=128"])
     assert whole.micro_batch(2) == 64
     assert configs.load(DIGITS, ["train.micro_batch_size=16"]).micro_batch(2) == 16
     with pytest.raises(UserError, match=r"batch_size 128 is not divisible by world size \(3\)"):
         whole.micro_batch(3)
-    with pytest.raises(UserError, match=r"micro_batch_size \(2 x 48\)"):
+    with pytest.raises(UserError, match=r"batch_size 64 is not divisible by .* \(2 x 48\)"):
         configs.load(DIGITS, ["train.micro_batch_size=48"]).micro_batch(2)
 
 

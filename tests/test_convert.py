@@ -110,6 +110,8 @@ def run_folder(tmp_path: Path) -> tuple[Path, dict[str, dict[str, torch.Tensor]]
         for name, tensor in tensors.items()
     ]
     run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").touch()
     save(run / "checkpoints", entries, RunState(images=256), model=SIZES, keep=1)
     return run, kinds
 
@@ -196,5 +198,42 @@ def test_no_model_is_overwritten_and_nothing_is_nothing(tmp_path: Path, run_fold
     with pytest.raises(UserError, match="there is no"):
         convert.main([str(tmp_path / "nothing"), str(tmp_path / "other")])
     (tmp_path / "young" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "young" / "config.yaml").touch()
     with pytest.raises(UserError, match="no checkpoint yet"):
         convert.main([str(tmp_path / "young"), str(tmp_path / "other")])
+
+
+def test_options_that_do_not_apply_are_refused(tmp_path: Path, run_folder: tuple) -> None:
+    run, _ = run_folder
+    with pytest.raises(UserError, match="--in-channels does not apply"):
+        convert.main([str(run), str(tmp_path / "model"), "--in-channels=1"])
+    file = published_file("cond", tmp_path)
+    with pytest.raises(UserError, match="--weights does not apply"):
+        convert.main([str(file), str(tmp_path / "model"), "--sigma=0.1", "--weights=raw"])
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("--sigma=-1", "sigma is -1.0"),
+        ("--sigma=nan", "sigma is nan"),
+        ("--in-channels=0", "must be 1 or more"),
+        ("--head-dim=48", "width 64 is not a multiple of head_dim 48"),
+    ],
+)
+def test_numbers_that_make_no_model(option: str, sentence: str, tmp_path: Path) -> None:
+    file = published_file("cond", tmp_path)
+    with pytest.raises(UserError, match=sentence):
+        convert.main([str(file), str(tmp_path / "model"), "--sigma=0.1", option])
+
+
+def test_wrapped_names_and_old_files_are_understood(tmp_path: Path) -> None:
+    weights = torch.load(published_file("cond", tmp_path))
+    wrapped = {
+        f"_orig_mod.module.{name.replace('attn_blocks.0.', 'attn_blocks.0._orig_mod.')}": tensor
+        for name, tensor in weights.items()
+    }
+    file = tmp_path / "wrapped.pth"
+    torch.save(wrapped, file, _use_new_zipfile_serialization=False)
+    convert.main([str(file), str(tmp_path / "model"), "--sigma=0.05"])
+    assert_equals_golden("cond", tmp_path / "model")

@@ -11,6 +11,7 @@ import pytest
 from commands import ROOT, command, run
 
 from tarflow_dist.telemetry.metrics import read_metrics
+from tarflow_dist.training.checkpoint import Checkpoint, newest
 
 BATCH = 32
 # 50 steps at a constant learning rate, a row of metrics for each
@@ -155,6 +156,26 @@ def test_what_changed_is_said_or_refused(unbroken: Path, digits: Path, tmp_path:
     done = run("tarflow_dist.train", *CURVE, *where, "model.num_blocks=2", check=False)
     assert done.returncode == 2
     assert "was started with model.num_blocks 4 and can't go on with 2" in done.stderr
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("overrides", [["train.precision=bf16"], ["model.volume_preserving=true"]])
+def test_a_run_that_diverges_stops_and_saves_nothing_of_it(
+    overrides: list[str], digits: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "diverging"
+    arguments = [*CURVE, f"run={folder}", f"data.path={digits / 'mds'}", "optimizer.lr=1e30"]
+    every = f"checkpoint.every_images={BATCH}"
+    done = run("tarflow_dist.train", *arguments, *overrides, every, check=False)
+    assert done.returncode == 2
+    assert "error: the gradient is not finite in the step to " in done.stderr
+    assert "Traceback" not in done.stderr
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "failed"
+    saved = Checkpoint(newest(folder / "checkpoints"))
+    assert saved.state.images == status["images"]
+    for tensor in saved.read_all("buffers").values():
+        assert tensor.isfinite().all()
 
 
 def test_mistakes_are_told_in_one_line(digits: Path, tmp_path: Path) -> None:

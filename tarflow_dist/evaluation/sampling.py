@@ -4,11 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tarflow_dist import rng
-from tarflow_dist.distributed import is_main, rank, sum_over_ranks, world_size
+from tarflow_dist.distributed import from_main, gather, is_main, rank, world_size
 from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation.store import NO_LABEL, SampleStore
 from tarflow_dist.pretrained import TarFlow
@@ -53,14 +52,15 @@ def draw_missing_chunks(store: SampleStore, draw: Draw) -> int:
     Raises:
         UserError: on every rank, if `draw` raised `ValueError` on one.
     """
-    missing = _agree_on_missing(store)
+    # as rank 0 sees them: ranks may see a network folder at different times
+    missing = from_main(store.missing_chunks())
     lacking = sum(len(store.chunk_indexes(chunk)) for chunk in missing)
     done = store.num_samples - lacking
     with Progress("sampling", store.num_samples, start=done, enabled=is_main()) as progress:
         for start in range(0, len(missing), world_size()):
             chunks = missing[start : start + world_size()]
             error = _draw_chunk(store, chunks[rank()], draw) if rank() < len(chunks) else None
-            for message in filter(None, _gather(error)):
+            for message in filter(None, gather(error)):
                 raise UserError(message)
             progress.update(sum(len(store.chunk_indexes(chunk)) for chunk in chunks))
     return len(missing)
@@ -80,19 +80,3 @@ def _draw_chunk(store: SampleStore, chunk: int, draw: Draw) -> str | None:
     count = len(indexes)
     store.write_chunk(chunk, images[:count].cpu().numpy(), labels[:count].cpu().numpy())
     return None
-
-
-def _agree_on_missing(store: SampleStore) -> list[int]:
-    """The missing chunks as rank 0 sees them; ranks may see a network folder at different times."""
-    missing = torch.zeros(store.num_chunks, dtype=torch.int64)
-    if is_main():
-        missing[store.missing_chunks()] = 1
-    return sum_over_ranks(missing).nonzero().flatten().tolist()
-
-
-def _gather(message: str | None) -> list[str | None]:
-    """Every rank's message, on every rank."""
-    messages: list[str | None] = [message] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(messages, message)
-    return messages

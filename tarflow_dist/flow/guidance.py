@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
+
+Guide = Literal["both", "mu", "alpha"]
 
 
 @dataclass(frozen=True)
@@ -21,14 +23,14 @@ class Guidance:
 
     weight: float = 0.0
     annealed: bool = False
-    guide: Literal["both", "mu", "alpha"] = "both"
+    guide: Guide = "both"
     attn_temp: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight < math.inf:
             raise ValueError(f"guidance is {self.weight}, but must be a number, 0 or more")
-        if self.guide not in ("both", "mu", "alpha"):
-            raise ValueError(f"guide is {self.guide!r}, but must be both, mu or alpha")
+        if self.guide not in get_args(Guide):
+            raise ValueError(f"guide is {self.guide!r}, but must be {', '.join(get_args(Guide))}")
         if not 0 < self.attn_temp < math.inf:
             raise ValueError(f"attn_temp is {self.attn_temp}, but must be a number above 0")
         if self.weight == 0 and self.attn_temp != 1:
@@ -38,8 +40,11 @@ class Guidance:
     def active(self) -> bool:
         return self.weight > 0
 
-    def check(self, *, conditional: bool) -> None:
-        """Raises `ValueError` if both passes would be the same, so that guiding does nothing."""
+    def check(self, *, conditional: bool, volume_preserving: bool) -> None:
+        """Raises `ValueError` if guiding would do nothing: both passes are the same, or what is
+        guided is always 0."""
+        if self.active and self.guide == "alpha" and volume_preserving:
+            raise ValueError("a volume-preserving model has no alpha to guide: guide mu or both")
         if self.active and not conditional and self.attn_temp == 1:
             raise ValueError(
                 "guidance needs class labels, or for an unconditional model an attention "

@@ -29,7 +29,7 @@ def invert_block(block: FlowBlock, z: Tensor, y: Tensor | None, guidance: Guidan
         if y is not None:
             y = torch.cat([y, torch.full_like(y, -1)])
         if guidance.attn_temp != 1:
-            temperature = positions.new_ones(2 * B, 1, 1, 1)
+            temperature = z.new_ones(2 * B, 1, 1, 1)
             temperature[B:] = guidance.attn_temp
     caches = block.new_caches(copies * B)
     for i in range(1, N):

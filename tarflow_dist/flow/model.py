@@ -1,18 +1,17 @@
 """The stack of autoregressive flows: likelihood one way, samples the other."""
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tarflow_dist.flow.block import FlowBlock
 from tarflow_dist.flow.denoise import score_denoise
-from tarflow_dist.flow.guidance import Guidance
+from tarflow_dist.flow.guidance import Guidance, Guide
 from tarflow_dist.flow.inverse import invert_block
-from tarflow_dist.flow.noise import Noise
 from tarflow_dist.flow.patches import patchify, unpatchify
-from tarflow_dist.flow.sizes import check_sizes, layers_of_blocks
+from tarflow_dist.flow.sizes import Noise, check_sizes, layers_of_blocks
 from tarflow_dist.flow.transformer import accurate_dtype
 
 
@@ -62,10 +61,12 @@ class Flow(nn.Module):
         check_sizes(
             image_size=image_size,
             patch_size=patch_size,
+            in_channels=in_channels,
             width=width,
             head_dim=head_dim,
             num_blocks=num_blocks,
             layers_per_block=layers_per_block,
+            num_classes=num_classes,
             noise=noise,
             sigma=sigma,
         )
@@ -164,7 +165,7 @@ class Flow(nn.Module):
         *,
         guidance: float = 0.0,
         annealed: bool = False,
-        guide: Literal["both", "mu", "alpha"] = "both",
+        guide: Guide = "both",
         attn_temp: float = 1.0,
     ) -> Tensor:
         """Prior space (B, N, D) → images (B, C, H, W): the exact inverse of `encode` at guidance 0.
@@ -173,7 +174,7 @@ class Flow(nn.Module):
             ValueError: labels out of range, or a guidance that this model can't have (`Guidance`).
         """
         rule = Guidance(guidance, annealed, guide, attn_temp)
-        rule.check(conditional=y is not None)
+        rule.check(conditional=y is not None, volume_preserving=self.volume_preserving)
         self._check_labels(y)
         x = z.to(self.dtype) * self._prior_std()
         for block in reversed(self.blocks):

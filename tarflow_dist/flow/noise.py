@@ -4,15 +4,10 @@ Gaussian noise (generation) is added to x = k/127.5 − 1; uniform noise (likeli
 bins, x = (k + u)/128 − 1 with u in [0, 1). Random numbers are the caller's.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Noise = Literal["gaussian", "uniform"]
-
-# log2 128: bits a dimension of the bins' width in x, for bits/dim of a uniform-noise model
-UNIFORM_BIN_BITS = 7
+from tarflow_dist.flow.sizes import Noise
 
 
 def scale_pixels(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

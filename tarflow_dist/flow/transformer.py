@@ -64,13 +64,13 @@ class Attention(nn.Module):
 
         Args:
             x: the whole sequence without a cache, or the single next token (S = 1) with one.
-            temperature: (B, 1, 1, 1), divides the attention logits of each sample.
+            temperature: (B, 1, 1, 1), at least float32, divides each sample's attention logits.
         """
         B, S, width = x.shape
         qkv = self.qkv(self.norm(x)).reshape(B, S, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind()
         if temperature is not None:
-            q = q / temperature
+            q = (q.to(temperature.dtype) / temperature).to(q.dtype)
         if cache is None:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:

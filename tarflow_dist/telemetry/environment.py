@@ -9,16 +9,30 @@ PACKAGES = ("tarflow_dist", "torch", "deepspeed", "mosaicml-streaming", "numpy",
 
 
 def describe_environment() -> dict[str, str | None]:
-    """Package versions and the git commit of the code (None outside a checkout)."""
-    versions = {name: metadata.version(name) for name in PACKAGES}
+    """Package versions (None where not installed) and the git commit of the code (None outside a
+    checkout)."""
+    versions = {name: _version(name) for name in PACKAGES}
     return {"python": platform.python_version(), **versions, "commit": _commit()}
 
 
-def _commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+def _version(package: str) -> str | None:
     try:
-        here = Path(__file__).parent
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    try:
+        # a copy that is installed somewhere inside another repository is not that one's
+        _git("ls-files", "--error-unmatch", __file__)
+        return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _git(*arguments: str) -> str:
+    here = Path(__file__).parent
+    command = ["git", *arguments]
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
     return done.stdout.strip()

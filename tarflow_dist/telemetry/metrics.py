@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tarflow_dist.config import LogConfig
+from tarflow_dist.errors import UserError
 from tarflow_dist.files import write_whole
 
 
@@ -17,6 +18,9 @@ class Metrics:
         config: the resolved config, shown with the run at wandb.
         images: the run's position; rows past it belong to a future that was lost, and are dropped.
         wandb_id: id of the run to go on with; empty for a new one.
+
+    Raises:
+        UserError: wandb can't be reached, or there is no account for an online run.
     """
 
     def __init__(
@@ -34,24 +38,32 @@ class Metrics:
         if log.wandb != "disabled":
             import wandb
 
-            self._wandb = wandb.init(
-                project=log.wandb_project,
-                name=run.name,
-                id=wandb_id or None,
-                resume="allow",
-                dir=run,
-                mode=log.wandb,
-                config=config,
-                settings=wandb.Settings(silent=True),
-            )
+            try:
+                self._wandb = wandb.init(
+                    project=log.wandb_project,
+                    name=run.name,
+                    id=wandb_id or None,
+                    resume="allow",
+                    dir=run,
+                    mode=log.wandb,
+                    config=config,
+                    settings=wandb.Settings(silent=True),
+                )
+            except wandb.Error as error:
+                raise UserError(
+                    f"Weights & Biases refuses the run ({error}): log in with `wandb login`, or "
+                    "set log.wandb=offline"
+                ) from error
             self.wandb_id = self._wandb.id
+            # its own step counter would refuse the rows that a resumed run writes once more
+            self._wandb.define_metric("*", step_metric="images")
 
     def log(self, row: dict[str, float]) -> None:
         """Writes one row; it holds `images`, the position in the run."""
         self._rows.write(json.dumps(row) + "\n")
         self._rows.flush()
         if self._wandb is not None:
-            self._wandb.log(row, step=int(row["images"]))
+            self._wandb.log(row)
 
     def close(self) -> None:
         self._rows.close()

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tarflow_dist.files import write_whole
 from tarflow_dist.telemetry.metrics import read_metrics
 
 
@@ -15,4 +16,5 @@ def plot_loss(run: Path, out: Path) -> None:
     axes.plot([r["images"] for r in rows], [r["loss"] for r in rows], linewidth=0.8)
     axes.set(xlabel="images seen", ylabel="loss (nats a dimension)", title=run.name)
     axes.grid(alpha=0.3)
-    figure.savefig(out, dpi=120)
+    with write_whole(out) as part:
+        figure.savefig(part, dpi=120, format="png")

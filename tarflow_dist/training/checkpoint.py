@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tarflow_dist import distributed
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import publish_folder, write_whole
+from tarflow_dist.files import publish_folder, sync, write_whole
 from tarflow_dist.training.state import RunState
 
 STATE_FILE = "state.json"
@@ -48,32 +48,61 @@ def save(
     """
     name = f"{state.images:011d}"
     part = folder / f".{name}.part"
-    if distributed.is_main():
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+    problem = _attempt(lambda: _prepare(folder, part)) if distributed.is_main() else None
     distributed.barrier()
+    file = part / f"tensors-{distributed.rank():05d}.safetensors"
     own = _own_share(tensors)
-    problem = ""
-    try:
-        save_file(own, part / f"tensors-{distributed.rank():05d}.safetensors")
-    except (OSError, SafetensorError) as error:
-        problem = str(error)
-    if distributed.any_rank(bool(problem)):
-        raise UserError(
-            f"the checkpoint {folder / name} could not be written: "
-            f"{problem or 'another rank could not write its share'}"
-        )
+    problem = problem or _attempt(lambda: _write_tensors(own, file))
+    sizes = distributed.gather((file.name, file.stat().st_size if problem is None else 0))
+    problem = next(filter(None, distributed.gather(problem)), None)
+    if problem is None and distributed.is_main():
+        content = {"state": state.to_json(), "model": model, "files": dict(sizes)}
+        problem = _attempt(lambda: _publish(part, folder / name, content))
+    problem = distributed.from_main(problem)
+    if problem is not None:
+        if distributed.is_main():
+            shutil.rmtree(part, ignore_errors=True)
+        raise UserError(f"the checkpoint {folder / name} could not be written: {problem}")
     if distributed.is_main():
-        sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
-        content = {"state": state.to_json(), "model": model, "files": sizes}
-        (part / STATE_FILE).write_text(json.dumps(content, indent=2) + "\n")
-        publish_folder(part, folder / name)
-        with write_whole(folder / LATEST) as pointer:
-            pointer.write_text(name + "\n")
-        for old in _names(folder)[:-keep]:
-            shutil.rmtree(folder / old)
-    distributed.barrier()
+        _prune(folder, name, keep)
     return folder / name
+
+
+def _attempt(action: Callable[[], None]) -> str | None:
+    """What went wrong with the disk, if anything: all ranks must hear of it before one raises."""
+    try:
+        action()
+    except (OSError, SafetensorError) as error:
+        return str(error)
+    return None
+
+
+def _prepare(folder: Path, part: Path) -> None:
+    """An empty side folder; those that killed or failed saves left are removed."""
+    for left in folder.glob(".*.part"):
+        shutil.rmtree(left, ignore_errors=True)
+    part.mkdir(parents=True)
+
+
+def _write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    save_file(tensors, file)
+    sync(file)
+
+
+def _publish(part: Path, checkpoint: Path, content: dict[str, Any]) -> None:
+    (part / STATE_FILE).write_text(json.dumps(content, indent=2) + "\n")
+    publish_folder(part, checkpoint)
+    with write_whole(checkpoint.parent / LATEST) as pointer:
+        pointer.write_text(checkpoint.name + "\n")
+
+
+def _prune(folder: Path, newest: str, keep: int) -> None:
+    """Deletes all but the last `keep` up to `newest`. Later ones are of a future that was given up
+    when an older checkpoint was named in the pointer."""
+    names = _names(folder)
+    kept = [name for name in names if name <= newest][-keep:]
+    for name in set(names) - set(kept):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _own_share(tensors: Iterable[tuple[str, int, Callable[[], Tensor]]]) -> dict[str, Tensor]:

@@ -62,7 +62,9 @@ class Engine:
                 "gradient_clipping": config.optimizer.clip_grad_norm or 0.0,
                 "zero_optimization": {"stage": config.train.zero_stage, "overlap_comm": False},
                 "bf16": {"enabled": config.train.precision == "bf16"},
+                # gradients are summed in fp32, over passes and over ranks
                 "data_types": {"grad_accum_dtype": "fp32"},
+                "communication_data_type": "fp32",
                 "steps_per_print": None,
             },
         )
@@ -89,15 +91,15 @@ class Engine:
         """Norm of the last step's gradient over all parameters, before clipping."""
         return float(self._engine.get_global_grad_norm())
 
+    def step_was_applied(self) -> bool:
+        """Whether the last step changed the weights: DeepSpeed leaves out those with an infinite
+        gradient. The same on all ranks."""
+        return self._engine.was_step_applied()
+
     @property
     def optimizer_steps(self) -> int:
         """Steps that Adam has taken, as its bias correction counts them."""
         return int(next(iter(self._optimizer.state.values()))["step"])
-
-    @optimizer_steps.setter
-    def optimizer_steps(self, steps: int) -> None:
-        for state in self._optimizer.state.values():
-            state["step"].fill_(steps)
 
     def tensors(self) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
         """Everything a checkpoint holds: key, number of values, and a function that assembles the
@@ -112,7 +114,7 @@ class Engine:
             yield f"{BUFFERS}/{name}", buffer.numel(), buffer.detach
 
     @torch.no_grad()
-    def load_tensors(self, read: Callable[[str], Tensor]) -> None:
+    def load(self, read: Callable[[str], Tensor], optimizer_steps: int) -> None:
         """Takes over the state that `read` returns for each key of `tensors`, at any ZeRO stage and
         world size: each rank keeps its own part of the whole tensors."""
         for name, parameter in self.flow.named_parameters():
@@ -124,6 +126,8 @@ class Engine:
                 safe_set_full_optimizer_state(parameter, state, key)
         for name, buffer in self.flow.named_buffers():
             buffer.copy_(read(f"{BUFFERS}/{name}"))
+        for state in self._optimizer.state.values():
+            state["step"].fill_(optimizer_steps)
 
     @torch.no_grad()
     def _create_optimizer_states(self) -> None:

@@ -8,7 +8,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
-    """While entered, the first signal sets `requested`; a second one acts as ever."""
+    """While entered, a signal sets `requested`. A second Ctrl-C acts as ever; SIGTERM, which
+    launchers may send several times, keeps on asking."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -20,7 +21,8 @@ class Interrupt:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        self._restore()
+        if number == signal.SIGINT:
+            signal.signal(number, self._handlers[signal.SIGINT])
 
     def __exit__(
         self,
@@ -28,8 +30,5 @@ class Interrupt:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)

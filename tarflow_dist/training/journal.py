@@ -1,13 +1,11 @@
 """What a run writes down: metrics, progress, status. Rank 0 writes; all ranks call."""
 
-import math
 import sys
 import time
 from types import TracebackType
 
 from tarflow_dist import distributed
 from tarflow_dist.config import Config
-from tarflow_dist.errors import UserError
 from tarflow_dist.telemetry.metrics import Metrics
 from tarflow_dist.telemetry.plots import plot_loss
 from tarflow_dist.telemetry.progress import Progress
@@ -22,7 +20,7 @@ class Journal:
     Args:
         config: the run's.
         state: read at every row; gets the run's wandb id.
-        changes: sentences on what differs from the run's first start.
+        changes: sentences on what differs from the run's last start.
     """
 
     def __init__(self, config: Config, state: RunState, changes: list[str]):
@@ -47,33 +45,27 @@ class Journal:
             state.wandb_id = self._metrics.wandb_id
             verb = f"going on at {state.images} images" if state.images else "starting"
             print(f"{config.run}: {verb}", *changes, sep="; ", file=sys.stderr)
-            run_folder.record_status(config, state="running", images=state.images)
+            self.record_progress()
         self._row_time, self._row_images = time.monotonic(), state.images
 
-    def write_row(self, step: StepResult, grad_norm: float) -> None:
-        """A row of metrics for the step just taken. Collective.
-
-        Raises:
-            UserError: the loss is no longer a number.
-        """
+    def write_row(self, step: StepResult) -> None:
+        """A row of metrics for the step just taken. Collective."""
         figures = step.figures()
         now, images = time.monotonic(), self._state.images
         rate = (images - self._row_images) / (now - self._row_time)
         self._row_time, self._row_images = now, images
-        row = {"images": images, **figures, "grad_norm": grad_norm, "images_per_second": rate}
         self._figures = {"loss": figures["loss"]}
         if self._metrics is not None:
-            self._metrics.log(row)
-        if not math.isfinite(figures["loss"]):
-            raise UserError(
-                f"the loss is {figures['loss']} at {images} images: lower optimizer.lr or "
-                f"optimizer.clip_grad_norm and run the same command to go on from the last "
-                "checkpoint"
-            )
+            self._metrics.log({"images": images, **figures, "images_per_second": rate})
 
     def advance(self, images: int) -> None:
         """A step of `images` is done."""
         self._progress.update(images, self._figures)
+
+    def record_progress(self) -> None:
+        """Notes in status.json how far the run is."""
+        if self._metrics is not None:
+            run_folder.record_status(self._config, state="running", images=self._state.images)
 
     def __enter__(self) -> "Journal":
         return self

@@ -21,7 +21,7 @@ def train(config: Config, device: torch.device) -> bool:
 
     Raises:
         UserError: data, run folder or checkpoint do not fit the config, a checkpoint can't be
-            written, or the loss is no longer a number.
+            written, or the gradient is no longer finite.
     """
     batch_size = config.train.batch_size
     micro_batch_size = config.micro_batch(distributed.world_size())
@@ -40,18 +40,19 @@ def train(config: Config, device: torch.device) -> bool:
         num_workers=config.data.num_workers,
     )
     with Journal(config, state, changes) as journal, Interrupt() as interrupt:
-        while state.images < config.train.images and not interrupt.requested:
+        stop = False
+        while state.images < config.train.images and not stop:
             step = train_step(engine, batches, config, device, state.images + batch_size)
             state.images += batch_size
-            interrupt.requested = distributed.any_rank(interrupt.requested)
+            stop = distributed.any_rank(interrupt.requested)  # the same answer on every rank
 
             if state.passed(config.log.every_images, batch_size):
-                journal.write_row(step, engine.grad_norm())
+                journal.write_row(step)
             journal.advance(batch_size)
 
             finished = state.images >= config.train.images
             due = state.passed(config.checkpoint.every_images, batch_size)
-            if due or finished or interrupt.requested:
+            if due or finished or stop:
                 state.optimizer_steps = engine.optimizer_steps
                 checkpoint.save(
                     config.run / checkpoint.FOLDER,
@@ -60,4 +61,5 @@ def train(config: Config, device: torch.device) -> bool:
                     model=engine.flow.config,
                     keep=config.checkpoint.keep,
                 )
+                journal.record_progress()
     return state.images >= config.train.images

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from tarflow_dist import distributed
 from tarflow_dist.config import Config
 from tarflow_dist.data.shards import Shards, open_shards
 from tarflow_dist.errors import UserError
@@ -49,12 +50,16 @@ def restore(config: Config, engine: Engine) -> RunState:
     Raises:
         UserError: the checkpoint is damaged or of another model.
     """
-    folder = checkpoint.newest(config.run / checkpoint.FOLDER)
+    # rank 0 chooses: over a network folder, ranks can see different ones as the newest
+    folder = distributed.from_main(checkpoint.newest(config.run / checkpoint.FOLDER))
     if folder is None:
         return RunState()
     saved = checkpoint.Checkpoint(folder)
-    if saved.model != engine.flow.config:
-        raise UserError(f"{folder} is of another model than the config's: {saved.model}")
-    engine.load_tensors(saved.read)
-    engine.optimizer_steps = saved.state.optimizer_steps
+    for key, value in engine.flow.config.items():
+        if saved.model.get(key) != value:
+            raise UserError(
+                f"{folder} is of another model: its {key} is {saved.model.get(key)}, the config's "
+                f"{value}"
+            )
+    engine.load(saved.read, saved.state.optimizer_steps)
     return saved.state

@@ -82,7 +82,7 @@ def test_bad_arguments(model: Path, more: list[str], message: str) -> None:
     [
         (0, ["--guidance", "1"], "guidance needs class labels"),
         (10, ["--attn-temp", "0.9"], "give a guidance above 0"),
-        (10, ["--guidance", "-1"], "must be 0 or more"),
+        (10, ["--guidance", "-1"], "must be a number, 0 or more"),
         (0, ["--labels", "balanced"], "leave --labels out"),
     ],
 )

@@ -146,7 +146,7 @@ def test_bf16_weights_keep_the_affine_arithmetic_in_float32() -> None:
     [
         ({"guidance": -1.0}, "0 or more"),
         ({"guidance": math.nan}, "must be a number"),
-        ({"guidance": 1.0, "guide": "ab"}, "both, mu or alpha"),
+        ({"guidance": 1.0, "guide": "ab"}, "both, mu, alpha"),
         ({"guidance": 1.0, "attn_temp": 0.0}, "above 0"),
         ({"attn_temp": 0.5}, "guidance above 0"),
         ({"guidance": 1.0}, "needs class labels"),
@@ -157,6 +157,13 @@ def test_guidance_that_cannot_be_had(arguments: dict, message: str) -> None:
     z = torch.zeros(1, flow.num_patches, flow.patch_dim)
     with pytest.raises(ValueError, match=message):
         flow.decode(z, **arguments)
+
+
+def test_alpha_of_a_volume_preserving_model_cannot_be_guided() -> None:
+    flow = random_flow(volume_preserving=True)
+    z = torch.zeros(1, flow.num_patches, flow.patch_dim)
+    with pytest.raises(ValueError, match="no alpha to guide"):
+        flow.decode(z, torch.tensor([1]), guidance=1.0, guide="alpha")
 
 
 def test_labels_that_cannot_be_had() -> None:

@@ -67,8 +67,7 @@ def main(out: Path, config_file: Path, *overrides: str) -> None:
 
     saved = checkpoint.Checkpoint(folder)
     resumed = Engine(new_flow(config), config, micro)
-    resumed.load_tensors(saved.read)
-    resumed.optimizer_steps = saved.state.optimizer_steps
+    resumed.load(saved.read, saved.state.optimizer_steps)
     again = train(resumed, config, range(half, STEPS))
     if distributed.is_main():
         seen = {"losses": losses, "resumed": again, "grad_norm": norm, "folder": str(folder)}

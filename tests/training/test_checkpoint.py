@@ -73,3 +73,28 @@ def test_nothing_in_it_is_pickled(tmp_path: Path) -> None:
     kinds = {file.suffix for file in folder.iterdir()}
     assert kinds == {".json", ".safetensors"}
     json.loads((folder / "state.json").read_text())
+
+
+def test_a_future_that_was_given_up_is_removed(tmp_path: Path) -> None:
+    for images in (100, 200, 300):
+        write(tmp_path, images, keep=3)
+    (tmp_path / "latest").write_text("00000000100\n")
+    written = write(tmp_path, 150, keep=2)
+    assert newest(tmp_path) == written
+    assert {int(p.name) for p in tmp_path.iterdir() if p.is_dir()} == {100, 150}
+
+
+def test_a_full_disk_is_told_and_leaves_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier = write(tmp_path, 128)
+
+    def full(tensors: dict, file: Path) -> None:
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tarflow_dist.training.checkpoint.save_file", full)
+    with pytest.raises(UserError, match="No space left"):
+        write(tmp_path, 256)
+    assert newest(tmp_path) == earlier
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == [earlier.name]
