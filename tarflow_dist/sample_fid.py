@@ -83,7 +83,12 @@ def main(argv: list[str]) -> None:
     from tarflow_dist.data.shards import open_shards
     from tarflow_dist.evaluation.export import write_grid, write_npz
     from tarflow_dist.evaluation.features import make_extractor
-    from tarflow_dist.evaluation.measure import measure, reference_batches, sample_batches
+    from tarflow_dist.evaluation.measure import (
+        check_image_shape,
+        measure,
+        reference_batches,
+        sample_batches,
+    )
     from tarflow_dist.evaluation.sampling import draw_missing_chunks, make_draw
     from tarflow_dist.evaluation.statistics import frechet_distance
     from tarflow_dist.evaluation.store import SampleStore
@@ -93,11 +98,10 @@ def main(argv: list[str]) -> None:
     flow = TarFlow.from_pretrained(args.model).requires_grad_(False).to(device)
     settings = sample_settings(args, flow)
     reference = open_shards(args.reference, args.split)
-    image_shape = (flow.in_channels, flow.image_size, flow.image_size)
-    check_reference(args.reference, reference.image_shape, image_shape)
+    check_image_shape(args.reference, reference.image_shape, flow.image_shape)
     extractor = make_extractor(
         args.features,
-        image_shape=image_shape,
+        image_shape=flow.image_shape,
         inception_weights=args.inception_weights,
         device=device,
     )
@@ -168,18 +172,6 @@ def sample_settings(args: argparse.Namespace, flow: "TarFlow") -> dict[str, Any]
         "denoise": flow.sigma is not None and not args.no_denoise,
         "uint8_rule": UINT8_RULES[flow.noise],
     }
-
-
-def check_reference(
-    folder: Path, shape: tuple[int, ...], image_shape: tuple[int, int, int]
-) -> None:
-    """Raises `UserError` if the reference's images are of another `shape` than the model's."""
-    if shape != image_shape:
-        there, wanted = ("×".join(map(str, s)) for s in (shape, image_shape))
-        raise UserError(
-            f"the images of {folder} are {there} and the model draws {wanted} (channels × height × "
-            "width): prepare a reference of that size with data_prep"
-        )
 
 
 def describe_reference(args: argparse.Namespace, *, count: int) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Statistics of the features of an image set, each rank taking its share."""
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -8,12 +9,26 @@ from torch import Tensor
 from tarflow_dist.data.loader import eval_batches
 from tarflow_dist.data.shards import Shards
 from tarflow_dist.distributed import is_main, rank, world_size
+from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation.features import FeatureExtractor
 from tarflow_dist.evaluation.statistics import Statistics
 from tarflow_dist.evaluation.store import SampleStore
 from tarflow_dist.telemetry.progress import Progress
 
 NUM_WORKERS = 2  # processes a rank that read and decode a data set
+
+
+def check_image_shape(
+    folder: Path, shape: tuple[int, int, int], image_shape: tuple[int, int, int]
+) -> None:
+    """Raises `UserError` if the images of `folder` are of another `shape` (C, H, W) than the
+    model's."""
+    if shape != image_shape:
+        there, wanted = ("×".join(map(str, s)) for s in (shape, image_shape))
+        raise UserError(
+            f"the images of {folder} are {there} and the model's are {wanted} (channels × height × "
+            "width): prepare a set of that size with data_prep"
+        )
 
 
 def measure(

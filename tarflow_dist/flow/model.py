@@ -111,6 +111,11 @@ class Flow(nn.Module):
         return accurate_dtype(next(self.parameters()).dtype)
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.in_channels, self.image_size, self.image_size
+
+    @property
     def device(self) -> torch.device:
         return self.var.device
 

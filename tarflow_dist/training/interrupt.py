@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM as a request to save and leave, taken up at a step's end."""
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -24,11 +24,6 @@ class Interrupt:
         if number == signal.SIGINT:
             signal.signal(number, self._handlers[signal.SIGINT])
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)

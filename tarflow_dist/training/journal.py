@@ -2,7 +2,6 @@
 
 import sys
 import time
-from types import TracebackType
 
 from tarflow_dist import distributed
 from tarflow_dist.config import Config
@@ -70,17 +69,13 @@ class Journal:
     def __enter__(self) -> "Journal":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._progress.close()
         if self._metrics is None:
             return
         self._metrics.close()
         plot_loss(self._config.run, self._config.run / "loss.png")
         images = self._state.images
-        finished = "finished" if images >= self._config.train.images else "interrupted"
-        run_folder.record_status(self._config, state="failed" if error else finished, images=images)
+        finished = images >= self._config.train.images
+        state = "failed" if any(exception) else "finished" if finished else "interrupted"
+        run_folder.record_status(self._config, state=state, images=images)

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from tarflow_dist.errors import UserError
+from tarflow_dist.evaluation.measure import check_image_shape
 from tarflow_dist.pretrained import TarFlow
 from tarflow_dist.sample_fid import (
     check_arguments,
-    check_reference,
     parse_arguments,
     sample_settings,
     sha256,
@@ -104,8 +104,8 @@ def test_settings_follow_the_model(model: Path) -> None:
 
 
 def test_reference_of_another_shape() -> None:
-    with pytest.raises(UserError, match="are 3×32×32 and the model draws 1×8×8"):
-        check_reference(Path("shards"), (3, 32, 32), (1, 8, 8))
+    with pytest.raises(UserError, match="are 3×32×32 and the model's are 1×8×8"):
+        check_image_shape(Path("shards"), (3, 32, 32), (1, 8, 8))
 
 
 def test_an_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
