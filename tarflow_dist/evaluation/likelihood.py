@@ -17,8 +17,8 @@ BIN_BITS = 7
 
 @torch.no_grad()
 def mean_log_prob(flow: Flow, batches: Iterable[Batch], *, draws: int, seed: int) -> float:
-    """log p(x | y) in nats a dimension under the model's own training noise: the mean over all ranks'
-    images and over `draws` of the noise. Draw d of image i is the same on any rank."""
+    """log p(x | y) in nats a dimension under the model's own training noise: the mean over all
+    ranks' images and over `draws` of the noise. Draw d of image i is the same on any rank."""
     total = torch.zeros((), dtype=torch.float64, device=flow.device)
     count = torch.zeros_like(total)
     for batch in batches:
