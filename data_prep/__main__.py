@@ -1,57 +1,86 @@
-"""`python -m data_prep {digits,folder} …`: writes OUT/mds/ and OUT/wds/, each a whole set."""
+"""`python -m data_prep {imagenet,folder,digits,…} …`: writes OUT/mds/ and OUT/wds/, each a set."""
 
 import argparse
+import os
 from pathlib import Path
 
 from data_prep.images import CROPS, ENCODINGS
 from data_prep.pipeline import prepare
 from data_prep.records import Settings
-from data_prep.sources import DIGITS_SIZE, Digits, Folder, Source
+from data_prep.sources import LAYOUTS, Digits, Source, open_source
 from tarflow_dist.errors import UserError, run_command
 
 FORMATS = {"mds": ["mds"], "wds": ["wds"], "both": ["mds", "wds"]}
+IMAGENET_NAME = "imagenet1k"  # as timm has it
+LAYOUT_HELP = """what SRC is (default: what is found there)
+folder: SRC/{train,val}/CLASS/…/IMAGE, or SRC/CLASS/…/IMAGE;
+archives: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which
+are read as they lie;
+kaggle: ILSVRC/Data/CLS-LOC/, LOC_val_solution.csv and LOC_synset_mapping.txt;
+parquet: Hugging Face's train-*.parquet and validation-*.parquet, in SRC or SRC/data"""
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m data_prep",
         description="Write images as shards: OUT/mds/ (MosaicML streaming) and OUT/wds/ "
-        "(WebDataset tar), each with train/, val/, manifest.parquet, summary.json, errors.parquet.",
+        "(WebDataset tar), each with train/, val/, manifest.parquet, summary.json, errors.parquet. "
+        "The same command goes on where a killed one was.",
     )
     commands = top.add_subparsers(dest="command", required=True)
 
-    digits = commands.add_parser("digits", help="scikit-learn's handwritten digits, 8x8, built in")
-    digits.set_defaults(run=run_digits, format="both")
-
+    imagenet = commands.add_parser("imagenet", help="ImageNet, in any layout it comes in")
+    imagenet.add_argument("--layout", choices=("auto", *LAYOUTS), default="auto", help=LAYOUT_HELP)
+    imagenet.set_defaults(name=IMAGENET_NAME)
     folder = commands.add_parser(
         "folder",
         help="a folder of class folders",
         description="SRC/CLASS/…/image, or SRC/{train,val}/CLASS/…/image. Labels are the classes' "
         "positions in sorted order; images come out in RGB.",
     )
-    folder.set_defaults(run=run_folder, format="mds")
-    folder.add_argument("src", type=Path, help="the folder of class folders")
-    folder.add_argument("--size", type=int, required=True, help="side of the square images")
-    folder.add_argument(
+    folder.set_defaults(layout="folder", name=None)
+    for command in (imagenet, folder):
+        command.set_defaults(run=run_images, format="mds", workers=_cores())
+        command.add_argument("src", type=Path, help="the folder with the images")
+        _add_image_options(command)
+
+    digits = commands.add_parser("digits", help="scikit-learn's handwritten digits, 8x8, built in")
+    digits.set_defaults(run=run_digits, format="both", workers=1, max_errors=0.0)
+    digits.add_argument("--encode", choices=("png", "jpeg", "raw"), default="png", help=ENCODE_HELP)
+    for command in (imagenet, folder, digits):
+        command.add_argument("out", type=Path, help="where the sets are written")
+        command.add_argument("--format", choices=FORMATS, help="(default %(default)s)")
+        command.add_argument("--seed", type=int, default=0, help="of split and order (default 0)")
+        command.add_argument(
+            "--workers", type=int, help="processes; they change no byte (default %(default)s)"
+        )
+    return top
+
+
+ENCODE_HELP = (
+    "png (default) and webp are lossless, webp is smaller and slower to write; jpeg has quality "
+    "95, 4:4:4; raw is the pixels, largest and fastest to read; keep stores the files as they are, "
+    "for other trainers: ours needs images of one size"
+)
+
+
+def _add_image_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--size", type=int, help="side of the square images; not with keep")
+    command.add_argument(
         "--crop",
         choices=CROPS,
         default="adm",
         help="resize and centre crop as ADM does (default), or as TarFlow does",
     )
-    folder.add_argument(
-        "--encoding",
-        choices=ENCODINGS,
-        default="png",
-        help="png is lossless (default); jpeg has quality 95, 4:4:4",
-    )
-    folder.add_argument(
+    command.add_argument("--encode", choices=ENCODINGS, default="png", help=ENCODE_HELP)
+    command.add_argument(
         "--val-fraction",
         type=float,
         default=0.1,
-        help="share of each class held out for val, at least one image, where SRC has no "
-        "train/ and val/ (default %(default)s)",
+        help="share of each class held out for val, at least one image, where class folders are "
+        "not in train/ and val/ (default %(default)s)",
     )
-    folder.add_argument(
+    command.add_argument(
         "--max-errors",
         type=float,
         default=0.01,
@@ -59,52 +88,66 @@ def parser() -> argparse.ArgumentParser:
         "(default %(default)s)",
     )
 
-    for command in (digits, folder):
-        command.add_argument("out", type=Path, help="where the sets are written")
-        command.add_argument("--format", choices=FORMATS, help="(default %(default)s)")
-        command.add_argument("--seed", type=int, default=0, help="of split and order (default 0)")
-    return top
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # what the job was given, where the system tells
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def run_digits(args: argparse.Namespace) -> None:
-    _write(Digits(seed=args.seed), args, Settings(size=DIGITS_SIZE, seed=args.seed))
+    settings = Settings(size=Digits.size, encode=args.encode, seed=args.seed)
+    _write(Digits(seed=args.seed), args, settings)
 
 
-def run_folder(args: argparse.Namespace) -> None:
-    settings = Settings(
-        size=args.size,
-        crop=args.crop,
-        encoding=args.encoding,
-        seed=args.seed,
-        max_errors=args.max_errors,
-    )
-    if args.size <= 0:
+def run_images(args: argparse.Namespace) -> None:
+    if args.encode == "keep" and args.size is not None:
+        raise UserError("--encode keep stores the files as they are: leave out --size")
+    if args.encode != "keep" and args.size is None:
+        raise UserError("--size is missing: give the side of the images in pixels, such as 64")
+    if args.size is not None and args.size <= 0:
         raise UserError(f"--size is {args.size}: give the side of the images in pixels, such as 64")
     if not 0 < args.val_fraction < 1:
         raise UserError(f"--val-fraction is {args.val_fraction}: give a share such as 0.1")
     if not 0 <= args.max_errors <= 1:
         raise UserError(f"--max-errors is {args.max_errors}: give a share such as 0.01")
-    _write(Folder(args.src, val_fraction=args.val_fraction, seed=args.seed), args, settings)
+    settings = Settings(
+        size=args.size,
+        crop=args.crop,
+        encode=args.encode,
+        seed=args.seed,
+        max_errors=args.max_errors,
+    )
+    source = open_source(
+        args.src,
+        layout=args.layout,
+        val_fraction=args.val_fraction,
+        seed=args.seed,
+        name=args.name,
+    )
+    _write(source, args, settings)
 
 
 def _write(source: Source, args: argparse.Namespace, settings: Settings) -> None:
     formats = FORMATS[args.format]
-    summary = prepare(source, args.out, formats, settings)
+    summary = prepare(source, args.out, formats, settings, workers=args.workers)
     images = " and ".join(f"{n} {split}" for split, n in summary["images"].items())
-    shape = f"{settings.size}x{settings.size}x{source.channels}"
+    shape = f"{settings.size}x{settings.size}x{source.channels} " if settings.size else ""
     aside = f"; {summary['errors']} set aside, see errors.parquet" if summary["errors"] else ""
     for form in formats:
         print(
-            f"{args.out / form}: {images} images, {len(source.classes)} classes, {shape} "
-            f"{settings.encoding}{aside}"
+            f"{args.out / form}: {images} images, {len(source.classes)} classes, "
+            f"{shape}{settings.encode}{aside}"
         )
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int | None:
     args = parser().parse_args(argv)
-    if not 0 <= args.seed < 2**32:
+    if not 0 <= getattr(args, "seed", 0) < 2**32:
         raise UserError(f"--seed is {args.seed}: give a number from 0 to {2**32 - 1}")
-    args.run(args)
+    if getattr(args, "workers", 1) < 1:
+        raise UserError(f"--workers is {args.workers}: give 1 or more")
+    return args.run(args)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,78 @@
 """Image files, whatever they are, to square 8-bit images: decode, crop, encode."""
 
+import warnings
 from collections.abc import Callable
 from io import BytesIO
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
-ENCODINGS = ("png", "jpeg")
+ENCODINGS = ("png", "jpeg", "webp", "raw", "keep")
+# Pillow's formats that are read, and the names that their files go by. Not more than these: some
+# of the others run programs (EPS), or are no single picture.
+KINDS = {
+    "BMP": "bmp",
+    "GIF": "gif",
+    "JPEG": "jpg",
+    "PNG": "png",
+    "PPM": "ppm",
+    "TIFF": "tif",
+    "WEBP": "webp",
+}
+
+
+class Stored(NamedTuple):
+    """An image as it will be stored."""
+
+    data: bytes
+    kind: str
+    """What `data` is: raw, or one of KINDS' values."""
+    original_bytes: int
+    original_width: int
+    """In pixels, before EXIF's orientation is applied."""
+    original_height: int
 
 
 def prepare_image(
-    content: Path | bytes | np.ndarray, *, size: int, channels: int, crop: str, encoding: str
-) -> bytes:
-    """An image of any size and kind as an encoded file of `size` x `size` pixels.
+    content: bytes | np.ndarray, *, size: int | None, channels: int, crop: str, encode: str
+) -> Stored:
+    """An image of any size and kind as one of `size` x `size` pixels. Damage is found as far as the
+    format allows: a PNG has checksums; a JPEG with a flipped bit mostly decodes, to other pixels.
 
     Args:
-        content: a file, a file's bytes, or pixels: uint8, (H, W) or (H, W, 3).
+        content: a file's bytes, or pixels: uint8, (H, W) or (H, W, 3).
+        size: None where `encode` is keep: that gives `content` back, once it has been decoded.
         channels: 1 for grey, 3 for RGB.
         crop: a key of CROPS.
-        encoding: one of ENCODINGS.
+        encode: one of ENCODINGS.
 
     Raises:
-        Exception: Pillow's decoders raise of every kind on files that are damaged or no image.
+        Exception: Pillow's decoders raise of every kind on files that are damaged or no image, or
+            that decode to more pixels than Pillow allows.
     """
-    with open_image(content) as image:
-        return encode(CROPS[crop](to_8bit(image, channels), size), encoding)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tags that make no sense, by the thousand
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with open_image(content) as image:
+            if image.format == "PNG":
+                open_image(content).verify()  # checksums, which decoding does not look at
+            about = (len(content) if isinstance(content, bytes) else content.nbytes, *image.size)
+            if encode == "keep":
+                assert isinstance(content, bytes)
+                assert image.format is not None
+                image.load()
+                kind = KINDS["JPEG" if image.format == "MPO" else image.format]
+                return Stored(content, kind, *about)
+            assert size is not None
+            pixels = CROPS[crop](to_8bit(image, channels), size)
+            return Stored(*encode_image(pixels, encode), *about)
 
 
-def open_image(content: Path | bytes | np.ndarray) -> Image.Image:
+def open_image(content: bytes | np.ndarray) -> Image.Image:
     if isinstance(content, np.ndarray):
         return Image.fromarray(content)
-    return Image.open(BytesIO(content) if isinstance(content, bytes) else content)
+    return Image.open(BytesIO(content), formats=list(KINDS))
 
 
 def to_8bit(image: Image.Image, channels: int) -> Image.Image:
@@ -41,7 +82,7 @@ def to_8bit(image: Image.Image, channels: int) -> Image.Image:
     Raises:
         ValueError: the range of its values is not known (floats, 32-bit integers).
     """
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
         raise ValueError("floating-point pixels")
     if image.mode.startswith("I"):  # I;16 and kin; some 16-bit files open as 32-bit I
@@ -87,12 +128,18 @@ CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
 }
 
 
-def encode(image: Image.Image, encoding: str) -> bytes:
-    """An image file without metadata; JPEG at quality 95, its chroma not subsampled."""
+def encode_image(image: Image.Image, encode: str) -> tuple[bytes, str]:
+    """An image file without metadata, and its kind. JPEG at quality 95, its chroma not subsampled;
+    png and webp lossless; raw is the pixels, uint8 (H, W, C)."""
+    array = np.asarray(image)
+    if encode == "raw":
+        return array.tobytes(), "raw"
     file = BytesIO()
-    pixels = Image.fromarray(np.asarray(image))  # leaves the original's metadata behind
-    if encoding == "png":
+    pixels = Image.fromarray(array)  # leaves the original's metadata behind
+    if encode == "png":
         pixels.save(file, "PNG")
+    elif encode == "webp":
+        pixels.save(file, "WEBP", lossless=True)
     else:
         pixels.save(file, "JPEG", quality=95, subsampling=0)
-    return file.getvalue()
+    return file.getvalue(), KINDS[encode.upper()]

@@ -1,152 +1,212 @@
 """Source → decode, crop, encode → shards: the road every layout takes to every format.
 
-The source is read once, front to back, and the encoded images wait in an unnamed scratch file in
-the output folder. From there they are written in an order that depends on seed and names alone;
-every format gets the same images in the same order, cut into shards at the same places.
+The source is read once, front to back, and the stored images wait in a spool in the output folder.
+From there they are written in an order that depends on seed and names alone; every format gets the
+same images in the same order, cut into shards at the same places. All that was done stays in
+OUT/.partial until the sets are whole, so the same command goes on where a killed one was.
 """
 
 import hashlib
-import os
-import shutil
+import json
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import Any, BinaryIO
+from typing import Any
 
-from PIL import UnidentifiedImageError
+import numpy as np
 
-from data_prep.images import prepare_image
-from data_prep.records import Prepared, Rejected, Settings, summarise, write_records
+from data_prep import spool
+from data_prep.encode import Recipe, encode_items
+from data_prep.records import Settings, read_images, summarise, versions, write_records
 from data_prep.shards import WRITERS, Sample
-from data_prep.sources import SPLITS, Item, Source, shuffle_key
+from data_prep.sources import SPLITS, Source, shuffle_key
+from data_prep.spool import Journal, Spool
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import publish_folder
 from tarflow_dist.telemetry.progress import Progress
 
+PARTIAL = ".partial"
 ERRORS_ALWAYS_ALLOWED = 10
-
-Shards = list[list[Prepared]]
 
 
 def prepare(
-    source: Source, out: Path, formats: Sequence[str], settings: Settings
+    source: Source, out: Path, formats: Sequence[str], settings: Settings, *, workers: int = 1
 ) -> dict[str, Any]:
     """Writes `out`/FORMAT, a whole set, for each of `formats` (keys of WRITERS), and returns the
-    summary that lies in each. A set appears whole or not at all.
+    summary that lies in each. A set appears whole or not at all; an unfinished run's work is gone
+    on with.
 
     Raises:
-        UserError: a set is there already, `out` can't be written to, or too many images are bad.
+        UserError: a set is there already, or another run or another run's work; `out` can't be
+            written to; too many images are bad.
     """
-    for form in formats:
-        if os.path.exists(out / form):
-            raise UserError(f"{out / form} already holds a set: remove it or choose another")
-    parts = {form: out / f".{form}.partial" for form in formats}
+    partial = out / PARTIAL
     try:
+        if not partial.exists():
+            _refuse_finished(out, formats)
         out.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=out) as scratch:
-            prepared, rejected = _encode_all(source, settings, scratch)
-            splits = {split: _arrange(prepared, split, settings) for split in SPLITS}
-            summary = summarise(source, settings, prepared, rejected)
-            for form, part in parts.items():
-                shutil.rmtree(part, ignore_errors=True)  # what a killed run left
-                part.mkdir()
-                files = {
-                    split: WRITERS[form](
-                        part / split,
-                        _read_back(shards, source, scratch, f"write {form} {split}"),
-                        name=source.name,
-                        encoding=settings.encoding,
-                    )
-                    for split, shards in splits.items()
-                }
-                write_records(part, source, splits, files, rejected, summary)
-        for form, part in parts.items():
-            publish_folder(part, out / form)
+        with spool.only_run(out):
+            if not (partial / "begun.json").exists():
+                _refuse_finished(out, formats)
+            spool.begin(partial, _about(source, formats, settings))
+            missing = [form for form in formats if not (out / form).exists()]
+            if missing:
+                _write_sets(source, out, missing, settings, workers)
+            spool.remove(partial)
+        return json.loads((out / formats[0] / "summary.json").read_text())
     except OSError as error:
         raise UserError(f"can't write to {out}: {error.strerror or error}") from error
+
+
+def _refuse_finished(out: Path, formats: Sequence[str]) -> None:
+    for form in formats:
+        if (out / form).exists():
+            raise UserError(f"{out / form} already holds a set: remove it or choose another")
+
+
+def _about(source: Source, formats: Sequence[str], settings: Settings) -> dict[str, Any]:
+    """What must not change between the starts of a run."""
+    about = {name: value for name, value in asdict(settings).items() if name != "max_errors"}
+    return {
+        **about,
+        "formats": list(formats),
+        "name": source.name,
+        "layout": source.layout,
+        "source": source.fingerprint(),
+        "versions": versions(),
+    }
+
+
+def _write_sets(
+    source: Source, out: Path, formats: Sequence[str], settings: Settings, workers: int
+) -> None:
+    began = time.monotonic()
+    partial = out / PARTIAL
+    images = Spool(partial)
+    try:
+        before = images.done
+        _encode_all(source, settings, images, workers)
+        table = read_images(images.journal.file).combine_chunks()
+        shards = {split: _arrange(table, split, settings) for split in SPLITS}
+        summary = summarise(source, settings, table)
+        for form in formats:
+            part = partial / form
+            part.mkdir(exist_ok=True)
+            journals = {split: Journal(partial / f"{form}-{split}.jsonl") for split in SPLITS}
+            for split, journal in journals.items():
+                _write_split(part, form, source, settings, images, table, shards[split], journal)
+                journal.close()
+            write_records(part, source, table, shards, journals, summary)
+            timing = {
+                "seconds": round(time.monotonic() - began, 1),
+                "workers": workers,
+                "images_before": before,
+            }
+            (part / "timing.json").write_text(json.dumps(timing) + "\n")
+        for form in formats:
+            publish_folder(partial / form, out / form)
     finally:
-        for part in parts.values():
-            shutil.rmtree(part, ignore_errors=True)
-    return summary
+        images.close()
 
 
-def _encode_all(
-    source: Source, settings: Settings, scratch: BinaryIO
-) -> tuple[list[Prepared], list[Rejected]]:
-    """Puts every image file into `scratch`, and notes where; sets aside what can't be read.
+def _encode_all(source: Source, settings: Settings, images: Spool, workers: int) -> None:
+    """Spools what is not there yet; sets aside what can't be read.
 
     Raises:
         UserError: that is too much of it.
     """
-    prepared: list[Prepared] = []
-    rejected: list[Rejected] = []
-    offset, total = 0, len(source)
+    total = len(source)
     allowed = min(max(int(settings.max_errors * total), ERRORS_ALWAYS_ALLOWED), total - 1)
-    with Progress("prepare", total) as progress:
-        for item in source:
-            data = encode_item(item, source.channels, settings)
-            if isinstance(data, Rejected):
-                rejected.append(data)
-            else:
-                scratch.write(data)
-                sha256 = hashlib.sha256(data).hexdigest()
-                prepared.append(
-                    Prepared(item.split, item.label, item.name, offset, len(data), sha256)
-                )
-                offset += len(data)
-            if len(rejected) > allowed:
-                raise UserError(
-                    f"{len(rejected)} of {total} images can't be read, first {rejected[0].name} "
-                    f"({rejected[0].reason}): mend or remove them, or raise --max-errors"
-                )
-            progress.update(1)
-    scratch.flush()
-    return prepared, rejected
-
-
-def encode_item(item: Item, channels: int, settings: Settings) -> bytes | Rejected:
-    """One item's image file, or why there is none: a function of its arguments alone."""
+    recipe = Recipe(settings.size, source.channels, settings.crop, settings.encode)
+    results = encode_items(source.items(images.done), recipe, workers)
     try:
-        return prepare_image(
-            item.content,
-            size=settings.size,
-            channels=channels,
-            crop=settings.crop,
-            encoding=settings.encoding,
+        with Progress("prepare", total, start=images.done) as progress:
+            _check_errors(images, allowed, total)
+            for item, result in results:
+                images.add(item, result)
+                _check_errors(images, allowed, total)
+                progress.update(1)
+    finally:
+        results.close()
+        images.commit()
+
+
+def _check_errors(images: Spool, allowed: int, total: int) -> None:
+    if images.rejected > allowed:
+        images.commit()
+        first = next(row for row in images.journal if row["reason"])
+        raise UserError(
+            f"{images.rejected} of {total} images can't be read, first {first['source']} "
+            f"({first['reason']}): raise --max-errors to go on without them, or mend them and "
+            f"remove {images.journal.file.parent} to start over"
         )
-    except UnidentifiedImageError:
-        reason = "not an image that Pillow knows"
-    except Exception as error:  # decoders raise of every kind: whatever it is, it's this image's
-        reason = f"{type(error).__name__}: {error}"
-    return Rejected(item.split, item.label, item.name, reason)
 
 
-def _arrange(prepared: list[Prepared], split: str, settings: Settings) -> Shards:
-    """Shuffles the images of a split and cuts them into shards."""
-    images = [image for image in prepared if image.split == split]
-    images.sort(key=lambda image: shuffle_key(settings.seed, "order", image.name))
-    shards: Shards = []
-    room = 0
-    for image in images:
-        if not shards or image.size > room:
-            shards.append([])
-            room = settings.shard_bytes
-        shards[-1].append(image)
-        room -= image.size
-    return shards
+def _arrange(images: Any, split: str, settings: Settings) -> list[np.ndarray]:
+    """Shuffles the images of a split and cuts them into shards: the rows of `images` in each.
+
+    Raises:
+        UserError: there are none.
+    """
+    import pyarrow.compute as pc
+
+    chosen = pc.equal(images["split"], split).to_numpy() & ~images["reason"].is_valid().to_numpy()
+    rows = np.flatnonzero(chosen)
+    if not len(rows):
+        raise UserError(f"no image of {split} could be read")
+    keys = bytearray()
+    for name in images["source"].take(rows):
+        keys += shuffle_key(settings.seed, "order", name.as_py())
+    high, low = np.frombuffer(keys, ">u8").reshape(-1, 2).T
+    rows = rows[np.lexsort((low, high))]
+    ends = np.cumsum(images["bytes"].to_numpy()[rows])
+    cuts, end = [], 0
+    while end < len(rows):
+        room = settings.shard_bytes + (ends[end - 1] if end else 0)
+        end = max(end + 1, int(np.searchsorted(ends, room, side="right")))
+        cuts.append(end)
+    return np.split(rows, cuts[:-1])
 
 
-def _read_back(
-    shards: Shards, source: Source, scratch: BinaryIO, label: str
-) -> Iterator[list[Sample]]:
-    index = 0
-    with Progress(label, sum(map(len, shards))) as progress:
-        for shard in shards:
-            samples = []
-            for image in shard:
-                data = os.pread(scratch.fileno(), image.size, image.offset)
-                class_name = source.classes[image.label]
-                samples.append(Sample(index, image.label, class_name, image.name, data))
-                index += 1
-            yield samples
-            progress.update(len(shard))
+def _write_split(
+    folder: Path,
+    form: str,
+    source: Source,
+    settings: Settings,
+    images: Spool,
+    table: Any,
+    shards: list[np.ndarray],
+    journal: Journal,
+) -> None:
+    """Writes the shards that `journal` has not yet, and the index of all."""
+    split = journal.file.stem.rpartition("-")[2]
+    size = settings.size
+    writer = WRITERS[form](
+        folder / split,
+        name=source.name,
+        encode=settings.encode,
+        shape=(size, size, source.channels) if size else None,
+        done=list(journal),
+    )
+    done = journal.lines
+    index = sum(map(len, shards[:done]))
+    total = sum(map(len, shards))
+    with Progress(f"write {form} {split}", total, start=index) as progress:
+        for rows in shards[done:]:
+            samples = _read_back(index, source, images, table.take(rows))
+            journal.append(writer.write(samples))
+            index += len(rows)
+            progress.update(len(rows))
+    writer.finish()
+
+
+def _read_back(index: int, source: Source, images: Spool, table: Any) -> Iterator[Sample]:
+    for row in table.to_pylist():
+        data = images.read(row["offset"], row["bytes"])
+        if hashlib.sha256(data).hexdigest() != row["sha256"]:
+            folder = images.journal.file.parent
+            raise UserError(f"{folder} is damaged: remove it to start over")
+        label = row["label"]
+        yield Sample(index, label, source.classes[label], row["source"], row["kind"], data)
+        index += 1

@@ -1,23 +1,28 @@
-"""What a set says of itself: manifest.parquet, errors.parquet, summary.json."""
+"""What a set says of itself: manifest.parquet, errors.parquet, summary.json, timing.json."""
 
 import json
 import platform
-from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_prep.sources import SPLITS, Source
+
+ROWS_AT_A_TIME = 1 << 16
 
 
 @dataclass(frozen=True)
 class Settings:
     """What the stored bytes depend on, besides the source."""
 
-    size: int
+    size: int | None
+    """Side of the square images; None where `encode` is keep."""
     crop: str = "adm"
-    encoding: str = "png"
+    encode: str = "png"
     seed: int = 0
     max_errors: float = 0.01
     """Share of the images that may be unreadable; ten may be in any case, but never all."""
@@ -25,106 +30,143 @@ class Settings:
     """A shard holds as many image files as fit in this, and at least one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """An image that was encoded into the scratch file."""
+VERSIONS = ("tarflow_dist", "pillow", "mosaicml-streaming")
+IMAGE = {
+    "split": "string",
+    "label": "int64",
+    "source": "string",
+    "offset": "int64",
+    "bytes": "int64",
+    "reason": "string",
+    "kind": "string",
+    "sha256": "string",
+    "original_bytes": "int64",
+    "original_width": "int64",
+    "original_height": "int64",
+}
+ERRORS = ("split", "source", "class", "label", "reason")
+MANIFEST = (
+    "split",
+    "index",
+    "source",
+    "class",
+    "class_name",
+    "label",
+    "shard",
+    "offset",
+    "bytes",
+    "kind",
+    "sha256",
+    "original_bytes",
+    "original_width",
+    "original_height",
+)
 
-    split: str
-    label: int
-    name: str
-    offset: int
-    size: int
-    sha256: str
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: version(name) for name in VERSIONS}
 
 
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """An image that could not be read."""
+def read_images(journal: Path) -> Any:
+    """The spool's lines as an Arrow table: compact, where a million objects would not be."""
+    import pyarrow as pa
+    import pyarrow.json as pj
 
-    split: str
-    label: int
-    name: str
-    reason: str
+    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in IMAGE.items()])
+    return pj.read_json(journal, parse_options=pj.ParseOptions(explicit_schema=schema))
 
 
-def summarise(
-    source: Source, settings: Settings, prepared: list[Prepared], rejected: list[Rejected]
-) -> dict[str, Any]:
-    count = Counter((image.split, image.label) for image in prepared)
-    per_class = {
-        split: [count[split, label] for label in range(len(source.classes))] for split in SPLITS
-    }
+def summarise(source: Source, settings: Settings, images: Any) -> dict[str, Any]:
+    import pyarrow.compute as pc
+
+    label = images["label"].to_numpy()
+    bad = images["reason"].is_valid().to_numpy()
+
+    def per_class(which: np.ndarray) -> dict[str, list[int]]:
+        counts = {}
+        for name in SPLITS:
+            chosen = label[which & pc.equal(images["split"], name).to_numpy()]
+            counts[name] = np.bincount(chosen, minlength=len(source.classes)).tolist()
+        return counts
+
+    counts = per_class(~bad)
     return {
         "name": source.name,
+        "layout": source.layout,
         "image_size": settings.size,
         "channels": source.channels,
         "classes": list(source.classes),
-        "images": {split: sum(counts) for split, counts in per_class.items()},
-        "images_per_class": per_class,
-        "errors": len(rejected),
+        "class_names": list(source.class_names) if source.class_names else None,
+        "images": {name: sum(count) for name, count in counts.items()},
+        "images_per_class": counts,
+        "errors": int(bad.sum()),
+        "errors_per_class": per_class(bad),
         "settings": asdict(settings),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("tarflow_dist", "pillow", "mosaicml-streaming")},
+        "versions": versions(),
     }
 
 
 def write_records(
     folder: Path,
     source: Source,
-    splits: dict[str, list[list[Prepared]]],
-    files: dict[str, list[str]],
-    rejected: list[Rejected],
+    images: Any,
+    shards: dict[str, list[np.ndarray]],
+    entries: Mapping[str, Iterable[dict[str, Any]]],
     summary: dict[str, Any],
 ) -> None:
-    """`splits` and `files` hold each split's shards, the images in them and their file names."""
+    """`shards` holds each split's shards, the rows of `images` in them; `entries` what the writer
+    said of each."""
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    manifest = [
-        {
-            "split": split,
-            "index": index,
-            "source": image.name,
-            "class": source.classes[image.label],
-            "label": image.label,
-            "shard": f"{split}/{file}",
-            "bytes": image.size,
-            "sha256": image.sha256,
-        }
-        for split, shards in splits.items()
-        for index, (file, image) in enumerate(
-            (file, image)
-            for file, shard in zip(files[split], shards, strict=True)
-            for image in shard
-        )
-    ]
+    bad = images.filter(images["reason"].is_valid())
+    _write_table(folder / "errors.parquet", [_with_classes(bad, source)], ERRORS)
+    manifest = _manifest(source, images, shards, entries)
     _write_table(folder / "manifest.parquet", manifest, MANIFEST)
-    errors = [
-        {
-            "split": image.split,
-            "source": image.name,
-            "class": source.classes[image.label],
-            "reason": image.reason,
-        }
-        for image in rejected
-    ]
-    _write_table(folder / "errors.parquet", errors, ERRORS)
 
 
-MANIFEST = {
-    "split": "string",
-    "index": "int64",
-    "source": "string",
-    "class": "string",
-    "label": "int64",
-    "shard": "string",
-    "bytes": "int64",
-    "sha256": "string",
-}
-ERRORS = {"split": "string", "source": "string", "class": "string", "reason": "string"}
+def _manifest(
+    source: Source,
+    images: Any,
+    shards: dict[str, list[np.ndarray]],
+    entries: Mapping[str, Iterable[dict[str, Any]]],
+) -> Iterator[Any]:
+    """A table a shard."""
+    import pyarrow as pa
+
+    for split in shards:
+        index = 0
+        for rows, entry in zip(shards[split], entries[split], strict=True):
+            table = _with_classes(images.take(rows).drop_columns("offset"), source)
+            table = table.append_column("index", pa.array(np.arange(index, index + len(rows))))
+            table = table.append_column("offset", pa.array(entry["offsets"], pa.int64()))
+            shard = pa.array([f"{split}/{entry['file']}"] * len(rows))
+            yield table.append_column("shard", shard)
+            index += len(rows)
 
 
-def _write_table(file: Path, rows: list[dict[str, Any]], columns: dict[str, str]) -> None:
+def _with_classes(table: Any, source: Source) -> Any:
+    import pyarrow as pa
+
+    labels = table["label"].combine_chunks()
+    nameless = [None] * len(source.classes)
+    for column, names in {"class": source.classes, "class_name": source.class_names}.items():
+        table = table.append_column(column, pa.array(names or nameless, pa.string()).take(labels))
+    return table
+
+
+def _write_table(file: Path, tables: Iterable[Any], columns: tuple[str, ...]) -> None:
+    """Writes them in row groups of ROWS_AT_A_TIME or a shard more."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in columns.items()])
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), file)
+    writer, waiting = None, []
+    for table in tables:
+        waiting.append(table.select(columns))
+        if writer is None:  # with checksums, so that a flipped bit in a label is noticed
+            writer = pq.ParquetWriter(file, waiting[0].schema, write_page_checksum=True)
+        if sum(map(len, waiting)) >= ROWS_AT_A_TIME:
+            writer.write_table(pa.concat_tables(waiting).combine_chunks())
+            waiting = []
+    assert writer is not None
+    with writer:
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting).combine_chunks())

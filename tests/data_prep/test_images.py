@@ -1,14 +1,24 @@
 """Decode, crop and encode against second implementations and torchvision."""
 
+import struct
+import zlib
 from collections.abc import Callable
 from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import Image, JpegImagePlugin
+from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 from torchvision import transforms
 
-from data_prep.images import adm_crop, encode, open_image, prepare_image, tarflow_crop, to_8bit
+from data_prep.images import (
+    KINDS,
+    adm_crop,
+    encode_image,
+    open_image,
+    prepare_image,
+    tarflow_crop,
+    to_8bit,
+)
 
 SIZES = [(64, 64), (8, 8), (500, 375), (375, 500), (131, 97), (33, 129), (20, 30), (640, 65)]
 
@@ -62,14 +72,14 @@ def test_png_is_lossless_and_drops_metadata() -> None:
     original = Image.open(
         BytesIO(file_of(Image.fromarray(pixels), "PNG", dpi=(300, 300), icc_profile=b"no profile"))
     )
-    stored = Image.open(BytesIO(encode(original, "png")))
+    stored = Image.open(BytesIO(encode_image(original, "png")[0]))
     assert np.array_equal(np.asarray(stored), pixels)
     assert stored.info == {}
 
 
 def test_jpeg_is_close_and_not_subsampled() -> None:
     smooth = np.linspace(0, 255, 32 * 32 * 3).reshape(32, 32, 3).astype(np.uint8)
-    stored = Image.open(BytesIO(encode(Image.fromarray(smooth), "jpeg")))
+    stored = Image.open(BytesIO(encode_image(Image.fromarray(smooth), "jpeg")[0]))
     assert stored.format == "JPEG"
     assert np.abs(np.asarray(stored).astype(int) - smooth).max() <= 6
     assert JpegImagePlugin.get_sampling(stored) == 0  # 4:4:4
@@ -125,8 +135,9 @@ def test_every_mode_comes_out_grey_or_rgb(
     mode: str, colour: object, kind: str, channels: int
 ) -> None:
     content = file_of(Image.new(mode, (30, 20), colour), kind)
-    data = prepare_image(content, size=8, channels=channels, crop="adm", encoding="png")
-    image = Image.open(BytesIO(data))
+    stored = prepare_image(content, size=8, channels=channels, crop="adm", encode="png")
+    image = Image.open(BytesIO(stored.data))
+    assert stored[1:] == ("png", len(content), 30, 20)
     assert (image.mode, image.size) == ({1: "L", 3: "RGB"}[channels], (8, 8))
     if mode == "CMYK" and channels == 3:  # all magenta and yellow ink: red
         assert np.abs(np.asarray(image).astype(int) - [255, 0, 0]).max() <= 3
@@ -137,3 +148,111 @@ def test_values_of_unknown_range_are_refused() -> None:
         to_8bit(Image.new("F", (4, 4)), 3)
     with pytest.raises(ValueError, match="32-bit"):
         to_8bit(Image.new("I", (4, 4), 70_000), 3)
+
+
+INK = np.array([30, 200, 90, 60])  # cyan, magenta, yellow, black
+
+
+def cmyk_jpeg() -> bytes:
+    """As Photoshop writes it: an Adobe marker, and the ink inverted."""
+    content = file_of(Image.new("CMYK", (32, 32), tuple(INK.tolist())), "JPEG", quality=100)
+    assert content.count(b"Adobe") == 1
+    return content
+
+
+def decoded(content: bytes) -> np.ndarray:
+    """The colour of an image that has one only."""
+    pixels = np.asarray(to_8bit(open_image(content), 3)).astype(float)
+    assert np.ptp(pixels, axis=(0, 1)).max() <= 1
+    return pixels[0, 0]
+
+
+def test_adobes_inverted_cmyk() -> None:
+    assert np.abs(decoded(cmyk_jpeg()) - (255 - INK[:3]) * (255 - INK[3]) / 255).max() <= 2
+
+
+def test_ycck() -> None:
+    """The same file, its marker saying that the first three of its values are Y, Cb, Cr."""
+    content = bytearray(cmyk_jpeg())
+    content[content.index(b"Adobe") + 11] = 2
+    y, cb, cr, k = 255 - INK
+    inverted = np.array(
+        [y + 1.402 * (cr - 128), y - 0.344136 * (cb - 128) - 0.714136 * (cr - 128), y]
+    )
+    inverted[2] += 1.772 * (cb - 128)
+    red_green_blue = (255 - inverted.clip(0, 255)) * k / 255
+    assert np.abs(decoded(bytes(content)) - red_green_blue).max() <= 2
+
+
+def test_cmyk_without_adobes_marker_is_inverted_too() -> None:
+    """As Pillow takes it, and with it all of the field."""
+    content = cmyk_jpeg()
+    start = content.index(b"Adobe") - 4
+    content = content[:start] + content[start + 16 :]
+    assert np.array_equal(decoded(content), decoded(cmyk_jpeg()))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "WEBP", "TIFF"])
+def test_the_suffix_says_nothing(kind: str) -> None:
+    """Files are known by their content alone: nothing else is given."""
+    content = file_of(Image.new("RGB", (9, 9), "white"), kind)
+    stored = prepare_image(content, size=9, channels=3, crop="adm", encode="raw")
+    assert stored.data == b"\xff" * 243
+
+
+def test_raw_is_the_pixels_and_webp_is_lossless() -> None:
+    pixels = noise(20, 20)
+    assert encode_image(Image.fromarray(pixels), "raw") == (pixels.tobytes(), "raw")
+    data, kind = encode_image(Image.fromarray(pixels), "webp")
+    stored = Image.open(BytesIO(data))
+    assert (kind, stored.format) == ("webp", "WEBP")
+    assert np.array_equal(np.asarray(stored), pixels)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keep_gives_the_file_back(kind: str) -> None:
+    content = file_of(Image.new("RGB", (30, 20), "red"), kind)
+    stored = prepare_image(content, size=None, channels=3, crop="adm", encode="keep")
+    assert stored == (content, KINDS[kind], len(content), 30, 20)
+    with pytest.raises(OSError, match=r".*"):
+        prepare_image(content[:40], size=None, channels=3, crop="adm", encode="keep")
+
+
+def test_a_camera_file_of_two_pictures_is_a_jpeg() -> None:
+    content = BytesIO()
+    image = Image.new("RGB", (30, 20), "red")
+    image.save(content, "MPO", save_all=True, append_images=[image])
+    stored = prepare_image(content.getvalue(), size=None, channels=3, crop="adm", encode="keep")
+    assert stored.kind == "jpg"
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of few bytes that says it is `side` x `side`."""
+    content = bytearray(file_of(Image.new("L", (1, 1)), "PNG"))
+    content[16:24] = struct.pack(">II", side, side)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    return bytes(content)
+
+
+@pytest.mark.parametrize("side", [10_000, 20_000])
+@pytest.mark.parametrize("encode", ["png", "keep"])
+def test_decompression_bombs_are_refused(side: int, encode: str) -> None:
+    """Also between once and twice Pillow's limit, where Pillow itself only warns."""
+    with pytest.raises((Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        prepare_image(bomb(side), size=8, channels=3, crop="adm", encode=encode)
+
+
+def test_any_flipped_bit_of_a_png_is_found() -> None:
+    content = file_of(Image.fromarray(noise(12, 12)), "PNG")
+    for place in range(0, len(content) - 12, 7):  # all but the end, which holds nothing
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        with pytest.raises((OSError, SyntaxError, ValueError)):
+            prepare_image(bytes(damaged), size=8, channels=3, crop="adm", encode="png")
+
+
+def test_programs_are_not_images() -> None:
+    """Pillow would hand PostScript to Ghostscript."""
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"
+    with pytest.raises(UnidentifiedImageError):
+        open_image(content)

@@ -5,12 +5,14 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
+from PIL import Image
 from sklearn.datasets import load_digits
 from streaming import LocalDataset, StreamingDataset
 
@@ -53,7 +55,7 @@ def expected(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
 
 def test_a_set_holds_what_the_design_says(digits: Path) -> None:
     assert sorted(entry.name for entry in digits.iterdir()) == ["mds", "wds"]  # no leftovers
-    common = ["errors.parquet", "manifest.parquet", "summary.json", "train", "val"]
+    common = ["errors.parquet", "manifest.parquet", "summary.json", "timing.json", "train", "val"]
     assert sorted(entry.name for entry in (digits / "mds").iterdir()) == common
     assert sorted(entry.name for entry in (digits / "wds").iterdir()) == ["_info.json", *common]
 
@@ -98,7 +100,23 @@ def test_webdataset_reads_the_tars(digits: Path, split: str) -> None:
     assert np.array_equal(np.stack([np.asarray(sample["png"]) for sample in samples]), pixels)
 
 
-def test_the_manifest_describes_the_stored_files(digits: Path) -> None:
+@pytest.mark.parametrize("form", ["mds", "wds"])
+def test_the_manifest_says_where_each_image_lies(digits: Path, form: str) -> None:
+    table = pq.read_table(digits / form / "manifest.parquet")
+    assert table.column_names == [
+        *("split", "index", "source", "class", "class_name", "label", "shard", "offset", "bytes"),
+        *("kind", "sha256", "original_bytes", "original_width", "original_height"),
+    ]
+    for row in table.to_pylist()[::50]:
+        stored = (digits / form / row["shard"]).read_bytes()[row["offset"] :][: row["bytes"]]
+        assert hashlib.sha256(stored).hexdigest() == row["sha256"]
+        with Image.open(BytesIO(stored)) as image:
+            assert (image.format, image.size, row["kind"]) == ("PNG", (8, 8), "png")
+        assert (row["original_bytes"], row["original_width"], row["original_height"]) == (64, 8, 8)
+        assert (row["class"], row["class_name"]) == (str(row["label"]), None)
+
+
+def test_the_manifest_describes_the_tars_files(digits: Path) -> None:
     rows = in_order(digits, "val")
     url = str(digits / "wds" / "val" / "digits-val-0000.tar")
     for row, sample in zip(rows, wds.WebDataset(url, shardshuffle=False), strict=True):
@@ -106,6 +124,22 @@ def test_the_manifest_describes_the_stored_files(digits: Path) -> None:
         assert row["bytes"] == len(sample["png"])
         assert sample["__key__"] == f"{row['index']:08d}"
         assert row["shard"] == "val/shard.00000.mds"
+
+
+def test_raw_pixels_are_read_by_both_libraries(tmp_path: Path) -> None:
+    main(["digits", str(tmp_path), "--encode", "raw"])
+    rows = in_order(tmp_path, "val")
+    pixels, _ = expected(rows)
+    samples = list(LocalDataset(str(tmp_path / "mds" / "val")))
+    assert samples[0]["x"].shape == (8, 8, 1)
+    assert np.array_equal(np.stack([sample["x"] for sample in samples])[..., 0], pixels)
+    url = str(tmp_path / "wds" / "val" / "digits-val-0000.tar")
+    arrays = [sample["npy"] for sample in wds.WebDataset(url, shardshuffle=False).decode()]
+    assert np.array_equal(np.stack(arrays)[..., 0], pixels)
+    for form in ("mds", "wds"):
+        row = pq.read_table(tmp_path / form / "manifest.parquet").to_pylist()[1500 + 7]
+        stored = (tmp_path / form / row["shard"]).read_bytes()[row["offset"] :][: row["bytes"]]
+        assert stored == pixels[7].astype(np.uint8).tobytes()
 
 
 def test_the_summary_counts(digits: Path) -> None:
@@ -118,8 +152,13 @@ def test_the_summary_counts(digits: Path) -> None:
 
 
 def contents(out: Path) -> dict[str, bytes]:
+    """All files but the one that says how long it took."""
     files = (file for file in sorted(out.rglob("*")) if file.is_file())
-    return {file.relative_to(out).as_posix(): file.read_bytes() for file in files}
+    return {
+        file.relative_to(out).as_posix(): file.read_bytes()
+        for file in files
+        if file.name != "timing.json"
+    }
 
 
 def test_the_same_command_writes_the_same_bytes(digits: Path, tmp_path: Path) -> None:

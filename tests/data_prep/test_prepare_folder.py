@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 from streaming import LocalDataset
 
-from data_prep import pipeline
 from data_prep.__main__ import main
 from data_prep.pipeline import prepare
 from data_prep.records import Settings
@@ -56,22 +55,22 @@ def test_classes_are_the_first_folders_in_sorted_order(src: Path) -> None:
     source = folder(src)
     assert source.classes == ["ant", "cat"]
     assert len(source) == 20
-    for item in source:
+    for item in source.items():
         assert item.name.split("/")[0] == source.classes[item.label]
-    assert {item.name for item in source if "deep1" in item.name} == {
+    assert {item.name for item in source.items() if "deep1" in item.name} == {
         f"ant/deep1/{i}.JPG" for i in range(1, 10, 2)
     }
 
 
 @pytest.mark.parametrize(("fraction", "count"), [(0.1, 1), (0.3, 3), (0.01, 1), (0.99, 9)])
 def test_each_class_gives_its_share_to_val(src: Path, fraction: float, count: int) -> None:
-    val = [item.label for item in folder(src, fraction) if item.split == "val"]
+    val = [item.label for item in folder(src, fraction).items() if item.split == "val"]
     assert val == [0] * count + [1] * count
 
 
 def test_the_split_depends_on_the_seed_alone(src: Path) -> None:
     def val(seed: int) -> set[str]:
-        return {item.name for item in folder(src, 0.5, seed) if item.split == "val"}
+        return {item.name for item in folder(src, 0.5, seed).items() if item.split == "val"}
 
     assert val(0) == val(0)
     assert val(0) != val(1)
@@ -80,7 +79,7 @@ def test_the_split_depends_on_the_seed_alone(src: Path) -> None:
 def test_train_and_val_folders_are_the_splits(tmp_path: Path) -> None:
     for name in ("train/b/1", "train/a/1", "train/a/2", "val/b/9"):
         picture(tmp_path / f"{name}.png")
-    found = [(item.split, item.label, item.name) for item in folder(tmp_path)]
+    found = [(item.split, item.label, item.name) for item in folder(tmp_path).items()]
     assert found == [
         ("train", 0, "train/a/1.png"),
         ("train", 0, "train/a/2.png"),
@@ -104,7 +103,7 @@ def test_the_command_writes_the_pictures(
 
 
 def test_jpeg_encoding(src: Path, tmp_path: Path) -> None:
-    settings = Settings(size=16, encoding="jpeg")
+    settings = Settings(size=16, encode="jpeg")
     prepare(folder(src), tmp_path / "out", ["mds", "wds"], settings)
     assert LocalDataset(str(tmp_path / "out" / "mds" / "train"))[0]["x"].format == "JPEG"
 
@@ -144,10 +143,13 @@ def test_too_many_bad_images_stop_it(src: Path, tmp_path: Path) -> None:
     assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == (
         "error: 11 of 31 images can't be read, first cat/bad00.png (not an image that Pillow "
-        "knows): mend or remove them, or raise --max-errors"
+        f"knows): raise --max-errors to go on without them, or mend them and remove "
+        f"{tmp_path}/out/.partial to start over"
     )
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == [".partial"]
+    assert run(*args).stderr == result.stderr.splitlines(True)[-1]  # the same, and at once
     assert run(*args, "--max-errors", 0.5).returncode == 0
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["wds"]
 
 
 def test_nothing_readable_is_an_error_however_few(tmp_path: Path) -> None:
@@ -157,23 +159,6 @@ def test_nothing_readable_is_an_error_however_few(tmp_path: Path) -> None:
     result = run("folder", tmp_path / "src", tmp_path / "out", "--size", 8, "--max-errors", 1)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "2 of 2 images can't be read" in result.stderr
-
-
-def test_an_interrupted_run_leaves_no_set(
-    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*args: object) -> None:
-        raise KeyboardInterrupt
-
-    out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "write_records", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(folder(src), out, ["mds", "wds"], Settings(size=8))
-    assert list(out.iterdir()) == []
-    (out / ".mds.partial" / "train").mkdir(parents=True)  # as kill -9 would leave it
-    prepare(folder(src), out, ["mds"], Settings(size=8))
-    assert [entry.name for entry in out.iterdir()] == ["mds"]
 
 
 def test_user_errors_are_one_sentence(src: Path, tmp_path: Path) -> None:
@@ -196,7 +181,10 @@ def test_user_errors_are_one_sentence(src: Path, tmp_path: Path) -> None:
         ("folder", tmp_path / "odd", out, *size): "a class that train lacks: b",
         ("folder", src, tmp_path / "file", *size): "can't write to",
         ("folder", src, tmp_path / "file" / "out", *size): "can't write to",
+        ("folder", src, out): "--size is missing",
+        ("folder", src, out, *size, "--encode", "keep"): "leave out --size",
         ("folder", src, out, "--size", 0): "--size is 0",
+        ("folder", src, out, *size, "--workers", 0): "--workers is 0",
         ("folder", src, out, *size, "--val-fraction", 1.5): "--val-fraction is 1.5",
         ("folder", src, out, *size, "--max-errors", -1): "--max-errors is -1",
         ("digits", out, "--seed", -1): "--seed is -1",

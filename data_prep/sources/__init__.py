@@ -1,0 +1,58 @@
+"""Where images come from: one small class a layout, and which of them a folder has."""
+
+from pathlib import Path
+
+from data_prep.sources.archives import Archives
+from data_prep.sources.base import SPLITS, FilePart, Item, Source, shuffle_key
+from data_prep.sources.digits import Digits
+from data_prep.sources.folder import Folder
+from data_prep.sources.kaggle import Kaggle
+from data_prep.sources.parquet import Parquet
+from tarflow_dist.errors import UserError
+
+__all__ = [
+    "LAYOUTS",
+    "SPLITS",
+    "Archives",
+    "Digits",
+    "FilePart",
+    "Folder",
+    "Item",
+    "Kaggle",
+    "Parquet",
+    "Source",
+    "open_source",
+    "shuffle_key",
+]
+
+PACKED: dict[str, type[Archives] | type[Kaggle] | type[Parquet]] = {
+    "archives": Archives,
+    "kaggle": Kaggle,
+    "parquet": Parquet,
+}
+LAYOUTS = ("folder", *PACKED)
+
+
+def open_source(
+    path: Path, *, layout: str = "auto", val_fraction: float, seed: int, name: str | None = None
+) -> Source:
+    """The images in `path`.
+
+    Args:
+        layout: one of LAYOUTS, or auto, which looks what is there.
+        val_fraction, seed: see Folder, the only layout that may come without a split.
+        name: what the files are named after; the folder, if not given.
+
+    Raises:
+        UserError: there is no such folder, no such layout in it, or more than one.
+    """
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}: give one with images in a layout of --layout")
+    if layout == "auto":
+        found = [known for known, kind in PACKED.items() if kind.recognises(path)] or ["folder"]
+        if len(found) > 1:
+            raise UserError(f"{path} holds {' and '.join(found)}: choose one with --layout")
+        layout = found[0]
+    if layout == "folder":
+        return Folder(path, val_fraction=val_fraction, seed=seed, name=name)
+    return PACKED[layout](path, name=name or path.resolve().name)

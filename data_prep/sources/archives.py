@@ -1,0 +1,126 @@
+"""ImageNet's own archives, as the challenge's site hands them out."""
+
+import re
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.sources.base import Group, Grouped, is_image
+from tarflow_dist.errors import UserError
+
+TRAIN = "ILSVRC2012_img_train.tar"
+VAL = "ILSVRC2012_img_val.tar"
+DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+SCANNERS = 16  # class tars scanned at a time: on a network's disks the waiting is what counts
+
+
+class Archives(Grouped):
+    """A folder with ILSVRC2012_img_train.tar (a tar of class tars), ILSVRC2012_img_val.tar (flat)
+    and ILSVRC2012_devkit_t12.tar.gz (labels of the latter, names of the classes).
+
+    Only headers are read here, and nothing is unpacked: images are read where they lie.
+
+    Raises:
+        UserError: an archive is missing, damaged, or not what its name says.
+    """
+
+    def __init__(self, path: Path, *, name: str):
+        for archive in (TRAIN, VAL, DEVKIT):
+            if not (path / archive).is_file():
+                raise UserError(f"{path} has no {archive}: the archives are needed all three")
+        names, truth = read_devkit(path / DEVKIT)
+        classes = sorted(names)
+        try:
+            groups = _train(path / TRAIN, classes) + _val(path / VAL, classes, truth)
+        except (tarfile.TarError, EOFError) as error:
+            raise UserError(f"the archives in {path} are damaged: {error}") from error
+        super().__init__("archives", name, classes, groups, [names[wnid] for wnid in classes])
+
+    @staticmethod
+    def recognises(path: Path) -> bool:
+        return (path / TRAIN).is_file()
+
+
+def read_devkit(file: Path) -> tuple[dict[str, str], list[str]]:
+    """The names of the classes by wnid, and the wnid of each validation image in order."""
+    from scipy.io import loadmat
+
+    try:
+        with tarfile.open(file) as tar:
+            members = {re.sub(r"^.*/data/", "data/", member.name): member for member in tar}
+            meta = _read(tar, members["data/meta.mat"])
+            truth = _read(tar, members["data/ILSVRC2012_validation_ground_truth.txt"])
+        synsets = loadmat(BytesIO(meta), squeeze_me=True)["synsets"]
+        # the inner nodes of WordNet's tree stand there as well, and are no classes
+        leaves = [synset for synset in np.atleast_1d(synsets) if synset["num_children"] == 0]
+        wnids = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in leaves}
+        names = {str(synset["WNID"]): str(synset["words"]) for synset in leaves}
+        return names, [wnids[int(number)] for number in truth.split()]
+    except (tarfile.TarError, EOFError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{file} is damaged or no devkit ({error}): fetch it again") from error
+
+
+def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file: Any = tar.extractfile(member)
+    return file.read()
+
+
+def _train(archive: Path, classes: list[str]) -> list[Group]:
+    with tarfile.open(archive, "r:") as tar:
+        inside = {Path(member.name).stem: member for member in tar if member.name.endswith(".tar")}
+    if missing := sorted(set(classes) - set(inside)):
+        raise UserError(
+            f"{archive} lacks {len(missing)} of the devkit's {len(classes)} classes, first "
+            f"{missing[0]}: fetch it again"
+        )
+    if unknown := sorted(set(inside) - set(classes)):
+        raise UserError(f"{archive} has a class that the devkit lacks: {unknown[0]}")
+
+    def group(label: int) -> Group:
+        wnid = classes[label]
+        member = inside[wnid]
+        names, parts = _scan(archive, member.offset_data, member.size)
+        return Group("train", label, f"train/{wnid}/", archive, names, parts)
+
+    with ThreadPoolExecutor(SCANNERS) as pool:
+        return list(pool.map(group, range(len(classes))))
+
+
+def _val(archive: Path, classes: list[str], truth: list[str]) -> list[Group]:
+    names, parts = _scan(archive, 0, archive.stat().st_size)
+    if len(names) != len(truth):
+        raise UserError(f"{archive} has {len(names)} images, and the devkit labels {len(truth)}")
+    # the number in the name, …_val_00000293.JPEG, is the line of the ground truth, counted from 1
+    numbers = [int(re.sub(r"\D", "", Path(name).stem.rpartition("_")[2]) or 0) for name in names]
+    if sorted(numbers) != list(range(1, len(truth) + 1)):
+        raise UserError(f"{archive} has images that are not numbered as the devkit's labels are")
+    wnids = np.array([truth[number - 1] for number in numbers])
+
+    def group(label: int, wnid: str) -> Group:
+        places = np.flatnonzero(wnids == wnid)
+        mine = [names[place] for place in places]
+        return Group("val", label, f"val/{wnid}/", archive, mine, parts[places])
+
+    return [group(label, wnid) for label, wnid in enumerate(classes) if wnid in wnids]
+
+
+def _scan(archive: Path, start: int, size: int) -> tuple[list[str], np.ndarray]:
+    """Names of the images in the tar that lies at `start` in `archive`, sorted, and (n, 2) int64,
+    their offsets in `archive` and sizes."""
+    with archive.open("rb") as file:
+        file.seek(start)
+        tar: Any
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            found = []
+            while (member := tar.next()) is not None and member.offset < start + size:
+                tar.members.clear()  # tarfile would keep them all
+                if member.isfile() and is_image(member.name):
+                    found.append((Path(member.name).name, member.offset_data, member.size))
+    found.sort()
+    if not found or max(offset + length for _, offset, length in found) > start + size:
+        raise tarfile.ReadError(f"{archive.name} is cut short")
+    return [name for name, _, _ in found], np.array([part for _, *part in found], np.int64)

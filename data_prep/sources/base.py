@@ -1,0 +1,154 @@
+"""What a source of images is, and what the layouts have in common."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+SPLITS = ("train", "val")
+IMAGE_SUFFIXES = frozenset(
+    (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+)
+
+
+class FilePart(NamedTuple):
+    """An image inside an archive. Reading it is left to who needs it: mostly another process."""
+
+    file: Path
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+Content = Path | FilePart | bytes | np.ndarray
+"""A file, a part of one, a file's bytes, or pixels: uint8, (H, W) or (H, W, 3)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image before it is decoded. It can be sent to another process."""
+
+    split: str
+    label: int
+    name: str
+    """Where it came from, such as train/n01440764/n01440764_18.JPEG; it also keys the image's
+    place in the order, so an image has the same name in every layout."""
+    content: Content
+
+
+class Source(Protocol):
+    """Images in a layout that users have. The order in which they are stored is made by the
+    pipeline, so a source may give them as they lie."""
+
+    layout: str
+    """A key of `sources.LAYOUTS`, or digits."""
+    name: str
+    """For file names: letters, digits, - and _."""
+    channels: int
+    """Of the images once prepared: 1 for grey, 3 for RGB."""
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """ImageNet's wnids, or other class names; a label is a position in them."""
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """What people call the classes, where the layout has it beside `classes`."""
+
+    def __len__(self) -> int: ...
+
+    def items(self, start: int = 0) -> Iterator[Item]:
+        """The images from the `start`-th on, always in the same order. Those before it are not
+        read."""
+
+    def fingerprint(self) -> str:
+        """Another one for other images, as far as places, names and labels tell."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Images of one label that lie together, in a folder or an archive. Compact: a name is a text,
+    without objects around it."""
+
+    split: str
+    label: int
+    prefix: str
+    """Of the items' names."""
+    where: Path
+    names: list[str]
+    """Of the files: in the folder `where`, or in the archive."""
+    parts: np.ndarray | None = None
+    """(len(names), 2) int64: offset and size of each in the archive `where`."""
+
+    def item(self, i: int) -> Item:
+        content: Path | FilePart
+        if self.parts is None:
+            content = self.where / self.names[i]
+        else:
+            content = FilePart(self.where, *self.parts[i].tolist())
+        return Item(self.split, self.label, f"{self.prefix}{readable(self.names[i])}", content)
+
+
+class Grouped:
+    """A source that knows beforehand where each image lies."""
+
+    channels = 3
+
+    def __init__(
+        self,
+        layout: str,
+        name: str,
+        classes: Sequence[str],
+        groups: list[Group],
+        class_names: Sequence[str] | None = None,
+    ):
+        self.layout, self.name = layout, file_name(name)
+        self.classes, self.class_names = classes, class_names
+        self.groups = groups
+
+    def __len__(self) -> int:
+        return sum(len(group.names) for group in self.groups)
+
+    def items(self, start: int = 0) -> Iterator[Item]:
+        for group in self.groups:
+            yield from (group.item(i) for i in range(start, len(group.names)))
+            start = max(0, start - len(group.names))
+
+    def fingerprint(self) -> str:
+        digest = blake2b(digest_size=16)
+        for group in self.groups:
+            where = str(group.where.absolute())
+            about = [group.split, str(group.label), group.prefix, where, *group.names]
+            digest.update("\0".join(about).encode(errors="surrogateescape"))
+            digest.update(b"" if group.parts is None else group.parts.tobytes())
+        return digest.hexdigest()
+
+
+def is_image(name: str) -> bool:
+    """Whether a file is to be one, by its name; hidden files are not."""
+    path = Path(name)
+    return not path.name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def readable(name: str) -> str:
+    """A file name as text: bytes that are not UTF-8 become replacement characters."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")
+
+
+def file_name(name: str) -> str:
+    """`name` with nothing in it that a file name can't have."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name) or "images"
+
+
+def shuffle_key(seed: int, purpose: str, name: str) -> bytes:
+    """16 bytes. Sorting names by this shuffles them, each in its place whatever else is among
+    them."""
+    return blake2b(f"{seed}/{purpose}/{name}".encode(), digest_size=16).digest()

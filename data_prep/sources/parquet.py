@@ -1,0 +1,131 @@
+"""Parquet files as Hugging Face's datasets have them."""
+
+import json
+import re
+from collections.abc import Iterator
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.sources.base import SPLITS, Item, file_name
+from tarflow_dist.errors import UserError
+
+# how the hub's names begin; test files have no labels
+PREFIXES = {"train": ("train",), "val": ("validation", "valid", "val")}
+# imagenet-1k's paths: n01440764_10026_n01440764.JPEG, ILSVRC2012_val_00000293_n01440764.JPEG
+WNID_PATH = re.compile(r"^(?:.*/)?([^/]+)_(n\d{8})(\.\w+)$")
+
+
+class Parquet:
+    """A folder with train-*.parquet and validation-*.parquet, itself or in data/: columns `image`,
+    struct of bytes and path, and `label`, integers; rows labelled -1 are left out. Labels stay as
+    they are. Classes are the wnids in the paths, where each label has its own in sorted order (as
+    in imagenet-1k), or else ClassLabel's names, or else the numbers.
+
+    Paths and labels are read here; images later, a row group at a time.
+
+    Raises:
+        UserError: `path` is no such folder, or a file is damaged.
+    """
+
+    layout = "parquet"
+    channels = 3
+
+    def __init__(self, path: Path, *, name: str | None = None):
+        self.name = file_name(name or path.resolve().name)
+        self._files = _find(path)
+        if missing := [split for split in SPLITS if not self._files[split]]:
+            begin = PREFIXES[missing[0]][0]
+            raise UserError(f"{path} has no files {begin}-*.parquet, here or in data/")
+        try:
+            self._read_labels()
+        except (OSError, ValueError, KeyError) as error:  # pyarrow's own are such, too
+            raise UserError(f"the parquet files in {path} can't be read: {error}") from error
+
+    @staticmethod
+    def recognises(path: Path) -> bool:
+        return any(_find(path).values())
+
+    def _read_labels(self) -> None:
+        names: list[str] | None = None
+        seen: dict[int, set[str]] = {}
+        self._labelled: list[int] = []  # rows of each row group that have a label
+        digest = blake2b(digest_size=16)
+        for _, file, parquet, group in self._row_groups():
+            if not {"image", "label"} <= set(parquet.schema_arrow.names):
+                raise ValueError("there are no columns image and label")
+            names = names or _class_names(parquet.schema_arrow)
+            table = parquet.read_row_group(group, ["image.path", "label"])
+            labels = _labels(table)
+            self._labelled.append(int((labels >= 0).sum()))
+            paths = table["image"].combine_chunks().field("path").to_pylist()
+            digest.update(repr((str(file.absolute()), paths, labels.tolist())).encode())
+            for label, path in zip(labels.tolist(), paths, strict=True):
+                match = WNID_PATH.match(path or "")
+                seen.setdefault(label, set()).add(match[2] if match else "")
+        seen.pop(-1, None)
+        self._fingerprint = digest.hexdigest()
+        count = len(names) if names else max(seen, default=0) + 1
+        if seen and not 0 <= min(seen) <= max(seen) < count:
+            raise ValueError(f"labels go from {min(seen)} to {max(seen)}, with {count} classes")
+        wnids = [wnid for label in sorted(seen) for wnid in sorted(seen[label])]
+        self._has_wnids = len(wnids) == count and wnids == sorted(set(wnids)) and "" not in wnids
+        self.classes = wnids if self._has_wnids else names or [str(n) for n in range(count)]
+        self.class_names = names if self._has_wnids else None
+
+    def __len__(self) -> int:
+        return sum(self._labelled)
+
+    def items(self, start: int = 0) -> Iterator[Item]:
+        for number, (split, file, parquet, group) in enumerate(self._row_groups()):
+            if start >= self._labelled[number]:
+                start -= self._labelled[number]
+                continue
+            table = parquet.read_row_group(group, ["image", "label"])
+            labels = _labels(table)
+            for row in np.flatnonzero(labels >= 0)[start:].tolist():
+                image = table["image"][row].as_py()
+                label = int(labels[row])
+                name = self._name(image["path"], label) or f"{file.name}/{group}/{row}"
+                yield Item(split, label, f"{split}/{name}", image["bytes"] or b"")
+            start = 0
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def _name(self, path: str | None, label: int) -> str | None:
+        """The image's name in the other layouts, if the path tells."""
+        if path and self._has_wnids and (match := WNID_PATH.match(path)):
+            return f"{match[2]}/{match[1]}{match[3]}"
+        return f"{self.classes[label]}/{path}" if path else None
+
+    def _row_groups(self) -> Iterator[tuple[str, Path, Any, int]]:
+        from pyarrow.parquet import ParquetFile
+
+        for split, files in self._files.items():
+            for file in files:
+                with ParquetFile(file, pre_buffer=False) as parquet:
+                    for group in range(parquet.num_row_groups):
+                        yield split, file, parquet, group
+
+
+def _find(path: Path) -> dict[str, list[Path]]:
+    files = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
+    return {
+        split: [file for file in files if re.split(r"[-.]", file.name)[0] in PREFIXES[split]]
+        for split in SPLITS
+    }
+
+
+def _labels(table: Any) -> np.ndarray:
+    """int64; rows without a label have -1."""
+    return table["label"].fill_null(-1).to_numpy().astype(np.int64)
+
+
+def _class_names(schema: Any) -> list[str] | None:
+    """ClassLabel's names, which datasets writes into the schema's metadata."""
+    about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    label = about.get("info", {}).get("features", {}).get("label", {})
+    return label.get("names")

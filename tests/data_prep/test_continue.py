@@ -1,0 +1,357 @@
+"""A preparation that is killed, refused or out of disk goes on, and ends as an unbroken one."""
+
+import fcntl
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep import encode, pipeline, spool
+from data_prep.__main__ import main
+from tarflow_dist.errors import UserError
+
+COUNT = 1200
+# shards of a few images, so that writing them takes a while, too
+SCRIPT = """
+import sys
+from pathlib import Path
+from data_prep.pipeline import prepare
+from data_prep.records import Settings
+from data_prep.sources import Folder
+from tarflow_dist.errors import run_command
+
+def main(argv):
+    src, out, workers = argv
+    source = Folder(Path(src), val_fraction=0.1, seed=0)
+    settings = Settings(size=32, shard_bytes=40_000)
+    prepare(source, Path(out), ["mds", "wds"], settings, workers=int(workers))
+
+if __name__ == "__main__":
+    run_command(main)
+"""
+
+
+@pytest.fixture(scope="module")
+def src(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images in four classes, a few of them bad."""
+    root = tmp_path_factory.mktemp("src")
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (300, 300, 3), dtype=np.uint8))
+    for i in range(COUNT):
+        file = root / "abcd"[i % 4] / f"{i:04d}.jpg"
+        file.parent.mkdir(exist_ok=True)
+        if i % 200 == 7:
+            file.write_text("this is no image")
+        else:
+            left = i // 6
+            noise.crop((left, 0, left + 100, 100)).save(file, quality=50)
+    return root
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {
+        file.relative_to(out).as_posix(): file.read_bytes()
+        for file in sorted(out.rglob("*"))
+        if file.is_file() and file.name != "timing.json"
+    }
+
+
+@pytest.fixture(scope="module")
+def unbroken(src: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What one worker makes of it, in one go."""
+    out = tmp_path_factory.mktemp("unbroken")
+    subprocess.run([sys.executable, "-c", SCRIPT, src, out, "1"], check=True, capture_output=True)
+    found = contents(out)
+    assert sum(name.endswith((".mds", ".tar")) for name in found) > 60
+    return found
+
+
+@contextmanager
+def started(
+    src: Path, out: Path, workers: int, env: dict[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-c", SCRIPT, str(src), str(out), str(workers)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | env
+    )
+    with process:
+        yield process
+        process.wait()
+
+
+def progress(out: Path) -> tuple[int, int]:
+    """Images and shards that are journaled."""
+    lines = {
+        file.stem: file.read_bytes().count(b"\n") for file in (out / ".partial").glob("*.jsonl")
+    }
+    return lines.pop("images", 0), sum(lines.values())
+
+
+def processes_with(marker: str) -> list[str]:
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if marker.encode() in environ.read_bytes():
+                found.append(environ.parent.name)
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.e2e
+def test_killed_at_ten_random_moments(
+    src: Path, tmp_path: Path, unbroken: dict[str, bytes]
+) -> None:
+    """Of one preparation, while images are spooled as well as while shards are written; other
+    moments every time the test is run."""
+    seed = random.SystemRandom().randrange(10**6)
+    draw = random.Random(seed)
+    shard_count = sum(name.endswith((".mds", ".tar")) for name in unbroken)
+    moments = draw.sample(range(COUNT), 5), draw.sample(range(shard_count - 10), 5)
+    targets = [(m, 0) for m in sorted(moments[0])] + [(COUNT, m) for m in sorted(moments[1])]
+    marker = f"KILL_TEST_{os.getpid()}"
+    out = tmp_path / "out"
+    history = [(0, 0)]
+    for target in targets:
+        with started(src, out, 2, {marker: "1"}) as process:
+            while progress(out) < target and process.poll() is None:
+                time.sleep(0.002)
+            time.sleep(draw.uniform(0, 0.02))
+            process.kill()
+        assert process.returncode == -signal.SIGKILL, f"seed {seed}: {history}"
+        history.append(progress(out))
+    assert history == sorted(history), f"seed {seed}"  # nothing is done again
+    with started(src, out, 2, {marker: "1"}):
+        pass
+    assert contents(out) == unbroken, f"seed {seed}: {history}"
+    deadline = time.monotonic() + 30
+    while processes_with(marker) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not processes_with(marker)  # the killed ones' workers ended, too
+
+
+def test_workers_change_no_byte(src: Path, tmp_path: Path, unbroken: dict[str, bytes]) -> None:
+    with started(src, tmp_path / "out", 3, {}):
+        pass
+    assert contents(tmp_path / "out") == unbroken
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> Path:
+    for i in range(12):
+        file = tmp_path / "few" / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (i, 0, 0)).save(file)
+    return tmp_path / "few"
+
+
+def command(src: Path, out: Path, *more: str) -> list[str]:
+    return ["folder", str(src), str(out), "--size", "8", "--workers", "1", *more]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "data_prep", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def refused(src: Path, out: Path, *more: str) -> str:
+    before = contents(out)
+    with pytest.raises(UserError) as caught:
+        main(command(src, out, *more))
+    assert contents(out) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def unfinished(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An output folder where a run was interrupted with its images done."""
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_arrange", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            main(command(few, tmp_path / "out"))
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == [".partial"]
+    return tmp_path / "out"
+
+
+def test_what_is_done_is_not_done_again(
+    few: Path, unfinished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "prepare_image", None)  # decodes nothing
+    with (unfinished / ".partial" / "images.bin").open("ab") as images:
+        images.write(b"what a kill left of an image")
+    with (unfinished / ".partial" / "images.jsonl").open("ab") as journal:
+        journal.write(b'{"split": "tra')
+    main(command(few, unfinished))
+    monkeypatch.undo()
+    main(command(few, tmp_path / "again"))
+    assert contents(unfinished) == contents(tmp_path / "again")
+    timing = json.loads((unfinished / "mds" / "timing.json").read_text())
+    assert (timing["images_before"], timing["workers"]) == (12, 1)
+
+
+def test_an_unfinished_run_with_other_settings_is_refused(few: Path, unfinished: Path) -> None:
+    partial = unfinished / ".partial"
+    end = "finish that with its own command, or remove the folder"
+    said = refused(few, unfinished, "--encode", "webp")
+    assert said == f"{partial} is an unfinished run's, with encode png: {end}"
+    assert "with seed 0" in refused(few, unfinished, "--seed", "1")
+    assert "with formats ['mds']" in refused(few, unfinished, "--format", "both")
+    assert "with other images" in refused(few, unfinished, "--val-fraction", "0.5")
+    shutil.copytree(few, few.parent / "else" / "few")
+    assert "with other images" in refused(few.parent / "else" / "few", unfinished)
+    (few / "a" / "new.png").touch()
+    assert "with other images" in refused(few, unfinished)
+    (few / "a" / "new.png").unlink()
+    main(command(few, unfinished, "--max-errors", "0.5"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+def test_a_damaged_unfinished_run_is_refused(few: Path, unfinished: Path, damage: str) -> None:
+    images = unfinished / ".partial" / "images.bin"
+    content = bytearray(images.read_bytes())
+    content[40] ^= 1
+    images.write_bytes(content[:-1] if damage == "cut" else content)
+    with pytest.raises(UserError, match="is damaged: remove it to start over"):
+        main(command(few, unfinished))
+    assert not (unfinished / "mds").exists()
+
+
+def test_a_kill_between_two_formats(few: Path, tmp_path: Path) -> None:
+    """The first is there already: the run goes on with the second, and ends what was done."""
+    out = tmp_path / "out"
+
+    class Killed(BaseException):
+        pass
+
+    for count in (1, 2):
+        publish = iter([pipeline.publish_folder] * count)
+
+        def once(*args: Path, publish: Iterator = publish) -> None:
+            next(publish, kill)(*args)
+
+        def kill(*args: object) -> None:
+            raise Killed
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline, "publish_folder", once)
+            patch.setattr(spool, "remove", kill)
+            with pytest.raises(Killed):
+                main(command(few, out, "--format", "both"))
+        assert len(list(out.glob("[mw]ds"))) == count
+    main(command(few, out, "--format", "both"))
+    main(command(few, tmp_path / "again", "--format", "both"))
+    assert contents(out) == contents(tmp_path / "again")
+
+
+def test_a_second_run_is_refused(few: Path, unfinished: Path) -> None:
+    with (unfinished / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        said = refused(few, unfinished)
+        assert said == (
+            f"another run is writing to {unfinished}: wait for it, or choose another folder"
+        )
+    main(command(few, unfinished))  # a lock file without a run does no harm
+    assert [entry.name for entry in unfinished.iterdir()] == ["mds"]
+
+
+def test_two_runs_at_once(src: Path, tmp_path: Path, unbroken: dict[str, bytes]) -> None:
+    out = tmp_path / "out"
+    with started(src, out, 1, {}) as first:
+        while not progress(out)[0]:
+            assert first.poll() is None
+            time.sleep(0.01)
+        with started(src, out, 1, {}) as second:
+            assert second.stderr is not None
+            assert b"another run is writing to" in second.stderr.read()
+        assert second.returncode == 2
+    assert first.returncode == 0
+    assert contents(out) == unbroken
+
+
+def test_a_killed_worker_is_one_sentence(
+    src: Path, tmp_path: Path, unbroken: dict[str, bytes]
+) -> None:
+    out = tmp_path / "out"
+    with started(src, out, 2, {}) as process:
+        while not progress(out)[0]:
+            time.sleep(0.01)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        workers = [child for child in children if "spawn_main" in cmdline(child)]
+        os.kill(int(workers[0]), signal.SIGKILL)
+        assert process.stderr is not None
+        said = process.stderr.read().decode().splitlines()[-1]
+    assert process.returncode == 2
+    assert said.startswith("error: a worker process was killed")
+    with started(src, out, 2, {}):
+        pass
+    assert contents(out) == unbroken
+
+
+def cmdline(process: str) -> str:
+    return Path(f"/proc/{process}/cmdline").read_text()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may make a small disk")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("fill", [3.9, 2.8, 1.6])
+def test_a_full_disk(small_disk: Path, tmp_path: Path, fill: float) -> None:
+    """It is met early, later, or while shards are written; with room made, the run goes on."""
+    rng = np.random.default_rng(0)
+    for i in range(300):
+        file = tmp_path / "src" / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(file)
+    out = small_disk / "out"
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(int(fill * 2**20)))
+    command = ["folder", f"{tmp_path}/src", str(out), "--size", "40", "--workers", "1"]
+    result = run(*command)
+    assert result.returncode == 2
+    said = result.stderr.splitlines()[-1]
+    assert said == f"error: can't write to {out}: No space left on device"
+    assert not (out / "mds").exists()
+    ballast.unlink()
+    assert run(*command).returncode == 0
+    again = tmp_path / "again"
+    main(["folder", f"{tmp_path}/src", str(again), "--size", "40", "--workers", "1"])
+    assert contents(out) == contents(again)
+
+
+def test_a_folder_that_may_not_be_written_to(few: Path, tmp_path: Path) -> None:
+    out = tmp_path / "closed"
+    out.mkdir()
+    out.chmod(0o555)
+    closing = ["chattr", "+i", str(out)]  # root may write anywhere else
+    if os.access(out, os.W_OK) and subprocess.run(closing, capture_output=True).returncode:
+        pytest.skip("nothing is closed to root here")
+    try:
+        with pytest.raises(UserError, match=f"can't write to {out}: .* not permitted|denied"):
+            main(command(few, out))
+        assert list(out.iterdir()) == []
+    finally:
+        subprocess.run(["chattr", "-i", str(out)], capture_output=True)
