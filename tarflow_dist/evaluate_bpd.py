@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
     )
     add = parser.add_argument
     add("--model", type=Path, required=True, help="folder of model.safetensors and config.json")
-    add("--data", type=Path, required=True, help="SHARDS folder made by data_prep")
+    add("--data", required=True, help="SHARDS folder made by data_prep, or its s3:// address")
     add("--split", default="val", choices=("train", "val"))
     add("--draws", type=int, default=1, help="of the noise, to average over")
     add("--seed", type=int, default=0, help="of the noise")

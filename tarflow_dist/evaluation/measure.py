@@ -19,7 +19,7 @@ NUM_WORKERS = 2  # processes a rank that read and decode a data set
 
 
 def check_image_shape(
-    folder: Path, shape: tuple[int, int, int], image_shape: tuple[int, int, int]
+    folder: Path | str, shape: tuple[int, int, int], image_shape: tuple[int, int, int]
 ) -> None:
     """Raises `UserError` if the images of `folder` are of another `shape` (C, H, W) than the
     model's."""
