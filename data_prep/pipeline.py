@@ -23,7 +23,7 @@ from data_prep.shards import WRITERS, Sample
 from data_prep.sources import SPLITS, Source, shuffle_key
 from data_prep.spool import Journal, Spool
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import publish_folder
+from tarflow_dist.files import only_run, publish_folder
 from tarflow_dist.telemetry.progress import Progress
 
 PARTIAL = ".partial"
@@ -46,7 +46,7 @@ def prepare(
         if not partial.exists():
             _refuse_finished(out, formats)
         out.mkdir(parents=True, exist_ok=True)
-        with spool.only_run(out):
+        with only_run(out):
             if not (partial / "begun.json").exists():
                 _refuse_finished(out, formats)
             spool.begin(partial, _about(source, formats, settings))

@@ -5,12 +5,10 @@ another, `images.jsonl` a line an item of the source, in its order. Images are o
 lines are, and a line counts once it is whole.
 """
 
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -157,36 +155,3 @@ def remove(folder: Path) -> None:
         elif entry.name != "begun.json":
             entry.unlink()
     shutil.rmtree(folder)
-
-
-@contextmanager
-def only_run(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of `folder` until the body ends, or this process does.
-
-    Raises:
-        UserError: another run is in there.
-    """
-    file = folder / ".lock"
-    while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_open_at(descriptor, file):  # not one that its owner has just removed
-                break
-        except BlockingIOError as error:
-            raise UserError(
-                f"another run is writing to {folder}: wait for it, or choose another folder"
-            ) from error
-        os.close(descriptor)
-    try:
-        yield
-    finally:
-        file.unlink()
-        os.close(descriptor)
-
-
-def _is_open_at(descriptor: int, file: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), file.stat())
-    except FileNotFoundError:
-        return False

@@ -57,6 +57,8 @@ def convert(arguments: argparse.Namespace) -> None:
     source, out = arguments.source, arguments.out
     if not source.exists():
         raise UserError(f"there is no {source}")
+    if (source / "model.safetensors").exists():
+        raise UserError(f"{source} is a model already, as TarFlow.from_pretrained loads it")
     if (out / "model.safetensors").exists():
         raise UserError(f"{out} holds a model already: choose another folder, or remove it")
     is_run = _is_run(source)
@@ -81,7 +83,10 @@ def convert(arguments: argparse.Namespace) -> None:
         raise UserError(f"{source} makes no TARFlow: {error}") from error
     flow.load_weights(weights, source=source)
     flow.provenance = {"source": str(source), **provenance}
-    flow.save_pretrained(out)
+    try:
+        flow.save_pretrained(out)
+    except OSError as error:
+        raise UserError(f"{out} can't be written: {error.strerror}") from error
     count = sum(p.numel() for p in flow.parameters())
     dtype = next(flow.parameters()).dtype
     shown = f"{flow.config['width']} wide in heads of {flow.config['head_dim']}"
@@ -115,6 +120,11 @@ def _read_foreign(
 ) -> tuple[dict[str, "Tensor"], dict[str, Any], dict[str, Any]]:
     from tarflow_dist import foreign
 
+    if source.is_dir() and not (source / "latest").is_file():
+        raise UserError(
+            f"{source} is neither a run's folder, nor one of its checkpoints, nor a DeepSpeed "
+            "checkpoint, which has a file latest"
+        )
     if (arguments.sigma is None) != arguments.uniform:
         raise UserError(
             f"{source} doesn't say what noise it was trained with: give either --sigma S or "

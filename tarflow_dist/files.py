@@ -1,10 +1,13 @@
 """Files and folders that become visible whole or not at all."""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tarflow_dist.errors import UserError
 
 
 @contextmanager
@@ -41,3 +44,37 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of `folder` until the body ends, or this process does.
+
+    Raises:
+        UserError: another run is in there.
+    """
+    file = folder / ".lock"
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_open_at(descriptor, file):  # not one that its owner has just removed
+                break
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process is writing to {folder}: wait for it or end it, or choose another "
+                "folder"
+            ) from error
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        file.unlink()
+        os.close(descriptor)
+
+
+def _is_open_at(descriptor: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except FileNotFoundError:
+        return False

@@ -135,7 +135,8 @@ class TarFlow(Flow):
         finite = x.isfinite().flatten(1).all(dim=1)
         if not finite.all():
             lost = index[~finite.cpu()].tolist()
-            raise ValueError(f"samples {lost} are not finite: lower the guidance, or train longer")
+            shown = f"{lost[:5]} and {len(lost) - 5} more" if len(lost) > 5 else lost
+            raise ValueError(f"samples {shown} are not finite: lower the guidance, or train longer")
         return to_pixels(x, self.noise).permute(0, 2, 3, 1)
 
 

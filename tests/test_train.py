@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT, command, run
 
+from tarflow_dist.files import only_run
 from tarflow_dist.telemetry.metrics import read_metrics
 from tarflow_dist.training.checkpoint import Checkpoint, newest
 
@@ -176,6 +177,14 @@ def test_a_run_that_diverges_stops_and_saves_nothing_of_it(
     assert saved.state.images == status["images"]
     for tensor in saved.read_all("buffers").values():
         assert tensor.isfinite().all()
+
+
+def test_two_jobs_never_write_one_run(unbroken: Path, digits: Path) -> None:
+    where = [f"run={unbroken}", f"data.path={digits / 'mds'}"]
+    with only_run(unbroken):
+        done = run("tarflow_dist.train", *CURVE, *where, check=False)
+    assert done.returncode == 2
+    assert f"another process is writing to {unbroken}" in done.stderr
 
 
 def test_mistakes_are_told_in_one_line(digits: Path, tmp_path: Path) -> None:

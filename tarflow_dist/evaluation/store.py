@@ -41,10 +41,10 @@ class SampleStore:
 
     def _check_settings(self) -> None:
         file = self.folder / SETTINGS_FILE
-        if not file.exists():
-            if any(self.folder.glob("samples-*.parquet")):
-                raise UserError(f"{self.folder} holds samples but no {SETTINGS_FILE}: empty it")
+        if not any(self.folder.glob("samples-*.parquet")):
             return
+        if not file.exists():
+            raise UserError(f"{self.folder} holds samples but no {SETTINGS_FILE}: empty it")
         try:
             there = json.loads(file.read_text())
         except ValueError as error:

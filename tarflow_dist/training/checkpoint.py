@@ -154,8 +154,8 @@ class Checkpoint:
                 self._files |= dict.fromkeys(file.keys(), file)
         except (OSError, KeyError, ValueError, SafetensorError) as error:
             raise UserError(
-                f"{folder} is not a whole checkpoint ({error}): name another in "
-                f"{folder.parent / LATEST}"
+                f"{folder} is not a whole checkpoint ({error}): write the name of another one into "
+                f"the file {folder.parent / LATEST}"
             ) from error
         self._folder = folder
 

@@ -3,7 +3,9 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from functools import partial
+from io import StringIO
 
 import torch
 from torch import Tensor
@@ -52,22 +54,23 @@ class Engine:
             weight_decay=config.optimizer.weight_decay,
         )
         track_ema(optimizer)
-        self._engine, self._zero, _, _ = deepspeed.initialize(
-            model=flow,
-            optimizer=optimizer,
-            dist_init_required=False,
-            config={
-                "train_micro_batch_size_per_gpu": micro_batch_size,
-                "gradient_accumulation_steps": self.accumulation_steps,
-                "gradient_clipping": config.optimizer.clip_grad_norm or 0.0,
-                "zero_optimization": {"stage": config.train.zero_stage, "overlap_comm": False},
-                "bf16": {"enabled": config.train.precision == "bf16"},
-                # gradients are summed in fp32, over passes and over ranks
-                "data_types": {"grad_accum_dtype": "fp32"},
-                "communication_data_type": "fp32",
-                "steps_per_print": None,
-            },
-        )
+        with redirect_stdout(StringIO()):  # it prints its memory there
+            self._engine, self._zero, _, _ = deepspeed.initialize(
+                model=flow,
+                optimizer=optimizer,
+                dist_init_required=False,
+                config={
+                    "train_micro_batch_size_per_gpu": micro_batch_size,
+                    "gradient_accumulation_steps": self.accumulation_steps,
+                    "gradient_clipping": config.optimizer.clip_grad_norm or 0.0,
+                    "zero_optimization": {"stage": config.train.zero_stage, "overlap_comm": False},
+                    "bf16": {"enabled": config.train.precision == "bf16"},
+                    # gradients are summed in fp32, over passes and over ranks
+                    "data_types": {"grad_accum_dtype": "fp32"},
+                    "communication_data_type": "fp32",
+                    "steps_per_print": None,
+                },
+            )
         self._optimizer = optimizer
         # DeepSpeed casts buffers with the weights, but a running mean needs float32
         flow.var = flow.var.float()

@@ -6,6 +6,7 @@ from tarflow_dist import distributed
 from tarflow_dist.config import Config
 from tarflow_dist.data.loader import train_batches
 from tarflow_dist.data.order import ImageOrder
+from tarflow_dist.data.shards import Shards
 from tarflow_dist.training import checkpoint, run_folder
 from tarflow_dist.training.interrupt import Interrupt
 from tarflow_dist.training.journal import Journal
@@ -23,9 +24,14 @@ def train(config: Config, device: torch.device) -> bool:
         UserError: data, run folder or checkpoint do not fit the config, a checkpoint can't be
             written, or the gradient is no longer finite.
     """
-    batch_size = config.train.batch_size
     micro_batch_size = config.micro_batch(distributed.world_size())
     shards = open_data(config)
+    with run_folder.locked(config):
+        return _train(config, shards, micro_batch_size, device)
+
+
+def _train(config: Config, shards: Shards, micro_batch_size: int, device: torch.device) -> bool:
+    batch_size = config.train.batch_size
     changes = run_folder.changes_since_start(config)
     engine = build_engine(config, micro_batch_size, device)
     state = restore(config, engine)
@@ -46,11 +52,12 @@ def train(config: Config, device: torch.device) -> bool:
             state.images += batch_size
             stop = distributed.any_rank(interrupt.requested)  # the same answer on every rank
 
-            if state.passed(config.log.every_images, batch_size):
+            finished = state.images >= config.train.images
+
+            if finished or state.passed(config.log.every_images, batch_size):
                 journal.write_row(step)
             journal.advance(batch_size)
 
-            finished = state.images >= config.train.images
             due = state.passed(config.checkpoint.every_images, batch_size)
             if due or finished or stop:
                 state.optimizer_steps = engine.optimizer_steps

@@ -1,11 +1,14 @@
 """The run's folder: what a run was started with, and whether it may go on with another config."""
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 from tarflow_dist import config as configs
+from tarflow_dist import distributed
 from tarflow_dist.config import Config
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import write_whole
+from tarflow_dist.files import only_run, write_whole
 from tarflow_dist.telemetry.environment import describe_environment
 
 
@@ -32,16 +35,35 @@ def changes_since_start(config: Config) -> list[str]:
     return [f"{key} changed from {old} to {new}" for key, (old, new) in changes.items()]
 
 
+@contextmanager
+def locked(config: Config) -> Iterator[None]:
+    """Keeps other jobs out of the run's folder while the body runs. Rank 0 holds the lock for all.
+
+    Raises:
+        UserError: on every rank, if another job trains there or the folder can't be made.
+    """
+    with ExitStack() as held:
+        problem = None
+        if distributed.is_main():
+            try:
+                config.run.mkdir(parents=True, exist_ok=True)
+                held.enter_context(only_run(config.run))
+            except UserError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"the run's folder {config.run} can't be written: {error.strerror}"
+        problem = distributed.from_main(problem)
+        if problem is not None:
+            raise UserError(problem)
+        yield
+
+
 def record_start(config: Config) -> None:
     """Writes config.yaml and environment.json into the run's folder."""
-    try:
-        config.run.mkdir(parents=True, exist_ok=True)
-        with write_whole(config.run / "config.yaml") as part:
-            part.write_text(configs.dump(config))
-        with write_whole(config.run / "environment.json") as part:
-            part.write_text(json.dumps(describe_environment(), indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"the run's folder {config.run} can't be written: {error}") from error
+    with write_whole(config.run / "config.yaml") as part:
+        part.write_text(configs.dump(config))
+    with write_whole(config.run / "environment.json") as part:
+        part.write_text(json.dumps(describe_environment(), indent=2) + "\n")
 
 
 def record_status(config: Config, *, state: str, images: int) -> None:
