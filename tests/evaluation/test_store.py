@@ -88,11 +88,17 @@ def test_a_chunk_cut_off_while_written_is_missing(
 
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
-    a_store(tmp_path)
+    a_store(tmp_path).write_chunk(0, some_images(4), np.zeros(4, np.int64))
     with pytest.raises(UserError) as caught:
         a_store(tmp_path, seed=7, guidance=2.0)
     assert "made with seed 0, not 7; guidance 1.5, not 2.0:" in str(caught.value)
     assert json.loads((tmp_path / "settings.json").read_text()) == SETTINGS
+
+
+def test_settings_without_samples_may_be_corrected(tmp_path: Path) -> None:
+    a_store(tmp_path)
+    a_store(tmp_path, seed=7)
+    assert json.loads((tmp_path / "settings.json").read_text())["seed"] == 7
 
 
 def test_samples_of_unknown_settings_are_refused(tmp_path: Path) -> None:
