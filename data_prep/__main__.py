@@ -2,8 +2,10 @@
 
 import argparse
 import os
+from importlib import import_module
 from pathlib import Path
 
+from data_prep import remote
 from data_prep.images import CROPS, ENCODINGS
 from data_prep.pipeline import prepare
 from data_prep.records import Settings
@@ -48,12 +50,23 @@ def parser() -> argparse.ArgumentParser:
     digits.set_defaults(run=run_digits, format="both", workers=1, max_errors=0.0)
     digits.add_argument("--encode", choices=("png", "jpeg", "raw"), default="png", help=ENCODE_HELP)
     for command in (imagenet, folder, digits):
-        command.add_argument("out", type=Path, help="where the sets are written")
+        command.add_argument(
+            "out", help="where the sets are written: a folder, or an object store's s3://…"
+        )
         command.add_argument("--format", choices=FORMATS, help="(default %(default)s)")
         command.add_argument("--seed", type=int, default=0, help="of split and order (default 0)")
         command.add_argument(
             "--workers", type=int, help="processes; they change no byte (default %(default)s)"
         )
+
+    for name, help_ in (
+        ("verify", "read a finished set back and say what is wrong with it"),
+        ("show", "print a set's summary and draw a contact sheet"),
+    ):
+        command = commands.add_parser(name, help=help_)
+        module = import_module(f"data_prep.{name}")
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
     return top
 
 
@@ -130,13 +143,18 @@ def run_images(args: argparse.Namespace) -> None:
 
 def _write(source: Source, args: argparse.Namespace, settings: Settings) -> None:
     formats = FORMATS[args.format]
-    summary = prepare(source, args.out, formats, settings, workers=args.workers)
+    if remote.is_remote(args.out):
+        summary = remote.prepare_and_upload(
+            source, args.out, formats, settings, workers=args.workers
+        )
+    else:
+        summary = prepare(source, Path(args.out), formats, settings, workers=args.workers)
     images = " and ".join(f"{n} {split}" for split, n in summary["images"].items())
     shape = f"{settings.size}x{settings.size}x{source.channels} " if settings.size else ""
     aside = f"; {summary['errors']} set aside, see errors.parquet" if summary["errors"] else ""
     for form in formats:
         print(
-            f"{args.out / form}: {images} images, {len(source.classes)} classes, "
+            f"{args.out.rstrip('/')}/{form}: {images} images, {len(source.classes)} classes, "
             f"{shape}{settings.encode}{aside}"
         )
 

@@ -1,0 +1,132 @@
+"""`python -m data_prep show OUT`: a finished set at a glance, in a table and a contact sheet."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from data_prep.read_back import decode
+from data_prep.sources import SPLITS
+from data_prep.verify import find_sets
+from tarflow_dist.errors import UserError
+from tarflow_dist.files import write_whole
+
+ROWS, COLUMNS = 10, 10
+CELL = 96
+"""Pixels of a picture on the sheet: smaller ones are magnified as far as they go in whole steps."""
+GAP, NAMES = 4, 160
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=Path, help="a set, or a folder with mds/ or wds/ in it")
+    parser.add_argument(
+        "--sheet", type=Path, help="where the pictures go (default OUT/contact-sheet.png)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    import pyarrow.parquet as pq
+
+    folder = find_sets(args.out)[0]
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+        manifest = pq.read_table(folder / "manifest.parquet")
+        for name, value in table(summary, manifest):
+            print(f"{name:<14}{value}")
+        sheet = contact_sheet(folder, summary, manifest)
+    except Exception as error:  # whatever damage does to a parser
+        raise UserError(
+            f"{folder} is damaged ({type(error).__name__}: {error}): see `python -m data_prep "
+            f"verify {folder}`"
+        ) from error
+    file = args.sheet or args.out / "contact-sheet.png"
+    with write_whole(file) as part:
+        sheet.save(part, "PNG")
+    print(f"{'pictures':<14}{file}")
+
+
+def table(summary: dict[str, Any], manifest: Any) -> Iterator[tuple[str, str]]:
+    """The summary's lines: what, and its value."""
+    settings, classes = summary["settings"], summary["classes"]
+    side = summary["image_size"]
+    yield "set", summary["name"]
+    yield "images", ", ".join(f"{count:,} {split}" for split, count in summary["images"].items())
+    yield "classes", _some([_readable(summary, label) for label in range(len(classes))])
+    for split in SPLITS:
+        counts = summary["images_per_class"][split]
+        yield f"  in {split}", f"{min(counts):,} to {max(counts):,} a class"
+    size = f"{side}x{side}" if side else "their own sizes"
+    yield "pixels", f"{size}, {'grey' if summary['channels'] == 1 else 'RGB'}"
+    stored = sum(manifest["bytes"].to_pylist())
+    yield (
+        "stored",
+        f"{stored / 1e6:,.1f} MB of {settings['encode']}, {_kilobytes(stored, manifest)}",
+    )
+    yield "set aside", f"{summary['errors']:,} that could not be read"
+    yield "settings", ", ".join(f"{key} {value}" for key, value in settings.items())
+    yield "versions", ", ".join(f"{key} {value}" for key, value in summary["versions"].items())
+
+
+def _kilobytes(stored: int, manifest: Any) -> str:
+    return f"{stored / max(len(manifest), 1) / 1e3:.1f} kB an image"
+
+
+def _some(names: list[str], shown: int = 5) -> str:
+    listed = ", ".join(names[:shown])
+    return f"{len(names):,}: {listed}" + (", …" if len(names) > shown else "")
+
+
+def _readable(summary: dict[str, Any], label: int) -> str:
+    """A class's name in words if there is one, or else the name of its folder."""
+    names = summary.get("class_names") or summary["classes"]
+    return str(names[label]).partition(",")[0]
+
+
+def contact_sheet(folder: Path, summary: dict[str, Any], manifest: Any) -> Image.Image:
+    """A row of pictures for each of some classes, spread evenly over all; their names before."""
+    import pyarrow.compute as pc
+
+    count = len(summary["classes"])
+    labels = sorted({row * count // min(ROWS, count) for row in range(min(ROWS, count))})
+    step = CELL + GAP
+    sheet = Image.new("RGB", (NAMES + COLUMNS * step, len(labels) * step + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=16)
+    for row, label in enumerate(labels):
+        top = GAP + row * step
+        draw.text(
+            (GAP * 2, top + CELL // 2),
+            _fitting(_readable(summary, label), draw, font),
+            "black",
+            font,
+            anchor="lm",
+        )
+        of_class = manifest.filter(pc.equal(manifest["label"], label)).slice(0, COLUMNS)
+        for column, image in enumerate(of_class.to_pylist()):
+            with (folder / image["shard"]).open("rb") as file:
+                file.seek(image["offset"])
+                picture = _sized(decode(file.read(image["bytes"]), summary).convert("RGB"))
+            left = NAMES + column * step
+            sheet.paste(
+                picture, (left + (CELL - picture.width) // 2, top + (CELL - picture.height) // 2)
+            )
+    return sheet
+
+
+def _sized(picture: Image.Image) -> Image.Image:
+    """At most CELL x CELL, and small pixels large enough to be seen."""
+    picture.thumbnail((CELL, CELL))
+    factor = CELL // max(picture.size)
+    size = picture.width * factor, picture.height * factor
+    return picture.resize(size, Image.Resampling.NEAREST)
+
+
+def _fitting(name: str, draw: ImageDraw.ImageDraw, font: Any) -> str:
+    if draw.textlength(name, font) <= NAMES - 4 * GAP:
+        return name
+    while draw.textlength(f"{name}…", font) > NAMES - 4 * GAP:
+        name = name[:-1]
+    return f"{name}…"

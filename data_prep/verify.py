@@ -1,0 +1,223 @@
+"""`python -m data_prep verify OUT`: reads a finished set back and says what is wrong, and where."""
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.read_back import READERS, Listed, Stored, decode, digest, read_index
+from data_prep.sources import SPLITS
+from tarflow_dist.errors import UserError
+from tarflow_dist.telemetry.progress import Progress
+
+MAX_LINES = 1000
+COLUMNS = ["split", "index", "source", "class", "label", "shard", "offset", "bytes", "sha256"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=Path, help="a set, or a folder with mds/ or wds/ in it")
+    parser.add_argument("--workers", type=int, default=1, help="processes (default %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints a line for each shard or file that is wrong, and returns the exit code."""
+    count = 0
+    for line in verify(args.out, workers=args.workers):
+        count += 1
+        if count <= MAX_LINES:
+            print(line, flush=True)
+    if count:
+        things = "1 thing is" if count == 1 else f"{count} things are"
+        shown = f", of which {MAX_LINES} are listed" if count > MAX_LINES else ""
+        print(f"{args.out}: {things} wrong{shown}")
+        return 1
+    print(f"{args.out}: whole")
+    return 0
+
+
+def find_sets(out: Path) -> list[Path]:
+    """`out` if it is a set, or the sets in it.
+
+    Raises:
+        UserError: there are none.
+    """
+    if any((out / name).exists() for name in (*SPLITS, "summary.json", "manifest.parquet")):
+        return [out]
+    sets = [out / form for form in ("mds", "wds") if (out / form).is_dir()]
+    if not sets:
+        raise UserError(f"{out} holds no set: give a folder that data_prep wrote")
+    return sets
+
+
+def verify(out: Path, *, workers: int = 1) -> Iterator[str]:
+    """One line for each shard or file that is wrong in the set or sets in `out`."""
+    for folder in find_sets(out):
+        prefix = "" if folder == out else f"{folder.name}/"
+        yield from (prefix + line for line in _verify_set(folder, workers))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A shard to be read back."""
+
+    folder: Path
+    shard: Listed
+    rows: Any
+    """Its part of the manifest, a pyarrow table."""
+    summary: dict[str, Any]
+
+
+def _verify_set(folder: Path, workers: int) -> Iterator[str]:
+    import pyarrow.parquet as pq
+
+    name = ""
+    try:
+        name = "summary.json"
+        summary = json.loads((folder / name).read_text())
+        name = "errors.parquet"
+        errors = pq.read_table(folder / name, page_checksum_verification=True).num_rows
+        name = "manifest.parquet"
+        rows = pq.read_table(folder / name, columns=COLUMNS, page_checksum_verification=True)
+        rows.validate(full=True)
+        wrong = list(_check_records(summary, rows, errors))
+        splits = [_list_split(folder, split, rows, summary) for split in SPLITS]
+    except Exception as error:  # whatever damage does to a parser
+        yield f"{name}: missing or damaged ({_gist(error)}), so that nothing else can be told"
+        return
+    jobs = []
+    for its_jobs, its_wrong in splits:
+        jobs += its_jobs
+        wrong += its_wrong
+    yield from wrong
+    with Progress("verify", len(rows)) as progress:
+        for job, problem in zip(jobs, _each(jobs, workers), strict=True):
+            progress.update(len(job.rows))
+            if problem:
+                yield f"{job.shard.name}: {problem}"
+
+
+def _check_records(summary: dict[str, Any], rows: Any, errors: int) -> Iterator[str]:
+    """Holds summary and manifest against each other."""
+    classes = summary["classes"]
+    if errors != summary["errors"]:
+        yield f"errors.parquet: {errors} rows, but summary.json counts {summary['errors']}"
+    labels, split_of = rows["label"].to_numpy(), np.array(rows["split"].to_pylist(), str)
+    outside = int(((labels < 0) | (labels >= len(classes))).sum())
+    if outside:
+        yield f"manifest.parquet: {outside} labels are not among the {len(classes)} classes"
+        return
+    if rows["class"].to_pylist() != [classes[label] for label in labels]:
+        yield "manifest.parquet: labels and class names are not those of summary.json"
+    for split in SPLITS:
+        here = split_of == split
+        counts = np.bincount(labels[here], minlength=len(classes)).tolist()
+        if counts != summary["images_per_class"][split] or sum(counts) != summary["images"][split]:
+            yield f"manifest.parquet: its counts of {split} images are not those of summary.json"
+        if not np.array_equal(rows["index"].to_numpy()[here], np.arange(sum(counts))):
+            yield f"manifest.parquet: the indexes of {split} do not count from 0 on"
+
+
+def _list_split(
+    folder: Path, split: str, rows: Any, summary: dict[str, Any]
+) -> tuple[list[Job], list[str]]:
+    """The shards of a split by its manifest, and in what the format's index differs from it."""
+    import pyarrow.compute as pc
+
+    wrong = []
+    try:
+        index, listed = read_index(folder, split)
+    except Exception as error:  # whatever damage does to a parser
+        wrong.append(f"{split}: its index is missing or damaged ({_gist(error)})")
+        index, listed = "", {}
+    rows = rows.filter(pc.equal(rows["split"], split))
+    shards = np.array(rows["shard"].to_pylist(), str)
+    starts = np.flatnonzero(np.append(True, shards[1:] != shards[:-1]))[: len(shards)]
+    jobs = []
+    for start, end in zip(starts, [*starts[1:], len(shards)], strict=True):
+        name = str(shards[start])
+        # without its entry in the index a shard is still held against the manifest
+        entry = listed.get(name) or Listed(name, -1, int(end - start), {})
+        # `take` copies: a mere slice would bring the whole table along to another process
+        jobs.append(Job(folder, entry, rows.take(np.arange(start, end)), summary))
+    names = [job.shard.name for job in jobs]
+    if listed and list(listed) != names:
+        wrong.append(f"{index}: its shards are not those of manifest.parquet")
+    known = {*listed, *names, f"{split}/index.json"}
+    for file in sorted((folder / split).iterdir()) if (folder / split).is_dir() else ():
+        if f"{split}/{file.name}" not in known:
+            wrong.append(f"{split}/{file.name}: belongs to no set")
+    return jobs, wrong
+
+
+def _each(jobs: Iterable[Job], workers: int) -> Iterator[str]:
+    if workers < 2:
+        yield from map(_check_shard, jobs)
+    else:
+        with ProcessPoolExecutor(workers) as pool:
+            yield from pool.map(_check_shard, jobs)
+
+
+def _check_shard(job: Job) -> str:
+    """What is wrong with a shard; nothing if it is whole."""
+    shard, rows = job.shard, job.rows.to_pylist()
+    try:
+        data = (job.folder / shard.name).read_bytes()
+    except OSError as error:
+        return _gist(error)
+    wrong = []
+    if len(data) != shard.bytes != -1:
+        wrong.append(f"{len(data)} bytes long and not {shard.bytes}")
+    wrong += [
+        f"its {kind} is not that of the index"
+        for kind, expected in shard.hashes.items()
+        if digest(kind, data) != expected
+    ]
+    if shard.samples != len(rows):
+        wrong.append(f"{shard.samples} images in the index and {len(rows)} in the manifest")
+    form = shard.name.rpartition(".")[2]
+    try:
+        stored = READERS[form](data)
+        if len(stored) != len(rows):
+            wrong.append(f"{len(stored)} images and not {len(rows)}")
+            stored = []
+    except Exception as error:  # whatever damage does to a parser
+        wrong.append(f"no {form} file ({_gist(error)})")
+        stored = []
+    images = [
+        f"image {row['index']} ({row['source']}) {problem}"
+        for row, sample in zip_longest(rows, stored)
+        if (problem := _check_image(data, row, sample, job.summary))
+    ]
+    if images:
+        more = f" and {len(images) - 1} more" if len(images) > 1 else ""
+        wrong.append(images[0] + more)
+    return "; ".join(wrong)
+
+
+def _check_image(
+    data: bytes, row: dict[str, Any], sample: Stored | None, summary: dict[str, Any]
+) -> str:
+    image = data[row["offset"] : row["offset"] + row["bytes"]]
+    if digest("sha256", image) != row["sha256"]:
+        return "has not the manifest's sha256"
+    expected = Stored(row["index"], row["label"], row["offset"], row["bytes"])
+    if sample and sample != expected:
+        return f"is stored as {sample} and listed as {expected}"
+    try:
+        decode(image, summary)
+    except Exception as error:  # decoders raise of every kind
+        return f"can't be decoded ({_gist(error)})"
+    return ""
+
+
+def _gist(error: Exception) -> str:
+    """An error on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
