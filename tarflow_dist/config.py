@@ -77,7 +77,13 @@ class DataConfig(Section):
     """The shards, as data_prep writes them."""
 
     path: str
-    """A SHARDS folder with train/ and val/, MDS or WebDataset tar (read from what lies there)."""
+    """A SHARDS folder with train/ and val/, MDS or WebDataset tar (read from what lies there), or
+    the address of one in an object store (s3://bucket/shards/mds)."""
+    cache: Path | None = None
+    """Folder on a local disk where shards of an object store are kept, shared by the ranks of a
+    machine; null: one in the temporary folder."""
+    cache_limit: PositiveInt = 100_000_000_000
+    """Bytes that the cache may hold; the longest unused shards make room."""
     flip: bool = False
     """Mirror images left to right at random."""
     shuffle_window: PositiveInt = 16

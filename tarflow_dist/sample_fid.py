@@ -39,7 +39,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", type=Path, required=True, help="folder of model.safetensors and config.json")
-    add("--reference", type=Path, required=True, help="SHARDS folder made by data_prep")
+    add("--reference", required=True, help="SHARDS folder made by data_prep, or its s3:// address")
     add("--split", default="train", choices=("train", "val"), help="of the reference")
     add("--num-samples", type=int, required=True)
     add("--guidance", type=float, default=0.0, help="w; 0 is no guidance")
@@ -69,7 +69,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.batch_size < 1:
         raise UserError("--batch-size must be at least 1")
     for option, folder in (("--model", args.model), ("--reference", args.reference)):
-        if not folder.is_dir():
+        if "://" not in str(folder) and not Path(folder).is_dir():
             raise UserError(f"{option} {folder} is not a folder")
     if args.features == "inception":
         check_inception_weights(args.inception_weights)
@@ -125,7 +125,7 @@ def main(argv: list[str]) -> None:
         result = {
             "frechet_distance": distance,
             "features": extractor.name,
-            **describe_reference(args, count=int(real.count)),
+            **describe_reference(args, reference.manifest, count=int(real.count)),
             "model": str(args.model),
             **settings,
             "device": describe_device(device),
@@ -170,9 +170,7 @@ def sample_settings(args: argparse.Namespace, flow: "TarFlow") -> dict[str, Any]
     }
 
 
-def check_reference(
-    folder: Path, shape: tuple[int, ...], image_shape: tuple[int, int, int]
-) -> None:
+def check_reference(folder: str, shape: tuple[int, ...], image_shape: tuple[int, int, int]) -> None:
     """Raises `UserError` if the reference's images are of another `shape` than the model's."""
     if shape != image_shape:
         there, wanted = ("×".join(map(str, s)) for s in (shape, image_shape))
@@ -182,13 +180,12 @@ def check_reference(
         )
 
 
-def describe_reference(args: argparse.Namespace, *, count: int) -> dict[str, Any]:
-    manifest = args.reference / "manifest.parquet"
+def describe_reference(args: argparse.Namespace, manifest: Path, *, count: int) -> dict[str, Any]:
     return {
         "reference": str(args.reference),
         "reference_split": args.split,
         "reference_images": count,
-        "reference_manifest_sha256": sha256(manifest) if manifest.exists() else None,
+        "reference_manifest_sha256": sha256(manifest),
     }
 
 

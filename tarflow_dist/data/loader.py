@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tarflow_dist.data.order import ImageOrder
 from tarflow_dist.data.shards import Shards
+from tarflow_dist.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Batch:
     """b images, and who they are; `index` and `epoch` key their random numbers."""
 
     images: Tensor
-    """(b, C, H, W) uint8."""
+    """(b, C, H, W) uint8, in memory (b, H, W, C) as decoders leave it: the device turns it."""
     labels: Tensor
     """(b,) int64."""
     index: Tensor
@@ -84,7 +85,11 @@ def eval_batches(
 def _load(
     shards: Shards, picks: Iterable[tuple[np.ndarray, np.ndarray]], num_workers: int
 ) -> Iterator[Batch]:
-    """One batch for each (epochs, indexes) of `picks`, in their order."""
+    """One batch for each (epochs, indexes) of `picks`, in their order.
+
+    Raises:
+        UserError: from the iterator, an image is missing or damaged.
+    """
     loader = DataLoader(
         _Batches(shards),
         batch_size=None,
@@ -93,21 +98,38 @@ def _load(
         worker_init_fn=partial(_ignore_signals, _exiting()),
         pin_memory=torch.cuda.is_available(),
     )
-    return iter(loader)
+    return map(_batch_or_raise, iter(loader))
 
 
-class _Batches(Dataset[Batch]):
+class _Batches(Dataset[Batch | UserError]):
     def __init__(self, shards: Shards):
         self._shards = shards
 
-    def __getitem__(self, pick: tuple[np.ndarray, np.ndarray]) -> Batch:
+    def __getitem__(self, pick: tuple[np.ndarray, np.ndarray]) -> Batch | UserError:
+        """An error is returned and not raised: a worker would wrap its traceback around it."""
         epochs, indexes = pick
-        images = torch.empty(len(indexes), *self._shards.image_shape, dtype=torch.uint8)
+        channels, height, width = self._shards.image_shape
+        stored = torch.empty(len(indexes), height, width, channels, dtype=torch.uint8)
+        images = stored.permute(0, 3, 1, 2)
         labels = torch.empty(len(indexes), dtype=torch.int64)
-        pixels = images.numpy()
-        for i, index in enumerate(indexes.tolist()):
-            pixels[i], labels[i] = self._shards[index]
+        pixels, numbers = images.numpy(), labels.numpy()
+        try:
+            for i, index in enumerate(indexes.tolist()):
+                pixels[i], numbers[i] = self._shards[index]
+        except UserError as error:
+            return error
         return Batch(images, labels, torch.from_numpy(indexes), torch.from_numpy(epochs))
+
+
+def _batch_or_raise(loaded: Batch | UserError) -> Batch:
+    try:
+        if isinstance(loaded, UserError):
+            raise loaded
+        return loaded
+    finally:
+        # error, traceback and this frame would hold each other, and the loader with them: it can
+        # end its workers only if it goes with its last reference, not in a garbage collection
+        del loaded
 
 
 @cache

@@ -1,7 +1,8 @@
-"""Reads the shards that data_prep writes, by image index, MDS and WebDataset tar alike."""
+"""Reads the sets that data_prep writes, by image index, MDS and WebDataset tar alike: the manifest
+says in which shard each image lies, where in it, and what its hash is."""
 
 import json
-import tarfile
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from tarflow_dist.data.store import Folder, Store, open_store
 from tarflow_dist.errors import UserError
 
-MDS_ENCODINGS = {"int", "png", "jpeg"}  # what data_prep writes; MDS itself would also unpickle
+COLUMNS = ["split", "index", "label", "shard", "offset", "bytes", "sha256"]
 
 
 class Shards:
@@ -21,139 +23,174 @@ class Shards:
         sizes: images in each shard.
         num_classes: labels are 0 … num_classes - 1.
         image_shape: (C, H, W).
+        manifest: the set's manifest.parquet.
     """
 
-    def __init__(self, sizes: list[int], *, num_classes: int, image_shape: tuple[int, int, int]):
-        self.sizes, self.num_classes, self.image_shape = sizes, num_classes, image_shape
-        self._ends = np.cumsum(sizes)
+    def __init__(self, path: str | Path, split: str, store: Store):
+        self._path, self._split, self._store = path, split, store
+        summary = _read_summary(path, store)
+        side = summary["image_size"]
+        if side is None:
+            raise UserError(
+                f"{path} keeps the images in their own sizes: prepare a set of one --size to read "
+                "batches from"
+            )
+        self.num_classes = len(summary["classes"])
+        self.image_shape = (summary["channels"], side, side)
+        self._raw = summary["settings"]["encode"] == "raw"
+        self.manifest = store.path("manifest.parquet")
+        rows = _read_manifest(path, split, self.manifest)
+        # one image's row here and there: plain arrays, which workers share until they write
+        self._labels = rows["label"].to_numpy()
+        self._offsets = rows["offset"].to_numpy()
+        self._bytes = rows["bytes"].to_numpy()
+        self._hashes = np.array(rows["sha256"].to_numpy(zero_copy_only=False), "S64")
+        shards = rows["shard"].combine_chunks().dictionary_encode()
+        self._names: list[str] = shards.dictionary.to_pylist()
+        self._shard = shards.indices.to_numpy()
+        self.sizes: list[int] = np.bincount(self._shard).tolist()
+        ends = np.cumsum(self.sizes) - 1
+        # up to the end of its last image
+        self._shard_bytes = (self._offsets[ends] + self._bytes[ends]).tolist()
+        if (
+            not np.array_equal(rows["index"].to_numpy(), np.arange(len(self)))
+            or (np.diff(self._shard) < 0).any()
+            or not 0 <= self._labels.min() <= self._labels.max() < self.num_classes
+        ):
+            raise ValueError("the manifest is not as written")
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return len(self._labels)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """The image, uint8 (C, H, W), and its label."""
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        image, label = self._read(shard, index - int(self._ends[shard]) + self.sizes[shard])
-        pixels = np.asarray(image)
-        pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-        assert pixels.shape == self.image_shape, f"image {index} is {pixels.shape}"
-        return pixels, label
+        """The image, uint8 (C, H, W), and its label.
 
-    def _read(self, shard: int, place: int) -> tuple[Image.Image, int]:
-        raise NotImplementedError
+        Raises:
+            UserError: it is not there, or is not the image that data_prep wrote.
+        """
+        name = self._names[self._shard[index]]
+        where = f"image {index} of {self._split}, in {self._path}/{name},"
+        try:
+            data = self._store.read(name, int(self._offsets[index]), int(self._bytes[index]))
+        except OSError as error:
+            raise UserError(f"{where} can't be read ({error.strerror}): {MEND}") from error
+        if sha256(data).hexdigest().encode() != self._hashes[index]:
+            raise UserError(f"{where} is damaged: {MEND}")
+        return self._decode(data), int(self._labels[index])
 
+    def check_cache(self, limit: int, window: int) -> None:
+        """Raises `UserError` if the `window` largest shards are more than `limit` bytes."""
+        needed = sum(sorted(self._shard_bytes)[-window:])
+        if needed > limit:
+            raise UserError(
+                f"the cache may hold {limit} bytes, but {window} shards of {self._path} are read "
+                f"from at a time, {needed} bytes: raise data.cache_limit or lower "
+                "data.shuffle_window"
+            )
 
-class MDSShards(Shards):
-    """MosaicML's format, read by its own library."""
+    def check_files(self, folder: Path) -> None:
+        """Raises `UserError` if a shard in `folder` is missing or ends too early."""
+        for name, length in zip(self._names, self._shard_bytes, strict=True):
+            file = folder / name
+            there = file.stat().st_size if file.exists() else 0
+            if there < length:
+                raise UserError(
+                    f"{file} is missing or cut short ({there} of {length} bytes): {MEND}"
+                )
 
-    def __init__(self, folder: Path, sizes: list[int], **about: Any):
-        from streaming import LocalDataset
-
-        super().__init__(sizes, **about)
-        self._shards = LocalDataset(str(folder)).shards
-
-    def _read(self, shard: int, place: int) -> tuple[Image.Image, int]:
-        sample = self._shards[shard][place]
-        return sample["x"], sample["y"]
-
-
-class TarShards(Shards):
-    """WebDataset tars. A shard's headers are scanned when it is first read from."""
-
-    def __init__(self, files: list[Path], sizes: list[int], **about: Any):
-        super().__init__(sizes, **about)
-        self._files = files
-        self._members: dict[int, np.ndarray] = {}
-
-    def _read(self, shard: int, place: int) -> tuple[Image.Image, int]:
-        if shard not in self._members:
-            self._members[shard] = _scan_tar(self._files[shard])
-        offset, size, label = self._members[shard][place].tolist()
-        with self._files[shard].open("rb", buffering=0) as file:
-            file.seek(offset)
-            return Image.open(BytesIO(file.read(size))), label
-
-
-def _scan_tar(file: Path) -> np.ndarray:
-    """(images, 3) int64: offset and size of each image file, and its label."""
-    images, labels = [], []
-    with tarfile.open(file, "r:") as tar:
-        for member in tar:
-            suffix = member.name.rpartition(".")[2]
-            if suffix == "cls":
-                content = tar.extractfile(member)
-                assert content is not None
-                labels.append(int(content.read()))
-            elif suffix in ("png", "jpg"):
-                images.append((member.offset_data, member.size))
-    return np.column_stack([np.array(images), np.array(labels)])
+    def _decode(self, data: bytes) -> np.ndarray:
+        channels, height, width = self.image_shape
+        pixels = (
+            np.frombuffer(data, np.uint8) if self._raw else np.asarray(Image.open(BytesIO(data)))
+        )
+        return pixels.reshape(height, width, channels).transpose(2, 0, 1)
 
 
-def open_shards(path: Path, split: str) -> Shards:
-    """Opens `path`/`split`, `path` being a folder that data_prep wrote: OUT/mds or OUT/wds.
+MEND = "copy the shard again, and prove the whole with `python -m data_prep verify`"
+
+
+def open_shards(
+    path: str | Path,
+    split: str,
+    *,
+    cache: Path | None = None,
+    cache_limit: int | None = None,
+    window: int = 1,
+) -> Shards:
+    """Opens the split of a set that data_prep wrote, OUT/mds or OUT/wds.
+
+    Args:
+        path: its folder, or its address in an object store (s3://…).
+        split: train or val.
+        cache: where shards of an object store are kept; None is a folder in the temporary one.
+        cache_limit: bytes that may be kept there; None is 100 GB.
+        window: shards that are read from at a time, which an object store's cache must hold.
 
     Raises:
-        UserError: there is no such thing, or it is damaged.
+        UserError: there is no such thing, it is damaged, or the cache is too small.
     """
-    folder = path / split
+    store = open_store(path, cache=cache, cache_limit=cache_limit)
+    if isinstance(store, Folder):
+        _check_folder(Path(path), split)
+    try:
+        shards = Shards(path, split, store)
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged, its summary or manifest is not as written: write it again"
+        ) from error
+    if isinstance(store, Folder):
+        shards.check_files(Path(path))
+    else:
+        shards.check_cache(store.limit, window)
+    return shards
+
+
+def _check_folder(path: Path, split: str) -> None:
     if not path.is_dir():
         raise UserError(f"there are no shards at {path}: write them with `python -m data_prep`")
     if not (path / "summary.json").exists():
         inside = [path / form for form in ("mds", "wds") if (path / form).is_dir()]
         if inside:
             raise UserError(f"{path} holds sets: did you mean {' or '.join(map(str, inside))}?")
+        if (path / split / "index.json").exists() or (path / "index.json").exists():
+            raise UserError(
+                f"{path} holds MDS shards that data_prep did not write, without summary and "
+                "manifest: write them from the images with `python -m data_prep`"
+            )
         raise UserError(f"{path} is no folder of shards: write one with `python -m data_prep`")
-    if not folder.is_dir():
+    if not (path / split).is_dir():
         found = ", ".join(sorted(entry.name for entry in path.iterdir() if entry.is_dir()))
         raise UserError(f"{path} has no split {split}, only {found}")
+
+
+def _read_summary(path: str | Path, store: Store) -> Any:
     try:
-        summary = _read_json(path / "summary.json")
-        about: dict[str, Any] = {
-            "num_classes": len(summary["classes"]),
-            "image_shape": (summary["channels"], summary["image_size"], summary["image_size"]),
-        }
-        if (folder / "index.json").exists():
-            return _open_mds(folder, about)
-        if any(folder.glob("*.tar")):
-            return _open_wds(folder, about)
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged, its index is not as written: write it again"
-        ) from error
-    raise UserError(f"{folder} has neither MDS shards (index.json) nor tars: write it again")
-
-
-def _open_mds(folder: Path, about: dict[str, Any]) -> Shards:
-    shards = _read_json(folder / "index.json")["shards"]
-    sizes = [shard["samples"] for shard in shards]
-    files = [folder / shard["raw_data"]["basename"] for shard in shards]
-    _check_files(folder, files, sizes, [shard["raw_data"]["bytes"] for shard in shards])
-    if strange := {kind for shard in shards for kind in shard["column_encodings"]} - MDS_ENCODINGS:
-        raise UserError(f"{folder} has columns of kind {strange.pop()}: not written by data_prep")
-    return MDSShards(folder, sizes, **about)
-
-
-def _open_wds(folder: Path, about: dict[str, Any]) -> Shards:
-    info = _read_json(folder.parent / "_info.json")["splits"][folder.name]
-    files = [folder.parent / name for name in info["filenames"]]
-    _check_files(folder, files, info["shard_lengths"], info["shard_bytes"])
-    return TarShards(files, info["shard_lengths"], **about)
-
-
-def _check_files(folder: Path, files: list[Path], sizes: list[int], lengths: list[int]) -> None:
-    if not sum(sizes):
-        raise UserError(f"{folder} holds no images")
-    for file, length in zip(files, lengths, strict=True):
-        there = file.stat().st_size if file.exists() else 0
-        if there != length:
-            raise UserError(
-                f"{file} is missing or cut short ({there} of {length} bytes): copy or write the "
-                "shards again"
-            )
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text())
+        return json.loads(store.path("summary.json").read_text())
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
-        raise UserError(f"{file} is missing or damaged: write the shards again") from error
+        raise UserError(f"{path}/summary.json is missing or damaged: write it again") from error
+
+
+def _read_manifest(path: str | Path, split: str, file: Path) -> Any:
+    """The split's rows, as a pyarrow table."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows = pq.read_table(
+            file,
+            columns=COLUMNS,
+            filters=[("split", "==", split)],
+            page_checksum_verification=True,
+        )
+        rows.validate(full=True)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(
+            f"{path}/manifest.parquet is missing or damaged: write the set again"
+        ) from error
+    if not len(rows):
+        raise UserError(f"{path} holds no images in {split}")
+    return rows

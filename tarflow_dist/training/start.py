@@ -1,7 +1,5 @@
 """What a run starts from: its data, its weights, its newest checkpoint."""
 
-from pathlib import Path
-
 import torch
 
 from tarflow_dist.config import Config
@@ -20,7 +18,14 @@ def open_data(config: Config) -> Shards:
         UserError: they are missing, or hold other images than the model takes.
     """
     model = config.model
-    shards = open_shards(Path(config.data.path), "train")
+    data = config.data
+    shards = open_shards(
+        data.path,
+        "train",
+        cache=data.cache,
+        cache_limit=data.cache_limit,
+        window=data.shuffle_window,
+    )
     shape = (model.in_channels, model.image_size, model.image_size)
     if shards.image_shape != shape:
         raise UserError(

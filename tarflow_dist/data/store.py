@@ -1,0 +1,164 @@
+"""Where the files of a set lie: in a folder, or in an object store behind a bounded local cache."""
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Protocol
+
+from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError
+
+DEFAULT_CACHE = Path(tempfile.gettempdir()) / "tarflow_dist-shards"
+DEFAULT_CACHE_LIMIT = 100_000_000_000
+SHARD_SUFFIXES = (".mds", ".tar")  # what makes room; manifests and the like stay
+
+
+class Store(Protocol):
+    """The files of a set, by their names in it. Holds no open files or connections, so it can be
+    copied to other processes."""
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        """Fewer than `size` bytes if the file ends before."""
+
+    def path(self, name: str) -> Path:
+        """A small file that stays, such as the manifest."""
+
+
+class Folder:
+    """A folder on a disk that this machine sees."""
+
+    def __init__(self, root: Path):
+        self._root = root
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        with _opened(f"{self._root}/{name}") as file:
+            return os.pread(file, size, offset)
+
+    def path(self, name: str) -> Path:
+        return self._root / name
+
+
+class ObjectStore:
+    """Files of an object store, downloaded by streaming when they are first read, and kept.
+
+    All processes of a machine share the cache. A file takes its name there when it is whole, and is
+    downloaded by one process while the others that want it wait. When the files are over `limit`,
+    the longest unused are removed; a reader that has one of them open reads on, since a file's
+    content goes when its last reader closes it.
+
+    Args:
+        url: of the set's folder, such as s3://bucket/shards/mds.
+        cache: a folder on a local disk; may hold several sets, and then bounds them together.
+        limit: bytes that `cache` may hold, besides what is being downloaded.
+
+    Raises:
+        UserError: there is no set at `url`, or it can't be reached.
+    """
+
+    def __init__(self, url: str, *, cache: Path, limit: int):
+        self._url, self._cache, self.limit = url, cache, limit
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as fresh:
+            summary = Path(fresh, "summary.json")
+            self._fetch("summary.json", summary)
+            # a set that was written anew under the same address is another set
+            key = blake2b(url.encode() + b"\0" + summary.read_bytes(), digest_size=16).hexdigest()
+        self._root = cache / key
+
+    def read(self, name: str, offset: int, size: int) -> bytes:
+        with self._open(name) as file:
+            os.utime(file)
+            return os.pread(file, size, offset)
+
+    def path(self, name: str) -> Path:
+        with self._open(name):
+            return self._root / name
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[int]:
+        local = self._root / name
+        try:
+            file = os.open(local, os.O_RDONLY)
+        except FileNotFoundError:
+            file = self._download(name, local)
+        try:
+            yield file
+        finally:
+            os.close(file)
+
+    def _download(self, name: str, local: Path) -> int:
+        """Brings a file into the cache and returns it opened, before anyone can remove it."""
+        local.parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{local}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if local.exists():  # another process brought it while this one waited
+                return os.open(local, os.O_RDONLY)
+            for left_over in local.parent.glob(f"{local.name}.part*"):  # by a killed process
+                left_over.unlink()
+            part = local.with_name(f"{local.name}.part")
+            self._fetch(name, part)
+            self._make_room()
+            file = os.open(part, os.O_RDONLY)
+            os.replace(part, local)
+            return file
+
+    def _fetch(self, name: str, local: Path) -> None:
+        url = f"{self._url}/{name}"
+        try:
+            _downloader(self._url, os.getpid()).download(url, str(local))
+        except Exception as error:  # each kind of store has its own errors
+            if isinstance(error, OSError) and error.errno in REFUSED_BY_MACHINE:
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"can't read {url} ({reason}): check the address, the credentials and, for a store "
+                "that is not Amazon's, S3_ENDPOINT_URL"
+            ) from error
+
+    def _make_room(self) -> None:
+        """Removes the longest unused shards until the cache is within its limit."""
+        found = []
+        for file in self._cache.rglob("*.*"):
+            with suppress(FileNotFoundError):  # another process makes room as well
+                found.append((file.stat(), file))
+        total = sum(stat.st_size for stat, _ in found)
+        for stat, file in sorted(found, key=lambda entry: entry[0].st_mtime_ns):
+            if total <= self.limit:
+                break
+            if file.suffix in SHARD_SUFFIXES:
+                file.unlink(missing_ok=True)
+                total -= stat.st_size
+
+
+@cache
+def _downloader(url: str, process: int) -> Any:
+    """One for each process: a client's connections can't be shared with a forked worker."""
+    from streaming.base.storage.download import CloudDownloader
+
+    return CloudDownloader.get(url)
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[int]:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def open_store(
+    path: str | Path, *, cache: Path | None = None, cache_limit: int | None = None
+) -> Folder | ObjectStore:
+    """`path` is a folder, or the address of one in an object store (scheme://…)."""
+    if "://" not in str(path):
+        return Folder(Path(path))
+    return ObjectStore(
+        str(path).rstrip("/"),
+        cache=cache or DEFAULT_CACHE,
+        limit=cache_limit or DEFAULT_CACHE_LIMIT,
+    )
