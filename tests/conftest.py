@@ -1,9 +1,12 @@
 """What several rooms' tests need: shards of digits, and commands run as a user runs them."""
 
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,51 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "data_prep", "digits", str(out)]
     subprocess.run(command, check=True, capture_output=True)
     return out
+
+
+@dataclass(frozen=True)
+class ObjectStore:
+    """An S3-compatible server on loopback, with one bucket, s3://bucket."""
+
+    log: Path
+    """A line a request."""
+
+    def downloads(self, part: str) -> list[str]:
+        """The objects got so far whose names contain `part`, once for each time."""
+        requests = [line.split('"')[1] for line in self.log.read_text().splitlines() if '"' in line]
+        got = [request.split()[1] for request in requests if request.startswith("GET ")]
+        return [name for name in got if part in name]
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    import boto3
+
+    log = tmp_path_factory.mktemp("s3") / "log"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        log.open("w") as output,
+        subprocess.Popen(command, stdout=output, stderr=output) as server,
+    ):
+        try:
+            patch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+            patch.setenv("AWS_ACCESS_KEY_ID", "any")
+            patch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+            for _ in range(300):
+                with socket.socket() as probe:
+                    if not probe.connect_ex(("127.0.0.1", port)):
+                        break
+                time.sleep(0.1)
+            client = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])
+            client.create_bucket(Bucket="bucket")
+            yield ObjectStore(log)
+        finally:
+            server.kill()
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,13 @@
 
 import json
 import pickle
+import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from sklearn.datasets import load_digits
@@ -79,21 +82,50 @@ def test_damaged_sets(copies: Path, form: str) -> None:
     shard.unlink()
     assert f"{shard} is missing or cut short (0 of " in refused(path)
 
-    index = path / {"mds": "train/index.json", "wds": "_info.json"}[form]
-    index.write_text("{}")
-    assert "is damaged" in refused(path)
-    index.write_text('{"shards": [')
-    assert f"{index} is missing or damaged" in refused(path)
-    shutil.rmtree(path / "train")
-    (path / "train").mkdir()
-    assert "has neither MDS shards" in refused(path)
-    (path / "summary.json").write_text("{}")
-    assert "is damaged" in refused(path)
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda rows: rows.drop_columns("offset"),
+        lambda rows: rows.slice(1),
+        lambda rows: rows.take(list(range(len(rows)))[::-1]),
+        lambda rows: rows.set_column(rows.column_names.index("label"), "label", [[10] * len(rows)]),
+        lambda rows: rows.filter(pc.equal(rows["split"], "val")),
+    ],
+)
+def test_a_manifest_that_is_not_as_written(copies: Path, spoil: Callable) -> None:
+    file = copies / "mds" / "manifest.parquet"
+    pq.write_table(spoil(pq.read_table(file)), file)
+    assert "manifest" in (said := refused(copies / "mds")) or "holds no images in train" in said
 
 
-def test_columns_that_would_be_unpickled_are_refused(copies: Path) -> None:
-    file = copies / "mds" / "train" / "index.json"
-    index = json.loads(file.read_text())
-    index["shards"][0]["column_encodings"][1] = "pkl"
-    file.write_text(json.dumps(index))
-    assert "columns of kind pkl" in refused(copies / "mds")
+@pytest.mark.parametrize("name", ["manifest.parquet", "summary.json"])
+def test_damaged_records(copies: Path, name: str) -> None:
+    """Bits flipped anywhere: the same images, or a sentence, but never another error."""
+    file = copies / "wds" / name
+    data = file.read_bytes()
+    whole = open_shards(copies / "wds", "val")
+    rng = random.Random(0)
+    for _ in range(100):
+        damaged = bytearray(data)
+        damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        file.write_bytes(damaged)
+        try:
+            image, _ = open_shards(copies / "wds", "val")[7]
+        except UserError:
+            continue
+        assert np.array_equal(image, whole[7][0])
+    for nothing in (b"", b"{}", b"[]"):
+        file.write_bytes(nothing)
+        assert "damaged" in refused(copies / "wds")
+    file.unlink()
+    refused(copies / "wds")
+
+
+def test_sets_that_no_batches_can_be_made_of(copies: Path) -> None:
+    for name in ("summary.json", "manifest.parquet"):
+        (copies / "mds" / name).unlink()
+    assert "MDS shards that data_prep did not write" in refused(copies / "mds")
+    summary = copies / "wds" / "summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"image_size": None}))
+    assert "keeps the images in their own sizes" in refused(copies / "wds")

@@ -1,0 +1,62 @@
+"""`python -m data_prep show`: the summary as a table, and a contact sheet."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.pipeline import prepare
+from data_prep.records import Settings
+from data_prep.show import CELL, COLUMNS, GAP, NAMES
+from data_prep.sources import Folder
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Three classes of six pictures, each class in a colour of its own."""
+    for number, colour in enumerate(COLOURS):
+        for image in range(6):
+            file = tmp_path / "src" / f"class-{number}" / f"{image}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20, 20), colour).save(file)
+    source = Folder(tmp_path / "src", val_fraction=0.2, seed=0)
+    prepare(source, tmp_path / "out", ["mds", "wds"], Settings(size=16, encode="raw"))
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("form", ["", "mds", "wds"])
+def test_table_and_pictures(out: Path, form: str, run: Run) -> None:
+    table = run("data_prep", "show", out / form).stdout.splitlines()
+    values = {line[:14].strip(): line[14:] for line in table}
+    assert values["images"] == "15 train, 3 val"
+    assert values["classes"] == "3: class-0, class-1, class-2"
+    assert values["in train"] == "5 to 5 a class"
+    assert values["pixels"] == "16x16, RGB"
+    assert values["stored"] == "0.0 MB of raw, 0.8 kB an image"
+    assert values["set aside"] == "0 that could not be read"
+    assert values["pictures"] == str(out / form / "contact-sheet.png")
+
+    with Image.open(out / form / "contact-sheet.png") as image:
+        sheet = np.asarray(image)
+    step = CELL + GAP
+    assert sheet.shape == (3 * step + GAP, NAMES + COLUMNS * step, 3)
+    for row, colour in enumerate(COLOURS):
+        for column in range(COLUMNS):
+            cell = sheet[GAP + row * step :, NAMES + column * step :][:CELL, :CELL]
+            expected = colour if column < 6 else (255, 255, 255)  # six of a class, 16 x 6 pixels
+            assert (cell == expected).all()
+        assert (sheet[row * step :, :NAMES][:step] < 128).any()  # a name
+
+
+def test_a_damaged_set_is_a_sentence(out: Path, run: Run) -> None:
+    (out / "mds" / "summary.json").write_text("{}")
+    done = run("data_prep", "show", out, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {out}/mds is damaged (KeyError: ")
+    assert "data_prep verify" in done.stderr
