@@ -122,9 +122,14 @@ class _Batches(Dataset[Batch | UserError]):
 
 
 def _batch_or_raise(loaded: Batch | UserError) -> Batch:
-    if isinstance(loaded, UserError):
-        raise loaded
-    return loaded
+    try:
+        if isinstance(loaded, UserError):
+            raise loaded
+        return loaded
+    finally:
+        # error, traceback and this frame would hold each other, and the loader with them: it can
+        # end its workers only if it goes with its last reference, not in a garbage collection
+        del loaded
 
 
 @cache
