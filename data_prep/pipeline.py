@@ -87,7 +87,7 @@ def _write_sets(
     try:
         before = images.done
         _encode_all(source, settings, images, workers)
-        table = read_images(images.journal.file).combine_chunks()
+        table = read_images(images.journal.file)
         shards = {split: _arrange(table, split, settings) for split in SPLITS}
         summary = summarise(source, settings, table)
         for form in formats:
