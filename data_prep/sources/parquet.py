@@ -42,7 +42,8 @@ class Parquet:
         try:
             self._read_labels()
         except (OSError, ValueError, KeyError) as error:  # pyarrow's own are such, too
-            raise UserError(f"the parquet files in {path} can't be read: {error}") from error
+            said = str(error).splitlines()[0]
+            raise UserError(f"the parquet files in {path} can't be read: {said}") from error
 
     @staticmethod
     def recognises(path: Path) -> bool:
@@ -83,7 +84,11 @@ class Parquet:
             if start >= self._labelled[number]:
                 start -= self._labelled[number]
                 continue
-            table = parquet.read_row_group(group, ["image", "label"])
+            try:
+                table = parquet.read_row_group(group, ["image", "label"])
+            except (OSError, ValueError) as error:
+                said = str(error).splitlines()[0]
+                raise UserError(f"{file} is damaged ({said}): fetch it again") from error
             labels = _labels(table)
             for row in np.flatnonzero(labels >= 0)[start:].tolist():
                 image = table["image"][row].as_py()

@@ -227,6 +227,24 @@ def test_a_broken_layout_is_one_sentence(
     assert "\n" not in str(caught.value)
 
 
+def test_a_parquet_file_that_is_damaged_among_its_images(roots: Path, tmp_path: Path) -> None:
+    shutil.copytree(roots / "parquet", tmp_path / "src")
+    file = tmp_path / "src" / "data" / "train-00001-of-00002.parquet"
+    group = pq.ParquetFile(file).metadata.row_group(1)
+    (place,) = (
+        column.data_page_offset
+        for column in map(group.column, range(group.num_columns))
+        if column.path_in_schema == "image.bytes"
+    )
+    with file.open("r+b") as damaged:
+        damaged.seek(place)
+        damaged.write(b"\xff" * 100)
+    source(tmp_path / "src")  # labels and paths are whole
+    with pytest.raises(UserError, match=f"{file} is damaged .*: fetch it again"):
+        main(["imagenet", f"{tmp_path}/src", f"{tmp_path}/out", "--size", "8", "--workers", "1"])
+    assert not (tmp_path / "out" / "mds").exists()
+
+
 def test_two_layouts_in_one_folder(roots: Path, tmp_path: Path) -> None:
     for layout in ("archives", "parquet"):
         shutil.copytree(roots / layout, tmp_path / "both", dirs_exist_ok=True)
