@@ -88,6 +88,18 @@ def encode_items(
     if workers == 1:
         yield from ((item, encode_item(recipe, item.content)) for item in items)
         return
+    try:
+        yield from _encode_in_pool(items, recipe, workers)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process was killed, mostly that is for want of memory: give the same "
+            "command again to go on, with fewer --workers"
+        ) from error
+
+
+def _encode_in_pool(
+    items: Iterator[Item], recipe: Recipe, workers: int
+) -> Iterator[tuple[Item, Result]]:
     waiting: deque[tuple[list[Item], Future[list[Result]]]] = deque()
     with _pool(workers) as pool:
         while chunk := list(islice(items, CHUNK)):
@@ -104,13 +116,7 @@ def _encode_chunk(recipe: Recipe, contents: list[Content]) -> list[Result]:
 
 
 def _results(chunk: list[Item], future: Future[list[Result]]) -> Iterator[tuple[Item, Result]]:
-    try:
-        yield from zip(chunk, future.result(), strict=True)
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process was killed, mostly that is for want of memory: give the same "
-            "command again to go on, with fewer --workers"
-        ) from error
+    return zip(chunk, future.result(), strict=True)
 
 
 @contextmanager

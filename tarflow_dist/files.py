@@ -62,8 +62,7 @@ def only_run(folder: Path) -> Iterator[None]:
                 break
         except BlockingIOError as error:
             raise UserError(
-                f"another process is writing to {folder}: wait for it or end it, or choose another "
-                "folder"
+                f"another run is writing to {folder}: wait for it, or choose another folder"
             ) from error
         os.close(descriptor)
     try:

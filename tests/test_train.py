@@ -184,7 +184,7 @@ def test_two_jobs_never_write_one_run(unbroken: Path, digits: Path) -> None:
     with only_run(unbroken):
         done = run("tarflow_dist.train", *CURVE, *where, check=False)
     assert done.returncode == 2
-    assert f"another process is writing to {unbroken}" in done.stderr
+    assert f"another run is writing to {unbroken}" in done.stderr
 
 
 def test_mistakes_are_told_in_one_line(digits: Path, tmp_path: Path) -> None:

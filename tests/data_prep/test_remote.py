@@ -6,15 +6,13 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import boto3
 import pytest
+from commands import run
 
 from data_prep.remote import LAST, prepare_and_upload
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def objects(prefix: str) -> dict[str, bytes]:
@@ -46,9 +44,7 @@ def staging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_the_store_gets_what_a_folder_would(
-    s3: object, digits: Path, staging: Path, run: Run
-) -> None:
+def test_the_store_gets_what_a_folder_would(s3: object, digits: Path, staging: Path) -> None:
     done = run("data_prep", "digits", "s3://bucket/up/")
     assert done.stdout.splitlines() == [
         f"s3://bucket/up/{form}: 1500 train and 297 val images, 10 classes, 8x8x1 png"
@@ -64,7 +60,7 @@ def test_the_store_gets_what_a_folder_would(
     )
 
 
-def test_user_errors_come_before_the_work(s3: object, staging: Path, run: Run) -> None:
+def test_user_errors_come_before_the_work(s3: object, staging: Path) -> None:
     for out in ("s3://no-bucket/x", "what://is/this"):
         done = run("data_prep", "digits", out, check=False)
         assert done.returncode == 2
@@ -73,7 +69,7 @@ def test_user_errors_come_before_the_work(s3: object, staging: Path, run: Run) -
     assert not list(staging.glob("data_prep-*"))
 
 
-def test_killed_at_any_moment_it_goes_on(s3: object, digits: Path, staging: Path, run: Run) -> None:
+def test_killed_at_any_moment_it_goes_on(s3: object, digits: Path, staging: Path) -> None:
     command = [sys.executable, "-m", "data_prep", "digits", "s3://bucket/kill", "--format", "mds"]
     rng = random.Random(0)
     for _ in range(4):

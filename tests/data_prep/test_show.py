@@ -1,11 +1,10 @@
 """`python -m data_prep show`: the summary as a table, and a contact sheet."""
 
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run
 from PIL import Image
 
 from data_prep.pipeline import prepare
@@ -13,7 +12,6 @@ from data_prep.records import Settings
 from data_prep.show import CELL, COLUMNS, GAP, NAMES
 from data_prep.sources import Folder
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
 
 
@@ -31,7 +29,7 @@ def out(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", ["", "mds", "wds"])
-def test_table_and_pictures(out: Path, form: str, run: Run) -> None:
+def test_table_and_pictures(out: Path, form: str) -> None:
     table = run("data_prep", "show", out / form).stdout.splitlines()
     values = {line[:14].strip(): line[14:] for line in table}
     assert values["images"] == "15 train, 3 val"
@@ -54,7 +52,7 @@ def test_table_and_pictures(out: Path, form: str, run: Run) -> None:
         assert (sheet[row * step :, :NAMES][:step] < 128).any()  # a name
 
 
-def test_a_damaged_set_is_a_sentence(out: Path, run: Run) -> None:
+def test_a_damaged_set_is_a_sentence(out: Path) -> None:
     (out / "mds" / "summary.json").write_text("{}")
     done = run("data_prep", "show", out, check=False)
     assert done.returncode == 2

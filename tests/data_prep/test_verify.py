@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from commands import run
 from damage import damage_shards
 
 from data_prep.pipeline import prepare
@@ -19,7 +19,6 @@ from data_prep.sources import Digits
 from data_prep.verify import verify
 
 FORMATS = ("mds", "wds")
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,7 @@ def copy(whole: Path, tmp_path: Path) -> Path:
     return shutil.copytree(whole, tmp_path / "copy")
 
 
-def test_a_whole_set_in_one_line(whole: Path, run: Run) -> None:
+def test_a_whole_set_in_one_line(whole: Path) -> None:
     done = run("data_prep", "verify", whole, "--workers", 2)
     assert done.stdout == f"{whole}: whole\n"
     done = run("data_prep", "verify", whole / "wds")
@@ -48,7 +47,7 @@ def test_other_encodings_are_whole_too(encode: str, tmp_path: Path) -> None:
     assert list(verify(tmp_path)) == []
 
 
-def test_each_of_200_damaged_shards_is_named(copy: Path, run: Run) -> None:
+def test_each_of_200_damaged_shards_is_named(copy: Path) -> None:
     damaged = {f"mds/{name}" for name in damage_shards(copy / "mds", count=100, seed=1)}
     damaged |= {f"wds/{name}" for name in damage_shards(copy / "wds", count=100, seed=2)}
     done = run("data_prep", "verify", copy, check=False)
@@ -152,7 +151,7 @@ def test_any_file_may_be_missing_or_nonsense(whole: Path, form: str, tmp_path: P
             shutil.rmtree(folder)
 
 
-def test_no_set_is_a_user_error(tmp_path: Path, run: Run) -> None:
+def test_no_set_is_a_user_error(tmp_path: Path) -> None:
     done = run("data_prep", "verify", tmp_path, check=False)
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path} holds no set: give a folder that data_prep wrote\n"
