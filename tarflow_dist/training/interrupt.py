@@ -1,15 +1,15 @@
-"""Ctrl-C and SIGTERM as a request to save and leave, taken up at a step's end."""
+"""Ctrl-C, SIGTERM and SIGUSR2 as a request to save and leave, taken up at a step's end."""
 
 import signal
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 class Interrupt:
-    """While entered, a signal sets `requested`. A second Ctrl-C acts as ever; SIGTERM, which
-    launchers may send several times, keeps on asking."""
+    """While entered, a signal sets `requested`. A second Ctrl-C acts as ever; the others,
+    which launchers may send several times, keep on asking."""
 
     def __init__(self) -> None:
         self.requested = False
