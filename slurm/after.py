@@ -1,7 +1,7 @@
 """Decides, when the ranks of a job have ended, how it goes on: python -m slurm.after FOLDER CODE
 
-FOLDER is the job's, CODE what srun ended with. Runs in the batch script, where Slurm's commands are,
-and exits with 75 if the job should be requeued. Loads no torch.
+FOLDER is the job's, CODE what srun ended with. Runs in the batch script, and exits with 75 if that
+should requeue the job. Loads no torch.
 """
 
 import json

@@ -69,9 +69,9 @@ class Job:
         task, arguments = self.task, list(self.task.arguments)
         preflight.check_node(task.folder, self.bytes_to_write, task.shards, gpus=self.gpus)
         if not task.one_rank:
-            preflight.check_ranks()
-        if task.of_run:
-            arguments = [*_newest_model(task), *arguments]
+            with preflight.ranks_together():
+                if task.of_run:
+                    arguments = [*_newest_model(task), *arguments]
         return importlib.import_module(MODULES[task.name]).main(arguments) == EXIT_INTERRUPTED
 
     def _leave(self, number: int, frame: FrameType | None) -> None:

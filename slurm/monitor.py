@@ -6,7 +6,7 @@ import json
 import time
 from pathlib import Path
 
-from slurm import queue
+from slurm import states
 from slurm.records import STOP, Record, last_error, records
 from tarflow_dist import config as configs
 from tarflow_dist.errors import UserError
@@ -22,7 +22,7 @@ def status(argv: list[str]) -> int:
     known = _records(run)
     rows = [("run", str(run)), *_progress(run)]
     for record in known[-SHOWN:]:
-        state = queue.job_state(record.job_id)
+        state = states.job_state(record.job_id)
         restarts = f", {state.restarts} restarts" if state.restarts else ""
         detail = f" ({state.detail})" if state.detail else ""
         rows.append((record.task, f"job {record.job_id} {state.state}{detail}{restarts}"))
@@ -34,19 +34,19 @@ def status(argv: list[str]) -> int:
 
 
 def stop(argv: list[str]) -> int:
-    """Ends a run's jobs: a running one saves first, a waiting one is taken from the queue."""
+    """Ends a run's jobs: a running one saves first, a waiting one is taken from the states."""
     run = _parse("stop", "ends a run's jobs, with a checkpoint", argv)
     signalled: set[str] = set()
     stopped = False
     for record in _records(run):
-        while (state := queue.job_state(record.job_id)).active:
+        while (state := states.job_state(record.job_id)).active:
             stopped = True
             (record.folder / STOP).touch()
             if state.state == "PENDING":
-                queue.ask("scancel", record.job_id)
+                states.ask("scancel", record.job_id)
             elif state.state == "RUNNING" and record.job_id not in signalled:
                 print(f"job {record.job_id}: told to save and end", flush=True)
-                queue.ask("scancel", "--signal=USR2", record.job_id)
+                states.ask("scancel", "--signal=USR2", record.job_id)
                 signalled.add(record.job_id)
             time.sleep(SECONDS_BETWEEN_LOOKS)
         if record.job_id in signalled:
@@ -62,9 +62,7 @@ def _saved(record: Record) -> str:
 
 
 def _parse(name: str, description: str, argv: list[str]) -> Path:
-    parser = argparse.ArgumentParser(
-        prog=f"python slurm/launch.py {name}", description=description
-    )
+    parser = argparse.ArgumentParser(prog=f"python slurm/launch.py {name}", description=description)
     parser.add_argument("run", type=Path, metavar="RUN", help="its folder, such as runs/in256")
     run: Path = parser.parse_args(argv).run
     return run
@@ -85,7 +83,7 @@ def _progress(run: Path) -> list[tuple[str, str]]:
     metrics = read_metrics(run) if (run / "metrics.jsonl").exists() else []
     images = int(metrics[-1]["images"]) if metrics else int(told.get("images", 0))
     rows = [("state", str(told.get("state", "not started")))]
-    if reason := told.get("reason"):
+    if reason := told.get("reason") or told.get("error"):
         rows.append(("reason", str(reason)))
     rows.append(("images", f"{images:,} of {total:,} ({images / total:.1%})"))
     if metrics and told.get("state") == "running":

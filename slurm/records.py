@@ -1,5 +1,4 @@
-"""What is kept of each submission: FOLDER/slurm/TIME-TASK/, with its code, config, logs and job.json.
-Imports no torch."""
+"""What is kept of each submission: RUN/slurm/TIME-TASK/, with its code, config, logs, job.json."""
 
 import json
 import re
@@ -13,7 +12,9 @@ FILE = "job.json"
 STOP = "stop"  # in a job's folder: it ends instead of being requeued
 ERROR = re.compile(r"error|exception|killed|traceback", re.IGNORECASE)
 # lines that only say that something else went wrong
-ECHOES = re.compile(r"^Traceback|submitit ERROR|slurmstepd: error: \*\*\*|^srun: error: .*Exited with")
+ECHOES = re.compile(
+    r"^Traceback|submitit ERROR|^slurmstepd\S*: error: \*\*\*|^srun: error: .*Exited with"
+)
 
 
 @dataclass(frozen=True)

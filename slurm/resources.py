@@ -70,11 +70,11 @@ class Resources(Section):
     """FROM:TO,… that the container sees besides the current folder and the run's."""
     python: str | None = None
     """Python of the ranks; default the one that runs launch.py, in a container python3."""
-    setup: list[str] = []
+    setup: list[str] = Field(default=[])
     """Shell lines before the ranks start, such as module load cuda."""
-    env: dict[str, str] = {}
+    env: dict[str, str] = Field(default={})
     """Environment variables of the job."""
-    srun_args: list[str] = []
+    srun_args: list[str] = Field(default=[])
     """More arguments of srun."""
     gpu: str | None = None
     """The GPUs' name for the memory estimate, such as h100."""
@@ -122,7 +122,7 @@ def parse_minutes(time: str) -> int:
     return minutes
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse._ActionsContainer) -> None:
     """An option for each field, and --cluster."""
     known = ", ".join(sorted(file.stem for file in CLUSTERS.glob("*.yaml")))
     parser.add_argument(

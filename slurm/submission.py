@@ -1,15 +1,17 @@
 """Puts a job's folder together and hands the job to Slurm through submitit."""
 
+import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from submitit.core.utils import FailedJobError, FailedSubmissionError
-from submitit.helpers import clean_env
+from submitit.helpers import clean_env, environment_variables
 
-from slurm import outlook, queue
+from slurm import outlook, states
 from slurm.job import Job
 from slurm.records import FOLDER, Record, records
 from slurm.resources import Resources
@@ -83,17 +85,28 @@ def _send(job: Job, resources: Resources) -> str:
     """Slurm's id for the job."""
     executor = make_executor(job.task, resources, job.folder)
     try:
-        with clean_env():  # also from within another job
+        with _outside_of_jobs():
             return executor.submit(job).job_id
     except (FailedJobError, FailedSubmissionError) as error:
         shutil.rmtree(job.folder)
         raise UserError(f"Slurm refuses the job: {' '.join(str(error).split())}") from error
 
 
+@contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """Hides the job in which this may run; leaves what tells users' commands how to reach Slurm."""
+    if "SLURM_JOB_ID" not in os.environ:
+        yield
+        return
+    kept = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+    with clean_env(), environment_variables(**kept):
+        yield
+
+
 def _refuse_second_job(task: Task) -> None:
     for record in records(task.folder):
         if record.task == task.name and record.job_id:
-            state = queue.job_state(record.job_id)
+            state = states.job_state(record.job_id)
             if state.active:
                 raise UserError(
                     f"job {record.job_id} ({state.state}) is at {task.folder} already: wait for "

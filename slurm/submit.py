@@ -5,14 +5,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from slurm import local, outlook, queue, submission, tasks
+from slurm import local, outlook, states, submission, tasks
 from slurm.resources import Resources, add_options, read_options
 from slurm.script import make_executor
 from slurm.tasks import Task
 from tarflow_dist.errors import UserError
 
-DESCRIPTION = """Submits a training run to Slurm, one rank a GPU. The same command again goes on with
-the run. Time limits, preemption and lost nodes requeue the job under its id, from its newest
+DESCRIPTION = """Submits a training run to Slurm, one rank a GPU. The same command again goes on
+with the run. Time limits, preemption and lost nodes requeue the job under its id, from its newest
 checkpoint.
 
     python slurm/launch.py --nodes 8 configs/in256.yaml
@@ -86,7 +86,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _check_partition(resources: Resources) -> None:
-    known = queue.partitions()
+    known = states.partitions()
     for name in (resources.partition or "").split(","):
         if name and name not in known:
             raise UserError(f"there is no partition {name}: choose among {', '.join(known)}")

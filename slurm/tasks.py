@@ -51,9 +51,7 @@ def training(arguments: Sequence[str]) -> Task:
     if not arguments:
         raise UserError("CONFIG is missing: give a YAML file, such as configs/in256.yaml")
     config = configs.load(Path(arguments[0]), arguments[1:])
-    return Task(
-        "train", (), config.run, config.data.path, config.data.num_workers, config=config
-    )
+    return Task("train", (), config.run, config.data.path, config.data.num_workers, config=config)
 
 
 def evaluation(name: str, arguments: Sequence[str]) -> Task:

@@ -16,8 +16,7 @@ def init() -> torch.device:
     """Joins the process group, or makes one of a single process, and returns this rank's device.
 
     Ranks come from the environment (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
-    MASTER_PORT), as torchrun sets it; without RANK this is the only process. Joining again is
-    harmless.
+    MASTER_PORT), as torchrun sets it; without RANK this is the only process.
 
     Raises:
         UserError: srun started several processes and nothing told them their ranks.
@@ -39,11 +38,10 @@ def init() -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        backends = "cpu:gloo,cuda:nccl"
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     else:
-        device, backends = torch.device("cpu"), "gloo"
-    if not dist.is_initialized():
-        dist.init_process_group(backends, device_id=device if device.type == "cuda" else None)
+        device = torch.device("cpu")
+        dist.init_process_group("gloo")
     return device
 
 

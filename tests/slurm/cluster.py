@@ -19,7 +19,8 @@ from pathlib import Path
 
 NODES = ("n1", "n2")
 PROGRAMS = (
-    "munged munge mariadbd mariadb-install-db slurmdbd slurmctld slurmd sbatch srun unshare setpriv".split()
+    *("munged", "munge", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd"),
+    *("sbatch", "srun", "unshare", "setpriv"),
 )
 SECONDS_TO_START = 60
 
@@ -81,7 +82,9 @@ StorageLoc=slurm_acct
 def missing() -> str | None:
     """Why no cluster can be started here; None if one can."""
     if lacking := [name for name in PROGRAMS if shutil.which(name) is None]:
-        return f"Slurm is not installed ({lacking[0]} is missing): run tests/install_slurm.sh as root"
+        return (
+            f"Slurm is not installed ({lacking[0]} is missing): run tests/install_slurm.sh as root"
+        )
     if os.geteuid() != 0:
         return "a Slurm cluster of its own needs root"
     if subprocess.run(["unshare", "--uts", "--mount", "--pid", "--fork", "true"]).returncode != 0:

@@ -58,7 +58,7 @@ def job_state(job_id: str) -> JobState:
 
 
 def accounted(job_id: str) -> list[tuple[str, str, str]]:
-    """State, nodes and exit code of each of the job's starts, in order; empty without accounting."""
+    """State, nodes and exit code of each start of the job; empty without accounting."""
     told = ask(
         *("sacct", "--noheader", "--parsable2", "--allocations", "--duplicates"),
         *("--jobs", job_id, "--format=State,NodeList,ExitCode"),
