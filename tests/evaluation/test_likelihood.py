@@ -9,7 +9,8 @@ from commands import run
 
 from tarflow_dist import TarFlow
 from tarflow_dist.data.loader import Batch
-from tarflow_dist.evaluation.likelihood import bits_per_dim, loss_of, mean_log_prob
+from tarflow_dist.evaluation.likelihood import mean_log_prob
+from tarflow_dist.flow.units import bits_per_dim, loss_of
 
 SIZES = {
     "image_size": 8,
