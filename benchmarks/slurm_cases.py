@@ -2,8 +2,8 @@
 
     python benchmarks/slurm_cases.py [CASE …]     # as root, with Slurm installed
 
-Starts the tests' cluster of two nodes, trains a tiny model on the digits with two CPU ranks on each,
-strikes it in the middle, and compares its curve with that of torchrun's four ranks, without Slurm.
+Starts the tests' cluster of two nodes, trains a tiny model on the digits with two CPU ranks on
+each, strikes it in the middle, and compares its curve with torchrun's four ranks, without Slurm.
 """
 
 import json
@@ -21,6 +21,10 @@ import strikes  # noqa: E402
 from cluster import Cluster  # noqa: E402
 from strikes import BATCH, RANKS, TINY, Launcher, images_logged, until  # noqa: E402
 
+COLUMNS = (
+    *("done to the run", "ends as", "restarts", "images recomputed", "s until it runs again"),
+    *("s until it trains again", "curve to the last bit as without Slurm"),
+)
 IMAGES = 320 * BATCH
 STRIKE_AT = 130 * BATCH
 EVERY = 50 * BATCH
@@ -70,8 +74,7 @@ def main(names: list[str]) -> None:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
         alone = [*torchrun, "-m", "tarflow_dist.train", *arguments, f"run={runs / 'alone'}"]
         subprocess.run([sys.executable, *alone], cwd=ROOT, env=launch.environment, check=True)
-        print("| done to the run | ends as | restarts | images recomputed | s to running | s to ", end="")
-        print("training | curve as without Slurm |\n|---|---|---|---|---|---|---|")
+        print(" | ".join(["", *COLUMNS, ""]).strip(), "|---" * len(COLUMNS) + "|", sep="\n")
         for name in names or CASES:
             print(row(launch, name, runs / name, arguments, losses(runs / "alone")), flush=True)
 
@@ -104,9 +107,8 @@ def row(
     state = launch.end(last)
     equal = "yes" if losses(run) == expected else "NO"
     restarts = launch.starts(last) - 1
-    return (
-        f"| {what} | {state} | {restarts} | {recomputed} | {running:.0f} | {training:.0f} | {equal} |"
-    )
+    times = [f"{running:.0f}", f"{training:.0f}"] if strike else ["", ""]
+    return " | ".join(["", what, state, str(restarts), str(recomputed), *times, equal, ""]).strip()
 
 
 def starts(run: Path) -> list[int]:
