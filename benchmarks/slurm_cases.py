@@ -79,9 +79,7 @@ def main(names: list[str]) -> None:
             print(row(launch, name, runs / name, arguments, losses(runs / "alone")), flush=True)
 
 
-def row(
-    launch: Launcher, name: str, run: Path, arguments: list[str], expected: list[float]
-) -> str:
+def row(launch: Launcher, name: str, run: Path, arguments: list[str], expected: list[float]) -> str:
     what, strike = CASES[name]
     ranks = [*RANKS, "--tasks-per-node=2", "--time=30", "--signal-delay=120"]
     RUN.update(folder=run, arguments=[*ranks, *arguments, f"run={run}"])
