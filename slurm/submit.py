@@ -41,11 +41,13 @@ def main(argv: list[str]) -> int:
 
     plan = outlook.describe(chain, resources)
     print(plan.text, flush=True)
-    if plan.problem and not arguments.force:
-        raise UserError(f"{plan.problem}; --force takes it nevertheless")
     if arguments.dry_run:
         _show_scripts(chain, resources)
+        if plan.problem:
+            print(f"would be refused: {plan.problem}", file=sys.stderr)
         return 0
+    if plan.problem and not arguments.force:
+        raise UserError(f"{plan.problem}; --force takes it nevertheless")
     if arguments.local:
         return local.run(chain, resources)
     submission.submit(chain, resources, command=shlex.join(["slurm/launch.py", *argv]))

@@ -33,7 +33,7 @@ def sbatch_options(script: str) -> set[str]:
 
 
 def test_a_dry_run_shows_plan_and_script() -> None:
-    shown = launch("--nodes", 8, "configs/in256.yaml", "--dry-run", "--force")
+    shown = launch("--nodes", 8, "configs/in256.yaml", "--dry-run")
     assert re.search(r"nodes +8 x 8 GPUs, 64 ranks", shown)
     assert re.search(r"batch +768 images: 12 a rank", shown)
     assert re.search(r"length +409,973,440 images, 533,820 steps", shown)
@@ -52,6 +52,7 @@ def test_a_dry_run_shows_plan_and_script() -> None:
         assert option in srun
     script = shown[shown.index("#!/bin/bash") :]
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert "would be refused: there are no shards shards/in256/mds" in shown
     assert not (ROOT / "runs" / "in256").exists()
 
 
@@ -73,7 +74,7 @@ def test_every_sbatch_option_reaches_the_script(tmp_path: Path) -> None:
     }
     options = [f"--{name}={value}" for name, value in given.items()]
     extra = ["--exclusive", "--slurm", "licenses=scratch", "--srun-args=--mpi=none"]
-    shown = launch(*options, *extra, "--nodes=8", "configs/in256.yaml", "--dry-run", "--force")
+    shown = launch(*options, *extra, "--nodes=8", "configs/in256.yaml", "--dry-run")
     # quotes as in sbatch's reading of a #SBATCH line
     told = {option.replace("'", "") for option in sbatch_options(shown)}
     assert told >= {f"--{name}={value}" for name, value in given.items()}
@@ -86,7 +87,7 @@ def test_options_come_on_top_of_the_clusters_file(tmp_path: Path) -> None:
     cluster.write_text("{partition: low, time: '2-00', setup: [module load a], env: {A: one two}}")
     shown = launch(
         *("--setup=module load b", "--partition=high", "--env=B=2"),
-        *("--nodes=8", "configs/in256.yaml", "--dry-run", "--force"),
+        *("--nodes=8", "configs/in256.yaml", "--dry-run"),
         TARFLOW_CLUSTER=str(cluster),
     )
     assert sbatch_options(shown) >= {"--partition=high", "--time=2880"}
@@ -97,7 +98,7 @@ def test_options_come_on_top_of_the_clusters_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["h100-conda", "a100-pyxis"])
 def test_the_examples_of_clusters_work(name: str) -> None:
-    shown = launch("--cluster", name, "--nodes=16", "configs/in256.yaml", "--dry-run", "--force")
+    shown = launch("--cluster", name, "--nodes=16", "configs/in256.yaml", "--dry-run")
     ranks = {"h100-conda": 128, "a100-pyxis": 64}[name]
     assert f"{ranks} ranks" in shown
     starts = re.findall(r"^srun .*", shown, re.MULTILINE)
@@ -126,7 +127,7 @@ def test_the_examples_of_clusters_work(name: str) -> None:
     ],
 )
 def test_mistakes_are_told_in_a_sentence(arguments: list[str], sentence: str) -> None:
-    told = launch("--dry-run", "--force", *arguments, code=2)
+    told = launch("--dry-run", *arguments, code=2)
     assert sentence in told
     assert "Traceback" not in told
 
@@ -208,7 +209,6 @@ def test_local_runs_the_same_job_from_a_snapshot(digits: Path, tmp_path: Path) -
         f"run={run}",
         f"data.path={digits / 'mds'}",
         "train.images=320",
-        "log.wandb=disabled",
     ]
     shown = launch(*arguments)
     assert "nats a dimension" in shown
