@@ -101,6 +101,8 @@ class SampleStore:
                 pa.table(columns, metadata=metadata),
                 part,
                 compression="none",
+                use_dictionary=False,
+                write_statistics=["index", "label"],  # not the smallest and the largest picture
                 write_page_checksum=True,
             )
 

@@ -1,11 +1,9 @@
 """The figures against torch-fidelity's own functions, and against the formulas written out."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
+from torch_fidelity import metric_fid, metric_isc, metric_prc
 
 from tarflow_dist.evaluation import metrics
 from tarflow_dist.evaluation.feature_set import FeatureSet
@@ -17,10 +15,12 @@ DIM = 2048
 
 
 def features(count: int, dim: int = DIM, seed: int = 0, scale: float = 1.0) -> np.ndarray:
-    """As Inception's: not below 0, correlated."""
+    """As Inception's: not below 0, and most of their variance in few directions."""
     rng = np.random.default_rng(seed)
-    mixing = np.random.default_rng(99).normal(size=(dim, dim)) / dim**0.5
-    return np.abs(scale * rng.normal(size=(count, dim)) @ mixing + 0.1 * seed).astype(np.float32)
+    few = min(dim, 6)
+    mixing = np.random.default_rng(99).normal(size=(few, dim)) / few**0.5
+    noise = 0.02 * rng.normal(size=(count, dim))
+    return np.abs(scale * rng.normal(size=(count, few)) @ mixing + noise + 0.05 * seed).astype("f4")
 
 
 def gaussian(x: np.ndarray) -> Gaussian:
@@ -36,14 +36,6 @@ def sets() -> tuple[np.ndarray, np.ndarray]:
     return features(700), features(500, seed=1, scale=0.9)
 
 
-@pytest.fixture(scope="module")
-def result(sets: tuple[np.ndarray, np.ndarray]) -> dict:
-    """Without the spread, which takes a minute at 2048 dimensions on one core."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "jackknife", lambda *_: (None, None))
-        return compare(*map(feature_set, sets))
-
-
 def test_distance_equals_torch_fidelity_at_2048_dimensions(
     sets: tuple[np.ndarray, np.ndarray],
 ) -> None:
@@ -56,7 +48,7 @@ def test_distance_equals_torch_fidelity_at_2048_dimensions(
     assert frechet_distance(mean1, cov1, mean2, cov2) == pytest.approx(theirs, rel=1e-6)
 
 
-def test_precision_and_recall(sets: tuple[np.ndarray, np.ndarray], result: dict) -> None:
+def test_precision_and_recall(sets: tuple[np.ndarray, np.ndarray]) -> None:
     """A sample counts if it lies within the ball of a reference image, whose radius is the distance
     to its third neighbour; recall the other way round."""
     samples, real = (x.astype(np.float64) for x in sets)
@@ -71,15 +63,15 @@ def test_precision_and_recall(sets: tuple[np.ndarray, np.ndarray], result: dict)
     between = distances(samples, real)
     precision = (between <= radii(real)).any(1).mean()
     recall = (radii(samples) >= between.T).any(1).mean()
-    assert 0.02 < precision < 1 or 0.02 < recall < 1
+    assert 0.02 < precision < 0.98
+    assert 0.02 < recall < 0.98
     # a float32 distance may fall on the other side of a radius
-    assert result["precision"] == pytest.approx(precision, abs=0.003)
-    assert result["recall"] == pytest.approx(recall, abs=0.003)
+    assert metrics.precision_recall(*sets) == pytest.approx((precision, recall), abs=0.003)
     theirs = metric_prc.calculate_precision_recall_full(*map(torch.from_numpy, sets))
-    assert (result["precision"], result["recall"]) == pytest.approx(theirs, abs=0.003)
+    assert metrics.precision_recall(*sets) == pytest.approx(theirs, abs=0.003)
 
 
-def test_kernel_distance(sets: tuple[np.ndarray, np.ndarray], result: dict) -> None:
+def test_kernel_distance(sets: tuple[np.ndarray, np.ndarray]) -> None:
     """Unbiased MMD² with the kernel (x·y/dim + 1)³, over all images: the mean over subsets is
     an estimate of the same."""
     x, y = (x.astype(np.float64) for x in sets)
@@ -93,12 +85,8 @@ def test_kernel_distance(sets: tuple[np.ndarray, np.ndarray], result: dict) -> N
     expected = (
         mean_off_diagonal(kernel(x, x)) + mean_off_diagonal(kernel(y, y)) - 2 * kernel(x, y).mean()
     )
-    error = result["kernel_distance_std"] / np.sqrt(metrics.KERNEL_SUBSETS)
-    assert abs(result["kernel_distance"] - expected) < 5 * error + 1e-6
-    theirs = metric_kid.kid_features_to_metric(
-        *map(torch.from_numpy, sets), kid_subset_size=500, verbose=False
-    )
-    assert result["kernel_distance"] == theirs[metric_kid.KEY_METRIC_KID_MEAN]
+    mean, std = metrics.kernel_distance(*sets)
+    assert abs(mean - expected) < 5 * std / np.sqrt(metrics.KERNEL_SUBSETS) < 0.1 * mean
 
 
 @pytest.mark.parametrize("count", [200, 1003])
@@ -179,8 +167,8 @@ def test_what_the_sets_lack_is_said() -> None:
     assert compare(feature_set(x[:3]), feature_set(y))["not_measured"]["recall"] == "too few images"
 
 
-def test_warnings(tmp_path: Path) -> None:
-    x, y = features(400, 5), features(400, 5, seed=3)
+def test_warnings() -> None:
+    x, y = features(400, 5), features(400, 5, seed=30)
 
     def of(samples: np.ndarray) -> list[str]:
         sets = feature_set(samples), feature_set(y)
@@ -188,5 +176,5 @@ def test_warnings(tmp_path: Path) -> None:
 
     assert of(x) == []
     assert "5 samples for 5 features: the covariance is singular" in of(x[:5])[0]
-    near = features(30, 5, seed=3)
+    near = features(30, 5, seed=30)
     assert "comes from the small number of samples, 30" in of(near)[0]
