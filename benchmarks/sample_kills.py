@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--reference", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=15)
-    parser.add_argument("--num-samples", type=int, default=20_000)
+    parser.add_argument("--num-samples", type=int, default=3_000)
     args = parser.parse_args()
     found = set()
     with tempfile.TemporaryDirectory() as folder:
@@ -64,7 +64,7 @@ def kill_once(args: argparse.Namespace, out: Path, kill: int) -> None:
 
 def start(args: argparse.Namespace, out: Path, ranks: int) -> subprocess.Popen:
     launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-    samples = ["--num-samples", str(args.num_samples), "--batch-size", "50", "--guidance", "0.5"]
+    samples = ["--num-samples", str(args.num_samples), "--batch-size", "25", "--guidance", "0.5"]
     compared = ["--reference", str(args.reference), "--features", "pixels"]
     return subprocess.Popen(
         [

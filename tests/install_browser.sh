@@ -1,11 +1,9 @@
 #!/usr/bin/env bash
-# The browser that tests/evaluation/test_report.py looks at the report with, where Debian's packages
-# can be installed; without one those tests are skipped.
-set -euo pipefail
+# Chromium, with which tests/evaluation/test_report.py looks at the report, where Debian's packages
+# can be installed. Without it those tests are skipped.
+set -uo pipefail
 if command -v chromium chromium-browser google-chrome >/dev/null; then exit; fi
-if ! command -v apt-get >/dev/null || [ "$(id -u)" != 0 ]; then
-    echo "no Chromium, and no right to install it: the report's browser tests will be skipped" >&2
-    exit
-fi
-apt-get update -qq
-DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null
+export DEBIAN_FRONTEND=noninteractive
+apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null ||
+    echo "Chromium can't be installed here: the report's browser tests will be skipped" >&2
+exit 0

@@ -31,3 +31,4 @@ def log_to_run(run: TrainingRun, results: dict[Path, dict[str, Any]]) -> None:
         grid = {f"{prefix}/samples": wandb.Image(str(folder / "grid.png"))}
         started.log({"images": run.images, **figures, **grid})
     started.finish()
+    wandb.teardown()  # until all is written: its process ends with this one
