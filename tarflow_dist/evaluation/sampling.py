@@ -1,5 +1,6 @@
 """Drawing a sample store full on any number of ranks: the same images whatever that number."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -133,7 +134,7 @@ def _draw_chunk(
             raise
         left = len(store.missing_chunks())
         return 0.0, (
-            f"{store.folder} can't take more samples ({error.strerror}): {left} of "
+            f"{store.folder} can't take more samples ({os.strerror(error.errno)}): {left} of "
             f"{store.num_chunks} chunks are missing; make room, and run the same command again"
         )
     return seconds, None
