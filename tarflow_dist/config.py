@@ -6,6 +6,7 @@ all. Amounts of training are counted in images, so they hold at any batch size a
 
 import difflib
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -134,12 +135,35 @@ class TrainConfig(Section):
     micro_batch_size: PositiveInt | None = None
     """Images a rank takes through the model at once; null: its whole share of the batch. Gradients
     are accumulated over batch_size / (micro_batch_size x ranks) passes."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16 keeps fp32 master weights and accumulates gradients in fp32."""
-    zero_stage: Literal[1, 2] = 1
-    """DeepSpeed ZeRO: 1 shards the optimiser state over the ranks, 2 the gradients too."""
+    precision: Literal["fp32", "bf16", "bf16_autocast"] = "bf16"
+    """bf16 keeps fp32 master weights and accumulates gradients in fp32; bf16_autocast keeps fp32
+    weights and multiplies matrices in bf16."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO: 0 keeps everything on every rank, 1 shards the optimiser state over the
+    ranks, 2 the gradients too, 3 the weights too."""
+    offload: bool = False
+    """Keep the optimiser's state in host memory and take its steps there (ZeRO 2 and 3): saves GPU
+    memory, costs time."""
+    activation_checkpointing: NonNegativeInt = 0
+    """Recompute every k-th transformer layer in the backward pass instead of keeping its
+    activations: 0 none, 1 every layer."""
+    compile: bool = False
+    """Compile each transformer layer with torch.compile."""
     label_drop: Share = 0.0
     """Share of images whose label is dropped, so that the model learns to do without (guidance)."""
+    stop_after: Annotated[timedelta, Field(gt=timedelta(0))] | None = None
+    """Wall time (3:30:00, or seconds) after which the run saves and leaves as if interrupted."""
+
+    @model_validator(mode="after")
+    def _stage_can_do_it(self) -> Self:
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise ValueError(
+                "DeepSpeed computes precision bf16 wrongly at zero_stage 0: "
+                "choose bf16_autocast, or zero_stage 1"
+            )
+        if self.offload and self.zero_stage < 2:
+            raise ValueError(f"offload needs zero_stage 2 or 3, not {self.zero_stage}")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -149,6 +173,45 @@ class CheckpointConfig(Section):
     """Images from one checkpoint to the next."""
     keep: PositiveInt = 3
     """Checkpoints kept; older ones are deleted."""
+    permanent_every_images: PositiveInt | None = None
+    """Of the checkpoints, the first one past each multiple of this is never deleted."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """When a checkpoint can't be written, as on a full disk: stop the run, or train on and try
+    again at the next one."""
+
+
+class HealthConfig(Section):
+    """What a run does in a bad hour."""
+
+    max_skipped: PositiveInt = 10
+    """Steps in a row that may be left out because loss or gradient is not finite; then the run goes
+    back to its last checkpoint, and on with the images that follow."""
+    max_rollbacks: NonNegativeInt = 2
+    """Times that a start of the run may go back so; then it stops."""
+    loss_spike: PositiveFloat | None = None
+    """Leave out a step whose loss is this much (nats a dimension) above its recent average; null
+    takes all."""
+    first_step_timeout: PositiveFloat = 1800
+    """Seconds until the first step must be done, compilation included; else every rank dumps its
+    stacks and exits."""
+    step_timeout: PositiveFloat = 600
+    """The same for each later step, with its checkpoint or preview."""
+
+
+class PreviewConfig(Section):
+    """Pictures of a run's samples as it goes: a grid from the averaged weights, always of the same
+    noise and labels."""
+
+    every_images: PositiveInt | None = None
+    """Images from one preview to the next; null draws none."""
+    count: PositiveInt = 16
+    """Samples in the grid."""
+    guidance: NonNegativeFloat = 0.0
+    """Guidance weight; an unconditional model's needs attn_temp too."""
+    annealed: bool = False
+    """Anneal the guidance along the sequence, as the published results do."""
+    attn_temp: PositiveFloat = 1.0
+    """Attention temperature of the pass that guides an unconditional model."""
 
 
 class LogConfig(Section):
@@ -174,6 +237,8 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
     checkpoint: CheckpointConfig
+    health: HealthConfig = HealthConfig()
+    preview: PreviewConfig = PreviewConfig()
     log: LogConfig
 
     @model_validator(mode="after")

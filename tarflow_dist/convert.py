@@ -103,12 +103,14 @@ def _read_run(
 ) -> tuple[dict[str, "Tensor"], dict[str, Any], dict[str, Any]]:
     from tarflow_dist.training import checkpoint
 
-    folder: Path | None = source
+    saved: checkpoint.Checkpoint | None
     if (source / checkpoint.FOLDER).is_dir():
-        folder = checkpoint.newest(source / checkpoint.FOLDER)
-    if folder is None:
+        saved = checkpoint.newest_whole(source / checkpoint.FOLDER)
+    else:
+        saved = checkpoint.Checkpoint(source)
+        saved.verify()
+    if saved is None:
         raise UserError(f"the run {source} has no checkpoint yet")
-    saved = checkpoint.Checkpoint(folder)
     kind = arguments.weights or "ema"
     weights = saved.read_all(RUN_WEIGHTS[kind]) | saved.read_all("buffers")
     provenance = {"images": saved.state.images, "weights": kind}

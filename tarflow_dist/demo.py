@@ -100,7 +100,8 @@ def _held_out_loss() -> float:
     from tarflow_dist import TarFlow
     from tarflow_dist.data.loader import eval_batches
     from tarflow_dist.data.shards import open_shards
-    from tarflow_dist.evaluation.likelihood import loss_of, mean_log_prob
+    from tarflow_dist.evaluation.likelihood import mean_log_prob
+    from tarflow_dist.flow.units import loss_of
 
     shards = open_shards(SHARDS / "mds", "val")
     batches = eval_batches(shards, batch_size=100, rank=0, world_size=1, num_workers=0)

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from datetime import timedelta
 from itertools import count
 from typing import TypeVar
 
@@ -14,8 +15,9 @@ T = TypeVar("T")
 _counters = count()
 
 
-def init() -> torch.device:
+def init(timeout: timedelta | None = None) -> torch.device:
     """Joins the process group, or makes one of a single process, and returns this rank's device.
+    A collective that takes longer than `timeout` (None: torch's own) is an error.
 
     Ranks come from the environment (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
     MASTER_PORT), as torchrun sets it; without RANK this is the only process.
@@ -40,10 +42,10 @@ def init() -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=timeout)
     else:
         device = torch.device("cpu")
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timeout)
     return device
 
 
@@ -79,8 +81,14 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is set on any rank. Goes through host memory: the device isn't awaited."""
-    total = sum_over_ranks(torch.tensor(int(flag)))
-    return bool(total.item())
+    (answer,) = any_rank_each(flag)
+    return answer
+
+
+def any_rank_each(*flags: bool) -> list[bool]:
+    """For each of the flags, whether it is set on any rank, in one exchange."""
+    totals = sum_over_ranks(torch.tensor(flags, dtype=torch.int64))
+    return [bool(total) for total in totals.tolist()]
 
 
 def gather(value: T) -> list[T]:

@@ -5,6 +5,7 @@ The same command again goes on from the run's newest checkpoint.
 
 import argparse
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 from tarflow_dist import config as configs
@@ -28,7 +29,9 @@ def main(argv: list[str]) -> int:
     from tarflow_dist import distributed
     from tarflow_dist.training.loop import train
 
-    device = distributed.init()
+    # longer than the watchdog waits, which says more
+    patience = 2 * max(config.health.first_step_timeout, config.health.step_timeout)
+    device = distributed.init(timedelta(seconds=patience))
     finished = train(config, device)
     if distributed.is_main():
         if finished:

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from tarflow_dist import TarFlow, convert
+from tarflow_dist.config import CheckpointConfig
 from tarflow_dist.errors import UserError
 from tarflow_dist.flow.model import Flow
-from tarflow_dist.training.checkpoint import save
+from tarflow_dist.training.saver import Saver
 from tarflow_dist.training.state import RunState
 
 HERE = Path(__file__).parent
@@ -112,7 +113,9 @@ def run_folder(tmp_path: Path) -> tuple[Path, dict[str, dict[str, torch.Tensor]]
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").touch()
-    save(run / "checkpoints", entries, RunState(images=256), model=SIZES, keep=1)
+    saver = Saver(run / "checkpoints", CheckpointConfig(every_images=1), SIZES)
+    saver.save(entries, RunState(images=256))
+    saver.finish()
     return run, kinds
 
 

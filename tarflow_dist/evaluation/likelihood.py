@@ -1,6 +1,5 @@
 """How likely a model finds images that it was not trained on."""
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -10,9 +9,6 @@ from tarflow_dist.data.loader import Batch
 from tarflow_dist.distributed import sum_over_ranks
 from tarflow_dist.flow.model import Flow
 from tarflow_dist.flow.noise import add_gaussian, dequantise
-
-# log2 128: an 8-bit bin is 1/128 wide in x = (k + u)/128 − 1
-BIN_BITS = 7
 
 
 @torch.no_grad()
@@ -37,15 +33,3 @@ def mean_log_prob(flow: Flow, batches: Iterable[Batch], *, draws: int, seed: int
     sum_over_ranks(total)
     sum_over_ranks(count)
     return float(total / count) / flow.num_dims
-
-
-def loss_of(log_prob: float) -> float:
-    """The training loss 0.5·mean(z²) + Σ_t mean(αᵗ) that goes with a log-likelihood in nats a
-    dimension: its negative, without the constant 0.5·log 2π."""
-    return -log_prob - 0.5 * math.log(2 * math.pi)
-
-
-def bits_per_dim(log_prob: float) -> float:
-    """Bits a dimension of 8-bit images, from the log-likelihood of a uniform-noise model in nats a
-    dimension: −log p(x)/ln 2 + 7."""
-    return -log_prob / math.log(2) + BIN_BITS

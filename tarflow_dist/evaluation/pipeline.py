@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ class Point:
 
 def run(args: argparse.Namespace, training_run: TrainingRun | None) -> None:
     """`args` are those of `sample_fid`; `training_run` is where the result is logged besides."""
-    device = distributed.init()
+    # rank 0 compares and reports alone, for minutes, and the others wait
+    device = distributed.init(timeout=timedelta(days=1))
     stages = Stages()
     with stages.stage("loading"):
         flow = TarFlow.from_pretrained(args.model).requires_grad_(False).to(device)

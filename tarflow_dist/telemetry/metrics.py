@@ -1,6 +1,7 @@
 """The run's figures: one JSON line a logged step, and the same to Weights & Biases."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,20 @@ class Metrics:
             self.wandb_id = self._wandb.id
 
     def log(self, row: dict[str, float]) -> None:
-        """Writes one row; it holds `images`, the position in the run."""
-        self._rows.write(json.dumps(row) + "\n")
+        """Writes one row; it holds `images`, the position in the run. What is not finite, which
+        JSON can't say, becomes null."""
+        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        self._rows.write(json.dumps(finite) + "\n")
         self._rows.flush()
         if self._wandb is not None:
             self._wandb.log(row)
+
+    def log_picture(self, images: int, picture: Path) -> None:
+        """Shows a PNG at wandb, as of `images` seen."""
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({"images": images, "preview": wandb.Image(str(picture))})
 
     def close(self) -> None:
         self._rows.close()
@@ -81,8 +91,8 @@ def start_wandb(run: Path, log: LogConfig, config: dict[str, Any] | None, wandb_
     return started
 
 
-def read_metrics(run: Path) -> list[dict[str, float]]:
-    """All rows of a run's metrics.jsonl."""
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All rows of a run's metrics.jsonl; what was not finite is None."""
     return [json.loads(line) for line in _whole_lines(run / "metrics.jsonl")]
 
 

@@ -1,5 +1,6 @@
 """Pictures of a run."""
 
+import math
 from pathlib import Path
 
 from tarflow_dist.files import write_whole
@@ -13,7 +14,8 @@ def plot_loss(run: Path, out: Path) -> None:
     rows = read_metrics(run)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot([r["images"] for r in rows], [r["loss"] for r in rows], linewidth=0.8)
+    losses = [math.nan if r["loss"] is None else r["loss"] for r in rows]
+    axes.plot([r["images"] for r in rows], losses, linewidth=0.8)
     axes.set(xlabel="images seen", ylabel="loss (nats a dimension)", title=run.name)
     axes.grid(alpha=0.3)
     with write_whole(out) as part:

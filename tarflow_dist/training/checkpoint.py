@@ -3,137 +3,64 @@
 checkpoints/00012800000/    named by the images seen
     tensors-00000.safetensors …   one file a writing rank; every tensor whole, in one of them:
                                   weights/, exp_avg/, exp_avg_sq/, ema/ and buffers/NAME
-    state.json                    RunState, the model's config, and the files with their sizes
+    state.json                    RunState, the model's config, and the files with sizes and hashes
 checkpoints/latest          the name of the newest, written last
 """
 
 import json
-import shutil
-from collections.abc import Callable, Iterable
+import sys
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tarflow_dist import distributed
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import publish_folder, sync, write_whole
 from tarflow_dist.training.state import RunState
 
 STATE_FILE = "state.json"
 LATEST = "latest"
 FOLDER = "checkpoints"
+HASH_CHUNK = 2**24
 
 
-def save(
-    folder: Path,
-    tensors: Iterable[tuple[str, int, Callable[[], Tensor]]],
-    state: RunState,
-    *,
-    model: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Writes a checkpoint below `folder`, all ranks together, and deletes all but the last `keep`.
-
-    Args:
-        folder: the run's checkpoints/.
-        tensors: what `Engine.tensors` yields.
-        state: the run's progress.
-        model: the flow's config.
-
-    Raises:
-        UserError: a rank could not write; earlier checkpoints are as they were.
-    """
-    name = f"{state.images:011d}"
-    part = folder / f".{name}.part"
-    problem = _attempt(lambda: _prepare(folder, part)) if distributed.is_main() else None
-    distributed.barrier()
-    file = part / f"tensors-{distributed.rank():05d}.safetensors"
-    own = _own_share(tensors)
-    problem = problem or _attempt(lambda: _write_tensors(own, file))
-    sizes = distributed.gather((file.name, file.stat().st_size if problem is None else 0))
-    problem = next(filter(None, distributed.gather(problem)), None)
-    if problem is None and distributed.is_main():
-        content = {"state": state.to_json(), "model": model, "files": dict(sizes)}
-        problem = _attempt(lambda: _publish(part, folder / name, content))
-    problem = distributed.from_main(problem)
-    if problem is not None:
-        if distributed.is_main():
-            shutil.rmtree(part, ignore_errors=True)
-        raise UserError(f"the checkpoint {folder / name} could not be written: {problem}")
-    if distributed.is_main():
-        _prune(folder, name, keep)
-    return folder / name
-
-
-def _attempt(action: Callable[[], None]) -> str | None:
-    """What went wrong with the disk, if anything: all ranks must hear of it before one raises."""
-    try:
-        action()
-    except (OSError, SafetensorError) as error:
-        return str(error)
-    return None
-
-
-def _prepare(folder: Path, part: Path) -> None:
-    """An empty side folder; those that killed or failed saves left are removed."""
-    for left in folder.glob(".*.part"):
-        shutil.rmtree(left, ignore_errors=True)
-    part.mkdir(parents=True)
-
-
-def _write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    save_file(tensors, file)
-    sync(file)
-
-
-def _publish(part: Path, checkpoint: Path, content: dict[str, Any]) -> None:
-    (part / STATE_FILE).write_text(json.dumps(content, indent=2) + "\n")
-    publish_folder(part, checkpoint)
-    with write_whole(checkpoint.parent / LATEST) as pointer:
-        pointer.write_text(checkpoint.name + "\n")
-
-
-def _prune(folder: Path, newest: str, keep: int) -> None:
-    """Deletes all but the last `keep` up to `newest`. Later ones are of a future that was given up
-    when an older checkpoint was named in the pointer."""
-    names = _names(folder)
-    kept = [name for name in names if name <= newest][-keep:]
-    for name in set(names) - set(kept):
-        shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def _own_share(tensors: Iterable[tuple[str, int, Callable[[], Tensor]]]) -> dict[str, Tensor]:
-    """Assembles every tensor with all ranks and keeps this rank's share of them, in host memory:
-    each goes to the rank with the least to write so far."""
-    own, load = {}, [0] * distributed.world_size()
-    for key, size, assemble in tensors:
-        owner = load.index(min(load))
-        load[owner] += size
-        tensor = assemble()
-        if owner == distributed.rank():
-            own[key] = tensor.detach().to("cpu", copy=True).contiguous()
-    return own
+def candidates(folder: Path) -> list[Path]:
+    """The checkpoints below `folder` that a run could go on from, the best first: the one that the
+    pointer names, then those before it."""
+    pointer = folder / LATEST
+    found = names(folder)
+    # killed before the very first pointer was written, a run still has its first whole checkpoint
+    newest = pointer.read_text().strip() if pointer.exists() else (found or [""])[-1]
+    older = [name for name in reversed(found) if name < newest]
+    return [folder / name for name in [newest, *older] if name]
 
 
 def newest(folder: Path) -> Path | None:
     """The checkpoint that a run should go on from, or None if there is none yet."""
-    pointer = folder / LATEST
-    # killed before the very first pointer was written, a run still has its first whole checkpoint
-    names = [pointer.read_text().strip()] if pointer.exists() else _names(folder)
-    return folder / names[-1] if names else None
+    return next(iter(candidates(folder)), None)
 
 
-def _names(folder: Path) -> list[str]:
+def names(folder: Path) -> list[str]:
+    """All checkpoints below `folder`, in their order."""
     return sorted(p.name for p in folder.iterdir() if p.name.isdigit()) if folder.exists() else []
+
+
+def describe_file(file: Path) -> dict[str, Any]:
+    """Size and hash of one of a checkpoint's files."""
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while chunk := stream.read(HASH_CHUNK):
+            digest.update(chunk)
+    return {"bytes": file.stat().st_size, "xxh3_128": digest.hexdigest()}
 
 
 class Checkpoint:
     """Reads one checkpoint.
 
     Attributes:
+        folder: where it lies.
         state: the run's progress.
         model: the flow's config.
 
@@ -142,27 +69,35 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path):
+        self.folder = folder
         try:
             content = json.loads((folder / STATE_FILE).read_text())
             self.state = RunState.from_json(content["state"])
             self.model: dict[str, Any] = content["model"]
+            self._described: dict[str, dict[str, Any]] = content["files"]
             self._files: dict[str, Any] = {}
-            for name, size in content["files"].items():
-                if (folder / name).stat().st_size != size:
-                    raise ValueError(f"{name} is not {size} bytes long")
+            for name, described in self._described.items():
+                if (folder / name).stat().st_size != described["bytes"]:
+                    raise ValueError(f"{name} is not {described['bytes']} bytes long")
                 file = safe_open(folder / name, framework="pt")
                 self._files |= dict.fromkeys(file.keys(), file)
-        except (OSError, KeyError, ValueError, SafetensorError) as error:
-            raise UserError(
-                f"{folder} is not a whole checkpoint ({error}): write the name of another one into "
-                f"the file {folder.parent / LATEST}"
-            ) from error
-        self._folder = folder
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise UserError(f"{folder} is not a whole checkpoint ({error})") from error
+
+    def verify(self) -> None:
+        """Compares this rank's share of the files with their hashes.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        for name in sorted(self._described)[distributed.rank() :: distributed.world_size()]:
+            if describe_file(self.folder / name) != self._described[name]:
+                raise UserError(f"{self.folder} is not a whole checkpoint ({name} is damaged)")
 
     def read(self, key: str) -> Tensor:
         """The whole tensor `key`, such as ema/blocks.0.pos_embed, in host memory."""
         if key not in self._files:
-            raise UserError(f"{self._folder} lacks {key}: it is of another model")
+            raise UserError(f"{self.folder} lacks {key}: it is of another model")
         return self._files[key].get_tensor(key)
 
     def read_all(self, kind: str) -> dict[str, Tensor]:
@@ -170,3 +105,35 @@ class Checkpoint:
         prefix = f"{kind}/"
         keys = sorted(key for key in self._files if key.startswith(prefix))
         return {key.removeprefix(prefix): self.read(key) for key in keys}
+
+
+def newest_whole(folder: Path) -> Checkpoint | None:
+    """The checkpoint below `folder` to go on from, every file of it verified; None if there is none
+    yet. A damaged one is named, and the one before it taken. Collective.
+
+    Raises:
+        UserError: on every rank, if all of them are damaged.
+    """
+    problems = []
+    # rank 0 chooses: over a network folder, ranks can see different ones as the newest
+    for path in distributed.from_main(candidates(folder)):
+        saved, problem = _open(path)
+        problem = next(filter(None, distributed.gather(problem)), None)
+        if problem is None:
+            assert saved is not None
+            return saved
+        problems.append(problem)
+        if distributed.is_main():
+            print(f"{problem}; trying the one before it", file=sys.stderr)
+    if problems:
+        raise UserError(f"{folder} holds no whole checkpoint to go on from: {problems[0]}")
+    return None
+
+
+def _open(folder: Path) -> tuple[Checkpoint | None, str | None]:
+    try:
+        saved = Checkpoint(folder)
+        saved.verify()
+    except UserError as error:
+        return None, str(error)
+    return saved, None

@@ -20,6 +20,8 @@ def track_ema(optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def _update(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if getattr(optimizer, "overflow", False):  # the step was left out
+        return
     for group in optimizer.param_groups:
         for weights in group["params"]:
             optimizer.state[weights][EMA].lerp_(weights, 1 - group[DECAY])

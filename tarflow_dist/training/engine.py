@@ -1,11 +1,13 @@
 """DeepSpeed ZeRO around a flow: the only room that imports deepspeed."""
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,17 +15,13 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
 
-from tarflow_dist import distributed
 from tarflow_dist.config import Config
+from tarflow_dist.distributed import any_rank, world_size
 from tarflow_dist.flow.model import Flow
 from tarflow_dist.training.ema import DECAY, EMA, track_ema
+from tarflow_dist.training.layers import prepare_layers
+from tarflow_dist.training.zero import ZeroState
 
 # Otherwise DeepSpeed compiles a C++ extension on CPU machines that serves inference alone.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -37,6 +35,8 @@ BUFFERS = "buffers"
 class Engine:
     """Backward passes and optimiser steps of `flow` under ZeRO, and its fp32 state by name.
 
+    A step whose gradient is not finite on some rank is left out on all.
+
     Args:
         flow: on this rank's device, the same weights on every rank. It is trained in place.
         config: the run's.
@@ -45,26 +45,42 @@ class Engine:
 
     def __init__(self, flow: Flow, config: Config, micro_batch_size: int):
         self.flow = flow
-        world_size = distributed.world_size()
-        self.accumulation_steps = config.train.batch_size // (micro_batch_size * world_size)
-        optimizer = torch.optim.AdamW(
+        self.accumulation_steps = config.train.batch_size // (micro_batch_size * world_size())
+        prepare_layers(
+            flow,
+            compile=config.train.compile,
+            checkpoint_every=config.train.activation_checkpointing,
+        )
+        stage = config.train.zero_stage
+        clip_norm = config.optimizer.clip_grad_norm or 0.0
+        adamw = partial(_CheckedAdamW, max_norm=clip_norm or math.inf)
+        optimizer = (torch.optim.AdamW if stage else adamw)(
             flow.parameters(),
             lr=config.optimizer.lr,
             betas=config.optimizer.betas,
             weight_decay=config.optimizer.weight_decay,
         )
-        track_ema(optimizer)
         with redirect_stdout(StringIO()):  # it prints its memory there
-            self._engine, self._zero, _, _ = deepspeed.initialize(
+            self._engine, zero, _, _ = deepspeed.initialize(
                 model=flow,
                 optimizer=optimizer,
                 dist_init_required=False,
                 config={
                     "train_micro_batch_size_per_gpu": micro_batch_size,
                     "gradient_accumulation_steps": self.accumulation_steps,
-                    "gradient_clipping": config.optimizer.clip_grad_norm or 0.0,
-                    "zero_optimization": {"stage": config.train.zero_stage, "overlap_comm": False},
+                    "gradient_clipping": clip_norm if stage else 0.0,
+                    "zero_optimization": {
+                        "stage": stage,
+                        "overlap_comm": False,
+                        "offload_optimizer": {"device": "cpu" if config.train.offload else "none"},
+                    },
+                    "zero_force_ds_cpu_optimizer": False,
                     "bf16": {"enabled": config.train.precision == "bf16"},
+                    "torch_autocast": {
+                        "enabled": config.train.precision == "bf16_autocast",
+                        "dtype": "bfloat16",
+                        "lower_precision_safe_modules": [],  # whose gradients it would send in bf16
+                    },
                     # gradients are summed in fp32, over passes and over ranks
                     "data_types": {"grad_accum_dtype": "fp32"},
                     "communication_data_type": "fp32",
@@ -74,7 +90,9 @@ class Engine:
         self._optimizer = optimizer
         # DeepSpeed casts buffers with the weights, but a running mean needs float32
         flow.var = flow.var.float()
-        self._create_optimizer_states()
+        self._zero_state = ZeroState(stage, zero, optimizer)
+        self._zero_state.create(EMA)
+        track_ema(optimizer)
 
     def __call__(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         """The flow's forward pass: see `Flow.forward`."""
@@ -95,53 +113,64 @@ class Engine:
         return float(self._engine.get_global_grad_norm())
 
     def step_was_applied(self) -> bool:
-        """Whether the last step changed the weights: DeepSpeed leaves out those with an infinite
-        gradient. The same on all ranks."""
+        """Whether the last step changed the weights, or was left out because its gradient was not
+        finite. The same on all ranks."""
         return self._engine.was_step_applied()
 
     @property
     def optimizer_steps(self) -> int:
         """Steps that Adam has taken, as its bias correction counts them."""
-        return int(next(iter(self._optimizer.state.values()))["step"])
+        return self._zero_state.steps
 
     def tensors(self) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
         """Everything a checkpoint holds: key, number of values, and a function that assembles the
         whole fp32 tensor. The function is collective: every rank calls it, in this order."""
+        state = self._zero_state
         for name, parameter in self.flow.named_parameters():
-            size = parameter.numel()
-            yield f"{WEIGHTS}/{name}", size, partial(safe_get_full_fp32_param, parameter)
+            size = getattr(parameter, "ds_numel", parameter.numel())
+            yield f"{WEIGHTS}/{name}", size, partial(state.weights, parameter)
             for key in OPTIMIZER_STATES:
-                assemble = partial(safe_get_full_optimizer_state, parameter, key)
-                yield f"{key}/{name}", size, assemble
+                yield f"{key}/{name}", size, partial(state.optimizer_state, parameter, key)
         for name, buffer in self.flow.named_buffers():
             yield f"{BUFFERS}/{name}", buffer.numel(), buffer.detach
+
+    def average(self) -> Iterator[tuple[str, Tensor]]:
+        """The averaged weights, and the buffers, whole and by name. Collective: every rank takes
+        all of them."""
+        for name, parameter in self.flow.named_parameters():
+            yield name, self._zero_state.optimizer_state(parameter, EMA)
+        yield from self.flow.named_buffers()
+
+    def is_finite(self) -> bool:
+        """Whether all weights are finite. Collective."""
+        return not any_rank(not self._zero_state.is_finite())
 
     @torch.no_grad()
     def load(self, read: Callable[[str], Tensor], optimizer_steps: int) -> None:
         """Takes over the state that `read` returns for each key of `tensors`, at any ZeRO stage and
         world size: each rank keeps its own part of the whole tensors."""
+        device = self.flow.device
         for name, parameter in self.flow.named_parameters():
-            weights = read(f"{WEIGHTS}/{name}").to(parameter.device)
-            parameter.copy_(weights)
-            safe_set_full_fp32_param(parameter, weights)
+            self._zero_state.set_weights(parameter, read(f"{WEIGHTS}/{name}").to(device))
             for key in OPTIMIZER_STATES:
-                state = read(f"{key}/{name}").to(parameter.device)
-                safe_set_full_optimizer_state(parameter, state, key)
+                state = read(f"{key}/{name}").to(device)
+                self._zero_state.set_optimizer_state(parameter, key, state)
         for name, buffer in self.flow.named_buffers():
             buffer.copy_(read(f"{BUFFERS}/{name}"))
-        for state in self._optimizer.state.values():
-            state["step"].fill_(optimizer_steps)
+        self._zero_state.steps = optimizer_steps
 
-    @torch.no_grad()
-    def _create_optimizer_states(self) -> None:
-        """Adam's moments and the average from the start, so that they can be loaded before the
-        first step. The parameter groups hold this rank's flat fp32 partitions by now."""
-        for group in self._optimizer.param_groups:
-            for partition in group["params"]:
-                self._optimizer.state[partition] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(partition),
-                    "exp_avg_sq": torch.zeros_like(partition),
-                    EMA: partition.detach().clone(),
-                }
-        self._zero._lazy_init_hp_params_optimizer_state()
+
+class _CheckedAdamW(torch.optim.AdamW):
+    """AdamW that clips, and leaves out steps that are not finite, as DeepSpeed's own optimisers do
+    at the other ZeRO stages. `overflow` and `_global_grad_norm` are what DeepSpeed asks of them."""
+
+    def __init__(self, *args: Any, max_norm: float, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._max_norm = max_norm
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        self._global_grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self._max_norm)
+        self.overflow = not self._global_grad_norm.isfinite()
+        if not self.overflow:
+            super().step()

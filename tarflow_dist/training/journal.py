@@ -1,11 +1,12 @@
 """What a run writes down: metrics, progress, status. Rank 0 writes; all ranks call."""
 
 import sys
-import time
+from pathlib import Path
 
 from tarflow_dist import distributed
 from tarflow_dist.config import Config
 from tarflow_dist.telemetry.metrics import Metrics
+from tarflow_dist.telemetry.pace import Pace
 from tarflow_dist.telemetry.plots import plot_loss
 from tarflow_dist.telemetry.progress import Progress
 from tarflow_dist.training import run_folder
@@ -20,11 +21,13 @@ class Journal:
         config: the run's.
         state: read at every row; gets the run's wandb id.
         changes: sentences on what differs from the run's last start.
+        pace: measures the run's speed.
     """
 
-    def __init__(self, config: Config, state: RunState, changes: list[str]):
-        self._config, self._state = config, state
+    def __init__(self, config: Config, state: RunState, changes: list[str], pace: Pace):
+        self._config, self._state, self._pace = config, state, pace
         self._figures: dict[str, float] = {}
+        self._speed = 0.0
         self._progress = Progress(
             config.run.name,
             config.train.images,
@@ -45,17 +48,30 @@ class Journal:
             verb = f"going on at {state.images} images" if state.images else "starting"
             print(f"{config.run}: {verb}", *changes, sep="; ", file=sys.stderr)
             self.record_progress()
-        self._row_time, self._row_images = time.monotonic(), state.images
 
-    def write_row(self, step: StepResult) -> None:
-        """A row of metrics for the step just taken. Collective."""
-        figures = step.figures()
-        now, images = time.monotonic(), self._state.images
-        rate = (images - self._row_images) / (now - self._row_time)
-        self._row_time, self._row_images = now, images
+    def write_row(self, step: StepResult, *, stall_seconds: float) -> None:
+        """A row of metrics for the step just taken, with the run's speed since the last row.
+        Collective.
+
+        Args:
+            stall_seconds: time that checkpoints have held up training so far.
+        """
+        figures, speed = step.figures(), self._pace.figures(self._state.images)
         self._figures = {"loss": figures["loss"]}
+        self._speed = speed["images_per_second"]
         if self._metrics is not None:
-            self._metrics.log({"images": images, **figures, "images_per_second": rate})
+            row = {"images": self._state.images, **figures, **speed}
+            row |= {"skipped": self._state.skipped, "checkpoint_stall_seconds": stall_seconds}
+            self._metrics.log(row)
+
+    def show_preview(self, drawn: Path | str) -> None:
+        """A grid of samples, or why there is none."""
+        if self._metrics is None:
+            return
+        if isinstance(drawn, Path):
+            self._metrics.log_picture(self._state.images, drawn)
+        else:
+            print(f"{self._config.run}: no preview: {drawn}", file=sys.stderr)
 
     def advance(self, images: int) -> None:
         """A step of `images` is done."""
@@ -63,8 +79,7 @@ class Journal:
 
     def record_progress(self) -> None:
         """Notes in status.json how far the run is."""
-        if self._metrics is not None:
-            run_folder.record_status(self._config, state="running", images=self._state.images)
+        self._record_status("running")
 
     def __enter__(self) -> "Journal":
         return self
@@ -75,7 +90,16 @@ class Journal:
             return
         self._metrics.close()
         plot_loss(self._config.run, self._config.run / "loss.png")
-        images = self._state.images
-        finished = images >= self._config.train.images
+        finished = self._state.images >= self._config.train.images
         state = "failed" if any(exception) else "finished" if finished else "interrupted"
-        run_folder.record_status(self._config, state=state, images=images)
+        self._record_status(state, str(exception[1]) if any(exception) else None)
+
+    def _record_status(self, state: str, error: str | None = None) -> None:
+        if self._metrics is not None:
+            run_folder.record_status(
+                self._config,
+                state=state,
+                images=self._state.images,
+                images_per_second=self._speed,
+                error=error,
+            )

@@ -1,4 +1,4 @@
-"""The training loop: step, log, checkpoint, until the run's images are seen."""
+"""The training loop: step, log, checkpoint, preview, until the run's images are seen."""
 
 import torch
 
@@ -7,11 +7,16 @@ from tarflow_dist.config import Config
 from tarflow_dist.data.loader import train_batches
 from tarflow_dist.data.order import ImageOrder
 from tarflow_dist.data.shards import Shards
+from tarflow_dist.telemetry.pace import Pace
 from tarflow_dist.training import checkpoint, run_folder
+from tarflow_dist.training.health import Health
 from tarflow_dist.training.interrupt import Interrupt
 from tarflow_dist.training.journal import Journal
+from tarflow_dist.training.preview import draw_preview
+from tarflow_dist.training.saver import Saver
 from tarflow_dist.training.start import build_engine, open_data, restore
-from tarflow_dist.training.step import train_step
+from tarflow_dist.training.step import Stepper
+from tarflow_dist.training.watchdog import Watchdog
 
 
 def train(config: Config, device: torch.device) -> bool:
@@ -22,15 +27,23 @@ def train(config: Config, device: torch.device) -> bool:
 
     Raises:
         UserError: data, run folder or checkpoint do not fit the config, a checkpoint can't be
-            written, or the gradient is no longer finite.
+            written, or the run diverges and going back to a checkpoint does not help.
     """
-    micro_batch_size = config.micro_batch(distributed.world_size())
-    shards = open_data(config)
-    with run_folder.locked(config):
-        return _train(config, shards, micro_batch_size, device)
+    with Watchdog(config.health) as watchdog, Interrupt(config.train.stop_after) as interrupt:
+        micro_batch_size = config.micro_batch(distributed.world_size())
+        shards = open_data(config)
+        with run_folder.locked(config):
+            return _train(config, shards, micro_batch_size, device, watchdog, interrupt)
 
 
-def _train(config: Config, shards: Shards, micro_batch_size: int, device: torch.device) -> bool:
+def _train(
+    config: Config,
+    shards: Shards,
+    micro_batch_size: int,
+    device: torch.device,
+    watchdog: Watchdog,
+    interrupt: Interrupt,
+) -> bool:
     batch_size = config.train.batch_size
     changes = run_folder.changes_since_start(config)
     engine = build_engine(config, micro_batch_size, device)
@@ -45,28 +58,40 @@ def _train(config: Config, shards: Shards, micro_batch_size: int, device: torch.
         world_size=distributed.world_size(),
         num_workers=config.data.num_workers,
     )
-    with Journal(config, state, changes) as journal, Interrupt() as interrupt:
+    pace = Pace(device, state.images)
+    stepper = Stepper(engine, batches, config, device, pace)
+    saver = Saver(config.run / checkpoint.FOLDER, config.checkpoint, engine.flow.config)
+    health = Health(config, engine)
+    with Journal(config, state, changes, pace) as journal:
         stop = False
         while state.images < config.train.images and not stop:
-            step = train_step(engine, batches, config, device, state.images + batch_size)
+            step = stepper.step(state)
             state.images += batch_size
-            stop = distributed.any_rank(interrupt.requested)  # the same answer on every rank
-
+            watchdog.step_done()
+            diverged = health.judge(step.problem, state)  # why the run should go back, if so
+            # the same answers on every rank
+            stop, writing = distributed.any_rank_each(interrupt.requested, saver.writing)
             finished = state.images >= config.train.images
 
             if finished or state.passed(config.log.every_images, batch_size):
-                journal.write_row(step)
+                journal.write_row(step, stall_seconds=saver.stall_seconds)
             journal.advance(batch_size)
 
+            if not writing:
+                saver.publish()
             due = state.passed(config.checkpoint.every_images, batch_size)
             if due or finished or stop:
-                state.optimizer_steps = engine.optimizer_steps
-                checkpoint.save(
-                    config.run / checkpoint.FOLDER,
-                    engine.tensors(),
-                    state,
-                    model=engine.flow.config,
-                    keep=config.checkpoint.keep,
-                )
-                journal.record_progress()
+                if engine.is_finite():
+                    state.optimizer_steps = engine.optimizer_steps
+                    saver.save(engine.tensors(), state)
+                    journal.record_progress()
+                else:
+                    diverged = "the weights are no longer finite"
+            if diverged is not None:
+                saver.publish()
+                health.go_back(state, diverged)
+            if state.passed(config.preview.every_images, batch_size):
+                journal.show_preview(draw_preview(engine, config, state.images))
+        saver.finish()
+        journal.record_progress()
     return state.images >= config.train.images

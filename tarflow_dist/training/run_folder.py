@@ -1,6 +1,7 @@
 """The run's folder: what a run was started with, and whether it may go on with another config."""
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -66,7 +67,26 @@ def record_start(config: Config) -> None:
         part.write_text(json.dumps(describe_environment(), indent=2) + "\n")
 
 
-def record_status(config: Config, *, state: str, images: int) -> None:
-    """Writes status.json: running, finished, interrupted or failed, and the images seen."""
+def record_status(
+    config: Config, *, state: str, images: int, images_per_second: float, error: str | None
+) -> None:
+    """Writes status.json.
+
+    Args:
+        state: running, finished, interrupted or failed.
+        images: seen so far.
+        images_per_second: of late; 0 where not known yet.
+        error: what ended a failed run.
+    """
+    left = max(config.train.images - images, 0)
+    status = {
+        "state": state,
+        "images": images,
+        "total_images": config.train.images,
+        "images_per_second": images_per_second,
+        "eta_seconds": left / images_per_second if images_per_second else None,
+        "updated": time.time(),
+        "error": error,
+    }
     with write_whole(config.run / "status.json") as part:
-        part.write_text(json.dumps({"state": state, "images": images}) + "\n")
+        part.write_text(json.dumps(status, indent=2) + "\n")

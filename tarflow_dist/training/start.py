@@ -2,12 +2,11 @@
 
 import torch
 
-from tarflow_dist import distributed
 from tarflow_dist.config import Config
 from tarflow_dist.data.shards import Shards, open_shards
 from tarflow_dist.errors import UserError
 from tarflow_dist.flow.model import Flow
-from tarflow_dist.training import checkpoint
+from tarflow_dist.training.checkpoint import FOLDER, newest_whole
 from tarflow_dist.training.engine import Engine
 from tarflow_dist.training.state import RunState
 
@@ -49,22 +48,20 @@ def build_engine(config: Config, micro_batch_size: int, device: torch.device) ->
 
 
 def restore(config: Config, engine: Engine) -> RunState:
-    """Loads the run's newest checkpoint into `engine`, at whatever world size and ZeRO stage it was
-    written; a run without one starts at 0 images.
+    """Loads the run's newest whole checkpoint into `engine`, at whatever world size and ZeRO stage
+    it was written; a run without one starts at 0 images.
 
     Raises:
-        UserError: the checkpoint is damaged or of another model.
+        UserError: no checkpoint is whole, or it is of another model.
     """
-    # rank 0 chooses: over a network folder, ranks can see different ones as the newest
-    folder = distributed.from_main(checkpoint.newest(config.run / checkpoint.FOLDER))
-    if folder is None:
+    saved = newest_whole(config.run / FOLDER)
+    if saved is None:
         return RunState()
-    saved = checkpoint.Checkpoint(folder)
     for key, value in engine.flow.config.items():
         if saved.model.get(key) != value:
             raise UserError(
-                f"{folder} is of another model: its {key} is {saved.model.get(key)}, the config's "
-                f"{value}"
+                f"{saved.folder} is of another model: its {key} is {saved.model.get(key)}, the "
+                f"config's {value}"
             )
     engine.load(saved.read, saved.state.optimizer_steps)
     return saved.state

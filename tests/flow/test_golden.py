@@ -1,17 +1,10 @@
 """The flow against vectors that the published model computed (tests/golden/README.md)."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
+from golden_model import CASES, golden_flow, golden_vectors, settings
 
-from tarflow_dist.flow.model import Flow
-
-GOLDEN = Path(__file__).parents[1] / "golden"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
-CASES = ["cond", "uncond", "volume_preserving"]
 
 
 @pytest.fixture(params=CASES)
@@ -22,35 +15,6 @@ def case(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
-
-
-def settings(case: str) -> dict:
-    return json.loads((GOLDEN / f"{case}.json").read_text())
-
-
-def golden_flow(case: str, dtype: torch.dtype) -> Flow:
-    s = settings(case)
-    flow = Flow(
-        image_size=s["img_size"],
-        patch_size=s["patch_size"],
-        in_channels=s["in_channels"],
-        width=s["channels"],
-        num_blocks=s["num_blocks"],
-        layers_per_block=s["layers_per_block"],
-        num_classes=s["num_classes"],
-        volume_preserving=not s["nvp"],
-        sigma=s["sigma"],
-    ).double()
-    weights = load_file(GOLDEN / f"{case}.weights.safetensors")
-    flow.load_state_dict({k: v for k, v in weights.items() if not k.endswith("attn_mask")})
-    return flow.to(dtype)
-
-
-def golden_vectors(case: str) -> dict[str, torch.Tensor]:
-    vectors = load_file(GOLDEN / f"{case}.vectors.safetensors")
-    if not settings(case)["num_classes"]:
-        vectors = {k: v for k, v in vectors.items() if k not in ("y", "y_drop")}
-    return vectors
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:

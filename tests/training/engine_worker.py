@@ -1,5 +1,10 @@
-"""Run under torchrun by test_engine.py: trains a small flow on fixed batches through the engine and
-writes what it saw as JSON."""
+"""Run under torchrun by test_engine.py: trains a small flow on fixed batches through the engine, in
+one setting after another, and writes what it saw as JSON.
+
+    engine_worker.py CONFIG CELLS OUT [FOLDER]
+
+CELLS maps names to overrides of CONFIG; FOLDER is a checkpoint that each cell goes on from, too.
+"""
 
 import json
 import sys
@@ -9,12 +14,15 @@ import torch
 
 from tarflow_dist import config as configs
 from tarflow_dist import distributed
+from tarflow_dist.config import CheckpointConfig
 from tarflow_dist.flow.model import Flow
-from tarflow_dist.training import checkpoint
+from tarflow_dist.training.checkpoint import Checkpoint, newest
 from tarflow_dist.training.engine import Engine
+from tarflow_dist.training.saver import Saver
 from tarflow_dist.training.state import RunState
 
 STEPS, BATCH, LR, EMA_DECAY = 8, 16, 1e-3, 0.9
+HALF = STEPS // 2
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,6 +34,10 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 def new_flow(config: configs.Config) -> Flow:
     torch.manual_seed(0)
     return Flow(**config.model.model_dump())
+
+
+def new_engine(config: configs.Config) -> Engine:
+    return Engine(new_flow(config), config, config.micro_batch(distributed.world_size()))
 
 
 def train(engine: Engine, config: configs.Config, steps: range) -> list[float]:
@@ -47,33 +59,44 @@ def train(engine: Engine, config: configs.Config, steps: range) -> list[float]:
     return losses
 
 
-def main(out: Path, config_file: Path, *overrides: str) -> None:
-    distributed.init()
-    config = configs.load(config_file, overrides)
-    micro = config.micro_batch(distributed.world_size())
-    engine = Engine(new_flow(config), config, micro)
-    half = STEPS // 2
-    losses = train(engine, config, range(half))
-    state = RunState(images=half * BATCH, optimizer_steps=engine.optimizer_steps)
-    folder = checkpoint.save(
-        out.parent / f"{out.stem}-checkpoints",
-        engine.tensors(),
-        state,
-        model=engine.flow.config,
-        keep=1,
-    )
-    losses += train(engine, config, range(half, STEPS))
-    norm = engine.grad_norm()
+def go_on_from(folder: Path, engine: Engine, config: configs.Config) -> list[float]:
+    saved = Checkpoint(folder)
+    engine.load(saved.read, saved.state.optimizer_steps)
+    return train(engine, config, range(HALF, STEPS))
 
-    saved = checkpoint.Checkpoint(folder)
-    resumed = Engine(new_flow(config), config, micro)
-    resumed.load(saved.read, saved.state.optimizer_steps)
-    again = train(resumed, config, range(half, STEPS))
+
+def run_cell(config: configs.Config, folder: Path, elsewhere: Path | None) -> dict:
+    engine = new_engine(config)
+    losses = train(engine, config, range(HALF))
+    saver = Saver(folder, CheckpointConfig(every_images=1), engine.flow.config)
+    saver.save(
+        engine.tensors(), RunState(images=HALF * BATCH, optimizer_steps=engine.optimizer_steps)
+    )
+    losses += train(engine, config, range(HALF, STEPS))  # while it is written
+    norm = engine.grad_norm()
+    saver.finish()
+    checkpoint = newest(folder)
+    assert checkpoint is not None
+    return {
+        "losses": losses,
+        "grad_norm": norm,
+        "checkpoint": str(checkpoint),
+        "resumed": go_on_from(checkpoint, new_engine(config), config),
+        "rolled back": go_on_from(checkpoint, engine, config),
+        "from elsewhere": elsewhere and go_on_from(elsewhere, engine, config),
+    }
+
+
+def main(config_file: Path, cells: Path, out: Path, elsewhere: Path | None = None) -> None:
+    distributed.init()
+    seen = {}
+    for name, overrides in json.loads(cells.read_text()).items():
+        config = configs.load(config_file, overrides)
+        seen[name] = run_cell(config, out.parent / name, elsewhere)
     if distributed.is_main():
-        seen = {"losses": losses, "resumed": again, "grad_norm": norm, "folder": str(folder)}
         out.write_text(json.dumps(seen))
     distributed.shutdown()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
+    main(*map(Path, sys.argv[1:]))

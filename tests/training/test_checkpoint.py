@@ -1,28 +1,54 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from tarflow_dist.config import CheckpointConfig
 from tarflow_dist.errors import UserError
-from tarflow_dist.training.checkpoint import Checkpoint, newest, save
+from tarflow_dist.training.checkpoint import Checkpoint, newest, newest_whole
+from tarflow_dist.training.saver import Saver
 from tarflow_dist.training.state import RunState
 
 TENSORS = {"weights/a": torch.randn(3, 4), "ema/a": torch.randn(3, 4), "buffers/v": torch.ones(2)}
 
 
-def write(folder: Path, images: int, keep: int = 2) -> Path:
+def saver(folder: Path, **config: object) -> Saver:
+    return Saver(folder, CheckpointConfig(every_images=1, **config), {"width": 64})
+
+
+def start(writing: Saver, images: int) -> None:
     entries = [(key, tensor.numel(), lambda t=tensor: t) for key, tensor in TENSORS.items()]
-    return save(folder, entries, RunState(images=images), model={"width": 64}, keep=keep)
+    writing.save(entries, RunState(images=images, mean_loss=0.5))
+
+
+def write(folder: Path, images: int, **config: object) -> Path:
+    writing = saver(folder, **{"keep": 2, **config})
+    start(writing, images)
+    writing.finish()
+    return folder / f"{images:011d}"
 
 
 def test_what_is_saved_is_read(tmp_path: Path) -> None:
     saved = Checkpoint(write(tmp_path, 12_800))
-    assert saved.state == RunState(images=12_800)
+    saved.verify()
+    assert saved.state == RunState(images=12_800, mean_loss=0.5)
     assert saved.model == {"width": 64}
     for key, tensor in TENSORS.items():
         assert torch.equal(saved.read(key), tensor)
     assert saved.read_all("ema").keys() == {"a"}
+
+
+def test_it_is_of_the_moment_it_was_asked_for(tmp_path: Path) -> None:
+    """Training changes the weights while they are written."""
+    weights = torch.zeros(1000)
+    writing = saver(tmp_path)
+    writing.save([("weights/a", 1000, lambda: weights)], RunState(images=128))
+    weights += 1
+    assert newest(tmp_path) is None
+    writing.publish()
+    assert Checkpoint(newest(tmp_path)).read("weights/a").eq(0).all()
 
 
 def test_the_last_ones_are_kept_and_found(tmp_path: Path) -> None:
@@ -31,6 +57,14 @@ def test_the_last_ones_are_kept_and_found(tmp_path: Path) -> None:
     assert newest(tmp_path) == folders[-1]
     assert [f.exists() for f in folders] == [False, True, True]
     assert (tmp_path / "latest").read_text() == "00000012800\n"
+
+
+def test_permanent_ones_stay(tmp_path: Path) -> None:
+    """The first past each multiple of 1000."""
+    for images in range(300, 3900, 300):
+        write(tmp_path, images, keep=1, permanent_every_images=1000)
+    kept = {int(p.name) for p in tmp_path.iterdir() if p.is_dir()}
+    assert kept == {1200, 2100, 3000, 3600}
 
 
 def test_what_a_killed_save_leaves_is_no_checkpoint(tmp_path: Path) -> None:
@@ -51,21 +85,49 @@ def test_the_pointer_decides(tmp_path: Path) -> None:
     assert newest(tmp_path) == newer
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "no state", "bad state", "other model"])
-def test_damage_is_told(tmp_path: Path, damage: str) -> None:
-    folder = write(tmp_path, 128)
-    tensors, state = folder / "tensors-00000.safetensors", folder / "state.json"
-    if damage == "cut":
-        tensors.write_bytes(tensors.read_bytes()[:-10])
-    elif damage == "missing":
-        tensors.unlink()
-    elif damage == "no state":
-        state.unlink()
-    elif damage == "bad state":
-        state.write_text(state.read_text()[:-10])
-    with pytest.raises(UserError) as caught:
-        Checkpoint(folder).read("weights/b" if damage == "other model" else "weights/a")
-    assert str(folder) in str(caught.value)
+def cut(folder: Path) -> None:
+    file = folder / "tensors-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def flip_a_bit(folder: Path) -> None:
+    file = folder / "tensors-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+
+def lose_tensors(folder: Path) -> None:
+    (folder / "tensors-00000.safetensors").unlink()
+
+
+def lose_state(folder: Path) -> None:
+    (folder / "state.json").unlink()
+
+
+def cut_state(folder: Path) -> None:
+    file = folder / "state.json"
+    file.write_text(file.read_text()[:-10])
+
+
+@pytest.mark.parametrize("damage", [cut, flip_a_bit, lose_tensors, lose_state, cut_state])
+def test_a_damaged_one_is_named_and_the_one_before_it_used(
+    damage: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older, newer = write(tmp_path, 128), write(tmp_path, 256)
+    damage(newer)
+    saved = newest_whole(tmp_path)
+    assert saved is not None
+    assert saved.folder == older
+    assert f"{newer} is not a whole checkpoint (" in capsys.readouterr().err
+    damage(older)
+    with pytest.raises(UserError, match="holds no whole checkpoint"):
+        newest_whole(tmp_path)  # and not a silent start from nothing
+
+
+def test_one_of_another_model_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="lacks weights/b"):
+        Checkpoint(write(tmp_path, 128)).read("weights/b")
 
 
 def test_nothing_in_it_is_pickled(tmp_path: Path) -> None:
@@ -84,17 +146,29 @@ def test_a_future_that_was_given_up_is_removed(tmp_path: Path) -> None:
     assert {int(p.name) for p in tmp_path.iterdir() if p.is_dir()} == {100, 150}
 
 
+@pytest.mark.parametrize("on_failure", ["stop", "continue"])
 def test_a_full_disk_is_told_and_leaves_the_earlier_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    on_failure: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    earlier = write(tmp_path, 128)
-
     def full(tensors: dict, file: Path) -> None:
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tarflow_dist.training.checkpoint.save_file", full)
-    with pytest.raises(UserError, match="No space left"):
-        write(tmp_path, 256)
+    earlier = write(tmp_path, 128)
+    monkeypatch.setattr("tarflow_dist.training.saver.save_file", full)
+    writing = saver(tmp_path, on_failure=on_failure)
+    start(writing, 256)
+    if on_failure == "stop":
+        with pytest.raises(UserError, match="No space left"):
+            writing.publish()
+    else:
+        writing.publish()
+        assert "No space left on device; training goes on" in capsys.readouterr().err
     assert newest(tmp_path) == earlier
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == [earlier.name]
+    start(writing, 384)
+    with pytest.raises(UserError, match="No space left"):
+        writing.finish()  # the last one of a run must succeed

@@ -1,0 +1,78 @@
+"""A grid of samples from the averaged weights, as the run goes."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tarflow_dist import distributed
+from tarflow_dist.config import Config
+from tarflow_dist.files import write_whole
+from tarflow_dist.pretrained import TarFlow
+from tarflow_dist.telemetry.pictures import image_grid
+from tarflow_dist.training.engine import Engine
+
+FOLDER = "previews"
+
+
+def draw_preview(engine: Engine, config: Config, images: int) -> Path | str:
+    """Draws `config.preview` at `images` seen, each rank a share of the samples. Collective.
+
+    Returns:
+        The PNG, or why the samples can't be shown (a young model's may not be finite).
+    """
+    flow = _averaged_flow(engine, config)
+    count = config.preview.count
+    index = torch.arange(count)
+    labels = index * flow.num_classes // count if flow.num_classes else None
+    mine = slice(distributed.rank(), None, distributed.world_size())
+    own: NDArray[np.uint8] | str
+    try:
+        own = _draw(flow, config, index[mine], None if labels is None else labels[mine])
+    except ValueError as error:
+        own = str(error)
+    drawn = distributed.gather(own)
+    if problems := [part for part in drawn if isinstance(part, str)]:
+        return problems[0]
+    samples = np.empty((count, *drawn[0].shape[1:]), np.uint8)  # type: ignore[union-attr]
+    for rank, part in enumerate(drawn):
+        samples[rank :: distributed.world_size()] = part
+    file = config.run / FOLDER / f"{images:011d}.png"
+    if distributed.is_main():
+        _write_png(image_grid(samples, columns=math.ceil(math.sqrt(count))), file)
+    return file
+
+
+def _draw(
+    flow: TarFlow, config: Config, index: torch.Tensor, labels: torch.Tensor | None
+) -> NDArray[np.uint8]:
+    preview = config.preview
+    drawn = flow.sample(
+        labels,
+        index=index,
+        seed=config.seed,
+        guidance=preview.guidance,
+        annealed=preview.annealed,
+        attn_temp=preview.attn_temp,
+    )
+    return drawn.cpu().numpy()
+
+
+def _averaged_flow(engine: Engine, config: Config) -> TarFlow:
+    """A copy of the flow with the averaged weights, whole on every rank."""
+    dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
+    with torch.device("meta"):
+        flow = TarFlow(**engine.flow.config)
+    average = {name: tensor.to(dtype) for name, tensor in engine.average()}
+    flow.load_state_dict(average, assign=True)
+    return flow.requires_grad_(False)
+
+
+def _write_png(picture: NDArray[np.uint8], file: Path) -> None:
+    from PIL import Image
+
+    file.parent.mkdir(exist_ok=True)
+    with write_whole(file) as part:
+        Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture).save(part, "PNG")

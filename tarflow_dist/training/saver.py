@@ -1,0 +1,177 @@
+"""Writes checkpoints while training goes on: a copy to host memory, then the disk in a thread."""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tarflow_dist import distributed
+from tarflow_dist.config import CheckpointConfig
+from tarflow_dist.errors import UserError
+from tarflow_dist.files import publish_folder, sync, write_whole
+from tarflow_dist.training.checkpoint import LATEST, STATE_FILE, describe_file, names
+from tarflow_dist.training.state import RunState
+
+
+class Saver:
+    """Makes the checkpoints of a run, one at a time; all ranks call its methods together.
+
+    Args:
+        folder: the run's checkpoints/.
+        config: how many are kept, and what happens when one can't be written.
+        model: the flow's config.
+
+    Attributes:
+        stall_seconds: time that training has waited for checkpoints so far.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig, model: dict[str, Any]):
+        self._folder, self._config, self._model = folder, config, model
+        self._writer: _Writer | None = None
+        self.stall_seconds = 0.0
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank's share of a checkpoint is still on its way to the disk."""
+        return self._writer is not None and self._writer.is_alive()
+
+    def save(
+        self, tensors: Iterable[tuple[str, int, Callable[[], Tensor]]], state: RunState
+    ) -> None:
+        """Copies what `Engine.tensors` yields and starts to write it, as of now; a checkpoint that
+        is still being written is finished first. It becomes visible in `publish` or `finish`.
+
+        Raises:
+            UserError: the one before could not be written, and the config says to stop then.
+        """
+        began = time.monotonic()
+        self.publish()
+        part = self._folder / f".{state.images:011d}.part"
+        problem = _attempt(lambda: _prepare(self._folder, part)) if distributed.is_main() else None
+        problem = distributed.from_main(problem)
+        content = {"state": state.to_json(), "model": self._model}
+        self._writer = _Writer(part, _own_share(tensors), content, problem)
+        self._writer.start()
+        self.stall_seconds += time.monotonic() - began
+
+    def publish(self) -> None:
+        """Waits until every rank has written its share, makes the checkpoint visible, moves the
+        pointer to it and deletes what needs no longer be kept.
+
+        Raises:
+            UserError: a rank could not write, and the config says to stop then; earlier checkpoints
+                are as they were.
+        """
+        problem = self._publish()
+        if problem is None:
+            return
+        if self._config.on_failure == "stop":
+            raise UserError(problem)
+        if distributed.is_main():
+            print(f"{problem}; training goes on", file=sys.stderr)
+
+    def finish(self) -> None:
+        """The same at the run's end, where not to be able to write is always an error."""
+        problem = self._publish()
+        if problem is not None:
+            raise UserError(problem)
+
+    def _publish(self) -> str | None:
+        writer, self._writer = self._writer, None
+        if writer is None:
+            return None
+        began = time.monotonic()
+        writer.join()
+        shares = distributed.gather((writer.file.name, writer.described, writer.problem))
+        problem = next((problem for *_, problem in shares if problem), None)
+        part, checkpoint = writer.part, self._folder / writer.part.name.strip(".").split(".")[0]
+        if distributed.is_main():
+            if problem is None:
+                content = {**writer.content, "files": {name: file for name, file, _ in shares}}
+                problem = _attempt(lambda: _make_visible(part, checkpoint, content))
+            if problem is None:
+                _prune(self._folder, checkpoint.name, self._config)
+            else:
+                shutil.rmtree(part, ignore_errors=True)
+        problem = distributed.from_main(problem)
+        self.stall_seconds += time.monotonic() - began
+        return problem and f"the checkpoint {checkpoint} could not be written: {problem}"
+
+
+class _Writer(Thread):
+    """Writes one rank's share of a checkpoint."""
+
+    def __init__(
+        self, part: Path, tensors: dict[str, Tensor], content: dict[str, Any], problem: str | None
+    ):
+        super().__init__(name="checkpoint", daemon=True)
+        self.part, self.content, self.problem = part, content, problem
+        self.file = part / f"tensors-{distributed.rank():05d}.safetensors"
+        self.described: dict[str, Any] = {}
+        self._tensors = tensors
+
+    def run(self) -> None:
+        self.problem = self.problem or _attempt(self._write)
+        self._tensors = {}
+
+    def _write(self) -> None:
+        save_file(self._tensors, self.file)
+        sync(self.file)
+        self.described = describe_file(self.file)
+
+
+def _attempt(action: Callable[[], None]) -> str | None:
+    """What went wrong with the disk, if anything: all ranks must hear of it before one raises."""
+    try:
+        action()
+    except (OSError, SafetensorError) as error:
+        return str(error)
+    return None
+
+
+def _prepare(folder: Path, part: Path) -> None:
+    """An empty side folder; those that killed or failed saves left are removed."""
+    for left in folder.glob(".*.part"):
+        shutil.rmtree(left, ignore_errors=True)
+    part.mkdir(parents=True)
+
+
+def _own_share(tensors: Iterable[tuple[str, int, Callable[[], Tensor]]]) -> dict[str, Tensor]:
+    """Assembles every tensor with all ranks and keeps this rank's share of them, in host memory:
+    each goes to the rank with the least to write so far."""
+    own, load = {}, [0] * distributed.world_size()
+    for key, size, assemble in tensors:
+        owner = load.index(min(load))
+        load[owner] += size
+        tensor = assemble()
+        if owner == distributed.rank():
+            own[key] = tensor.detach().to("cpu", copy=True).contiguous()
+    return own
+
+
+def _make_visible(part: Path, checkpoint: Path, content: dict[str, Any]) -> None:
+    (part / STATE_FILE).write_text(json.dumps(content, indent=2) + "\n")
+    publish_folder(part, checkpoint)
+    with write_whole(checkpoint.parent / LATEST) as pointer:
+        pointer.write_text(checkpoint.name + "\n")
+
+
+def _prune(folder: Path, newest: str, config: CheckpointConfig) -> None:
+    """Deletes all but the last ones up to `newest` and the permanent ones. Later ones are of a
+    future that was given up when an older checkpoint was gone back to."""
+    found = names(folder)
+    past = [name for name in found if name <= newest]
+    kept = set(past[-config.keep :])
+    if every := config.permanent_every_images:
+        first = {int(name) // every: name for name in reversed(past)}
+        kept |= {name for multiple, name in first.items() if multiple}
+    for name in set(found) - kept:
+        shutil.rmtree(folder / name, ignore_errors=True)
