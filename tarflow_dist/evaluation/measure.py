@@ -85,7 +85,8 @@ def measure(
             progress.update(shown - before)
         for sums in (pooled, spatial, scores):
             sums.reduce()
-        progress.update(total - shown)
+        if shown < total:  # what the others finished after rank 0
+            progress.update(total - shown)
     if neighbours is not None:
         neighbours.reduce()
     parts = to_main(_joined(kept, extractor.dim))

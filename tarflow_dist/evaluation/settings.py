@@ -15,7 +15,6 @@ UINT8_RULES = {  # flow/noise.py, to_pixels
     "gaussian": "round((x + 1) * 127.5), clipped",
     "uniform": "floor((x + 1) * 128), clipped",
 }
-POLICY_FILE = "sampling.json"
 
 
 def sweep_settings(
@@ -38,7 +37,6 @@ def sweep_settings(
         "weights_sha256": weights_sha256,
         "config_sha256": hashlib.sha256(json.dumps(flow.config).encode()).hexdigest(),
         "dtype": str(next(flow.parameters()).dtype).removeprefix("torch."),
-        "sampler": sampling_policy(args.model),
         "num_samples": args.num_samples,
         "chunk_size": args.batch_size,
         "seed": args.seed,
@@ -59,6 +57,7 @@ def sweep_settings(
         name = f"guidance-{weight:g}-denoise-{int(score_step)}" if len(pairs) > 1 else ""
         points[name] = {
             **common,
+            "sampler": describe_sampler(flow, args.batch_size, guidance),
             "guidance": guidance.weight,
             "annealed": guidance.annealed,
             "guide": guidance.guide,
@@ -90,15 +89,11 @@ def label_rule(args: argparse.Namespace, flow: TarFlow) -> str | None:
     return ",".join(map(str, given))
 
 
-def sampling_policy(model: Path) -> Any:
-    """How the model's blocks are inverted: what its sampling.json says, or "sequential"."""
-    file = model / POLICY_FILE
-    if not file.exists():
-        return "sequential"
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} can't be read: {error}") from error
+def describe_sampler(flow: TarFlow, batch_size: int, guidance: Guidance) -> str:
+    """How the blocks are inverted, in words that tell two policies apart: of a model with a policy
+    its own words, or else "sequential", one patch at a time."""
+    describe = getattr(flow, "sampler", None)
+    return describe(batch_size, guidance) if describe is not None else "sequential"
 
 
 def hash_weights(model: Path) -> str:

@@ -118,11 +118,13 @@ def test_settings_follow_the_model(model: Path) -> None:
     assert json.loads(json.dumps(settings)) == settings
 
 
-def test_the_policy_in_force_is_a_setting(tmp_path: Path) -> None:
-    flow = save_model(tmp_path, 10)
-    (tmp_path / "sampling.json").write_text('{"blocks": ["jacobi", "sequential"]}')
-    (settings,) = sweep_settings(parse_arguments(arguments(tmp_path)), flow, "").values()
-    assert settings["sampler"] == {"blocks": ["jacobi", "sequential"]}
+def test_the_policy_in_force_is_a_setting(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = TarFlow.from_pretrained(model)
+    monkeypatch.setattr(
+        TarFlow, "sampler", lambda _, batch, rule: f"{batch} at {rule.weight}", raising=False
+    )
+    points = sweep_settings(parse_arguments(arguments(model, "--guidance", "0,2")), flow, "")
+    assert [point["sampler"] for point in points.values()] == ["100 at 0.0", "100 at 2.0"]
 
 
 def test_points_of_a_sweep(model: Path) -> None:
