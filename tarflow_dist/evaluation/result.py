@@ -102,8 +102,8 @@ def show(result: dict[str, Any], folder: Path) -> None:
         f"seed {result['seed']}, sha256 {result['samples_sha256'][:16]}…",
         "guidance": f"{guidance}, guide {result['guide']}, attn_temp {result['attn_temp']}, "
         f"{'denoised' if result['denoise'] else 'not denoised'}",
-        "reference": f"{result['reference']} {result['reference_split'] or ''}, "
-        f"{'an unsaid number of' if count is None else format(count, ',')} images",
+        "reference": " ".join(filter(None, (result["reference"], result["reference_split"])))
+        + f", {'an unsaid number of' if count is None else format(count, ',')} images",
         "seconds": ", ".join(f"{stage} {s:.1f}" for stage, s in result["seconds"].items()),
         "written to": str(folder),
     }
