@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from tarflow_dist.policy import Calibration
     from tarflow_dist.pretrained import TarFlow
 
-IMAGES = 24
-"""Drawn to compare with the sequential ones."""
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5)
 FIRST_WINDOW = 16
 LARGER_WINDOWS = (32, 64, 128, 256)
@@ -50,15 +48,16 @@ def main(argv: list[str]) -> None:
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="folder of model.safetensors and config.json")
     add("--batch-sizes", type=int, nargs="+", default=[1, 4, 16], help="default 1 4 16")
+    add("--images", type=int, default=24, help="drawn to compare with sequential ones; default 24")
     add("--seed", type=int, default=0, help="of the samples that are drawn to measure")
     add_guidance_arguments(parser)
     args = parser.parse_args(argv)
-    if min(args.batch_sizes) < 1:
-        raise UserError("--batch-sizes must be 1 or more")
+    if min(args.batch_sizes) < 1 or args.images < 1:
+        raise UserError("--batch-sizes and --images must be 1 or more")
     flow = load(args.model, args.device)
     assert flow.policy is not None
     guidance = guidance_of(args, flow)
-    exact = draw(flow, guidance, None, seed=args.seed)
+    exact = draw(flow, guidance, None, images=args.images, seed=args.seed)
     tolerance = find_tolerance(flow, guidance, exact, seed=args.seed)
     for batch in sorted(set(args.batch_sizes)):
         found = calibrate(flow, batch, guidance, tolerance, exact, seed=args.seed)
@@ -85,7 +84,9 @@ def find_tolerance(
     with Progress("tolerance", len(TOLERANCES), unit="try") as progress:
         for tolerance in TOLERANCES:
             solvers = [Solver(FIRST_WINDOW, tolerance)] * len(flow.blocks)
-            share_equal, largest = compare(draw(flow, guidance, solvers, seed=seed), exact)
+            share_equal, largest = compare(
+                draw(flow, guidance, solvers, images=len(exact), seed=seed), exact
+            )
             progress.update(1)
             if share_equal >= SHARE_EQUAL and largest <= 1:
                 return tolerance
@@ -123,7 +124,9 @@ def calibrate(
                 solvers[t] = fastest_solver(block, latent, y, guidances[t], tolerance)
                 progress.update(1)
 
-    share_equal, largest = compare(draw(flow, guidance, solvers, seed=seed), exact)
+    share_equal, largest = compare(
+        draw(flow, guidance, solvers, images=len(exact), seed=seed), exact
+    )
     times: tuple[list[float], ...] = ([], [])
     for _ in range(REPEATS):  # in turn, so that both meet the same machine
         for way, took in zip((solvers, sequential), times, strict=True):
@@ -180,13 +183,18 @@ def fastest_solver(
 
 
 def draw(
-    flow: "TarFlow", guidance: "Guidance", solvers: Sequence["Solver"] | None, *, seed: int
+    flow: "TarFlow",
+    guidance: "Guidance",
+    solvers: Sequence["Solver"] | None,
+    *,
+    images: int,
+    seed: int,
 ) -> "Tensor":
-    """`IMAGES` images by `solvers`, or sequentially, without denoising: uint8 (B, C, H, W)."""
+    """`images` images by `solvers`, or sequentially, without denoising: uint8 (B, C, H, W)."""
     from tarflow_dist.flow.inverse import SEQUENTIAL
     from tarflow_dist.flow.noise import to_pixels
 
-    z, y = inputs(flow, IMAGES, seed=seed)
+    z, y = inputs(flow, images, seed=seed)
     solvers = solvers or [SEQUENTIAL] * len(flow.blocks)
     return to_pixels(flow.decode(z, y, **guidance.arguments(), solvers=solvers), flow.noise)
 
@@ -207,16 +215,18 @@ def inputs(flow: "TarFlow", batch: int, *, seed: int) -> tuple["Tensor", "Tensor
 
 
 def timed(work: Callable[[], object], device: "torch.device") -> float:
-    """Seconds."""
+    """Seconds; of the processor where one thread does it all, which a busy machine doesn't blur."""
     import torch
 
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    began = time.perf_counter()
+    began = clock()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - began
+    return clock() - began
 
 
 if __name__ == "__main__":
