@@ -18,7 +18,7 @@ from tarflow_dist.evaluation.sweep import FIGURES
 from tarflow_dist.files import write_whole
 from tarflow_dist.telemetry.pictures import strip
 
-CLASSES, SAMPLES_A_CLASS = 40, 12
+CLASSES, SAMPLES_A_CLASS = 20, 10
 
 SHOWN_ELSEWHERE = {
     *FIGURES,
