@@ -1,0 +1,222 @@
+"""The whole cost of a run: does it fit, how long does it take, what does it read and write."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tarflow_dist.config import Config
+from tarflow_dist.cost.cards import Card
+from tarflow_dist.cost.memory import FP32, STAGES, Memory, Stage, training_memory
+from tarflow_dist.flow.counts import Counts
+
+# Share of a card's memory that is left for CUDA's context, NCCL, cuBLAS and fragmentation: ours,
+# not measured.
+HEADROOM = 0.08
+# fp32 numbers a checkpoint holds of each parameter: weights, two moments, moving average
+CHECKPOINT_COPIES = 4
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to train the run.
+
+    Attributes:
+        stage: ZeRO's.
+        checkpoint_every: every k-th layer is recomputed; 0: none.
+        chosen: the config's own.
+        memory: on each GPU.
+        fits: within the card's memory less the headroom.
+        largest_micro_batch: images a GPU and pass that would fit; 0 if none.
+    """
+
+    stage: int
+    checkpoint_every: int
+    chosen: bool
+    memory: Memory
+    fits: bool
+    largest_micro_batch: int
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Training at the stated utilisation, recomputation counted as work.
+
+    Attributes:
+        flops: operations an image, with those done twice.
+        images_per_second: over all GPUs.
+        days: for the whole run.
+        read_per_second: bytes of shards, over all GPUs.
+    """
+
+    flops: int
+    images_per_second: float
+    days: float
+    read_per_second: float
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Guided samples by the sequential inverse, weights and caches in bf16.
+
+    Attributes:
+        flops: operations a sample, denoising included.
+        cache_bytes: keys and values read a sample.
+        weight_bytes: weights read a sample, shared by a batch.
+        gpu_hours: for all samples, at the card's full bandwidth, and denoising at the stated MFU:
+            less than any run will need.
+    """
+
+    count: int
+    batch_size: int
+    flops: int
+    cache_bytes: int
+    weight_bytes: float
+    gpu_hours: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `python -m tarflow_dist.plan` prints. Bytes, seconds, operations.
+
+    Attributes:
+        micro_batch: images a GPU and pass, in `passes` passes a step.
+        image_bytes: of a stored image; `image_bytes_measured` if the data's own summary says so,
+            else those of raw pixels.
+        checkpoint_bytes: of one checkpoint.
+    """
+
+    gpus: int
+    micro_batch: int
+    passes: int
+    parameters: int
+    forward_flops: int
+    training_flops: int
+    layouts: list[Layout]
+    plain: Speed
+    checkpointed: Speed
+    image_bytes: float
+    image_bytes_measured: bool
+    checkpoint_bytes: int
+    sampling: Sampling
+
+    @property
+    def chosen(self) -> Layout:
+        """How the config trains."""
+        return next(layout for layout in self.layouts if layout.chosen)
+
+
+def estimate(config: Config, card: Card, gpus: int, *, mfu: float) -> Estimate:
+    """The cost of the run of `config` on `gpus` of `card`, at model FLOPs utilisation `mfu`.
+
+    Raises:
+        UserError: the batch can't be cut over that many GPUs.
+    """
+    counts = Counts(**config.model.model_dump())
+    micro_batch = config.micro_batch(gpus)
+    passes = config.train.batch_size // (micro_batch * gpus)
+    every = config.train.activation_checkpointing
+    image_bytes = _stored_image_bytes(config)
+    raw_bytes = config.model.in_channels * config.model.image_size**2
+    peak = card.fp32_flops if config.train.precision == "fp32" else card.bf16_flops
+
+    def speed(checkpoint_every: int) -> Speed:
+        layers = sum(counts.layers)
+        twice = layers // checkpoint_every if checkpoint_every else 0
+        flops = counts.training_flops + twice * counts.recomputed_layer_flops
+        rate = mfu * peak * gpus / flops
+        days = config.train.images / rate / 86_400
+        return Speed(flops, rate, days, rate * (image_bytes or raw_bytes))
+
+    return Estimate(
+        gpus=gpus,
+        micro_batch=micro_batch,
+        passes=passes,
+        parameters=counts.num_parameters,
+        forward_flops=counts.forward_flops,
+        training_flops=counts.training_flops,
+        layouts=list(_layouts(config, counts, card, gpus)),
+        plain=speed(0),
+        checkpointed=speed(every or 1),
+        image_bytes=image_bytes or raw_bytes,
+        image_bytes_measured=image_bytes is not None,
+        checkpoint_bytes=FP32
+        * (CHECKPOINT_COPIES * counts.num_parameters + counts.num_patches * counts.patch_dim),
+        sampling=_sampling(counts, card, mfu),
+    )
+
+
+def _layouts(config: Config, counts: Counts, card: Card, gpus: int) -> Iterator[Layout]:
+    train = config.train
+    for stage in STAGES:
+        if stage == 0 and train.precision == "bf16":
+            continue  # refused by the config
+        for every in (0, train.activation_checkpointing or 1):
+            yield _layout(config, counts, card, gpus, stage, every)
+
+
+def _layout(
+    config: Config, counts: Counts, card: Card, gpus: int, stage: Stage, checkpoint_every: int
+) -> Layout:
+    train = config.train
+    share = train.batch_size // gpus
+    room = card.memory * (1 - HEADROOM)
+
+    def memory(micro_batch: int) -> Memory:
+        return training_memory(
+            counts,
+            stage=stage,
+            precision=train.precision,
+            world_size=gpus,
+            micro_batch=micro_batch,
+            accumulating=micro_batch < share,
+            checkpoint_every=checkpoint_every,
+            offload=train.offload and stage >= 2,
+        )
+
+    sizes = [size for size in range(1, share + 1) if share % size == 0]
+    own = memory(config.micro_batch(gpus))
+    return Layout(
+        stage=stage,
+        checkpoint_every=checkpoint_every,
+        chosen=(stage, checkpoint_every) == (train.zero_stage, train.activation_checkpointing),
+        memory=own,
+        fits=own.peak <= room,
+        largest_micro_batch=max((n for n in sizes if memory(n).peak <= room), default=0),
+    )
+
+
+def _stored_image_bytes(config: Config) -> float | None:
+    """Mean size of a training image in the shards, if they lie here."""
+    folder = Path(config.data.path)
+    try:
+        images = json.loads((folder / "summary.json").read_text())["images"]["train"]
+        return sum(file.stat().st_size for file in (folder / "train").iterdir()) / images
+    except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError):
+        return None
+
+
+def _sampling(counts: Counts, card: Card, mfu: float) -> Sampling:
+    count, batch_size, passes = 50_000, 100, 2  # sample_fid's batch; with and without the label
+    steps = counts.num_patches - 1  # the last patch is predicted, never an input
+    layers = sum(counts.layers)
+    w = counts.width
+    keys_read = steps * (steps + 1) // 2
+    cache_bytes = passes * layers * keys_read * 2 * w * 2
+    linear = sum(
+        size
+        for name, size in counts.parameters.items()
+        if not name.endswith(("pos_embed", "class_embed", "norm.weight", "bias"))
+    )
+    weight_bytes = steps * linear * 2 / batch_size
+    decode = passes * (2 * steps * linear + layers * 4 * keys_read * w)
+    seconds = (cache_bytes + weight_bytes) / card.bandwidth
+    seconds += counts.denoising_flops / (mfu * card.bf16_flops)
+    return Sampling(
+        count,
+        batch_size,
+        decode + counts.denoising_flops,
+        cache_bytes,
+        weight_bytes,
+        count * seconds / 3600,
+    )

@@ -1,0 +1,183 @@
+"""Memory that training takes on a GPU, in bytes.
+
+What lives between steps follows from how DeepSpeed 0.19 keeps weights, gradients and optimiser
+state under the settings of training/engine.py; activations are what autograd saves in flow/. Both
+are held against measured runs in tests/test_plan.py. Padding, labels and pixels are left out: less
+than one part in a hundred of any model worth planning.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from tarflow_dist.flow.counts import Counts
+
+Stage = Literal[0, 1, 2, 3]
+Precision = Literal["fp32", "bf16", "bf16_autocast"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+FP32 = 4
+# DeepSpeed's own sizes, in values: of the buffer that gradients are reduced through, how many
+# weights stage 3 assembles for a pass and fetches ahead, and below which a parameter stays whole.
+REDUCE_BUCKET = 500_000_000
+LIVE_WEIGHTS = 1_000_000_000
+PREFETCHED_WEIGHTS = 50_000_000
+KEPT_WHOLE = 100_000
+# width-sized vectors a patch at work in a layer's backward pass beside what autograd saved;
+# measured: 6 in fp32, 8 in bf16
+WORKING_VECTORS = 8
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU. The peak is in the backward pass or in the update after it, whichever is
+    larger.
+
+    Attributes:
+        weights: as the model multiplies with them.
+        masters: fp32 copies that the optimiser steps on.
+        optimiser: Adam's two moments and the moving average, fp32.
+        gradients: held from one pass to the next.
+        buffers: to reduce gradients and assemble weights.
+        activations: saved for the backward pass, and those at work.
+        late: what grows while activations shrink, at its end: gradients on their way.
+        update: gradients and temporaries of the optimiser's step, beyond `gradients`.
+        host: on the host, a GPU (offload).
+    """
+
+    weights: float
+    masters: float
+    optimiser: float
+    gradients: float
+    buffers: float
+    activations: float
+    late: float
+    update: float
+    host: float = 0.0
+
+    @property
+    def states(self) -> float:
+        """What stays between steps, gradients included."""
+        return self.weights + self.masters + self.optimiser + self.gradients
+
+    @property
+    def peak(self) -> float:
+        passes = self.buffers + max(self.activations, self.late)
+        return self.states + max(passes, self.update)
+
+
+def training_memory(
+    counts: Counts,
+    *,
+    stage: Stage,
+    precision: Precision,
+    world_size: int,
+    micro_batch: int,
+    accumulating: bool,
+    checkpoint_every: int,
+    offload: bool,
+) -> Memory:
+    """Memory of training on one of `world_size` GPUs.
+
+    Args:
+        micro_batch: images a GPU and pass.
+        accumulating: a step takes several passes.
+        checkpoint_every: every k-th transformer layer is recomputed in the backward pass; 0: none.
+        offload: masters, optimiser state and gradients live on the host (stages 2 and 3).
+    """
+    P = counts.num_parameters
+    bf16 = precision == "bf16"
+    weight = 2 if bf16 else FP32
+    own = P / world_size
+    bucket, in_bucket = REDUCE_BUCKET, min(P, REDUCE_BUCKET)
+    activations = micro_batch * image_activations(counts, precision, checkpoint_every)
+    if precision == "bf16_autocast":
+        activations += 2 * P  # the weights' bf16 copies
+
+    adam_temporaries = 8 * own
+    held, buffers, late, update = 0.0, 0.0, 0.0, adam_temporaries
+    if stage == 0:
+        held = FP32 * P if accumulating else 0
+        reduced = FP32 * in_bucket if world_size > 1 else 0
+        late = FP32 * P - held + reduced
+        update += FP32 * P - held
+    elif stage == 1 and bf16:  # fp32 sums of all gradients beside the bf16 ones
+        held, late = FP32 * P, weight * P
+        update += weight * P
+    elif stage == 1:
+        held = FP32 * P if accumulating else 0
+        buffers, late = FP32 * bucket, FP32 * P - held
+        update += FP32 * own - held
+    elif stage == 2:  # reduced in fp32 out of a bucket of the weights' type
+        held = FP32 * own if accumulating else 0
+        reduced = (weight + FP32 if bf16 else FP32) * in_bucket
+        buffers, late = weight * bucket, FP32 * own - held + reduced
+        update += FP32 * own - held
+    else:
+        held = FP32 * own
+        assembled = min(P, LIVE_WEIGHTS) + min(P, PREFETCHED_WEIGHTS)
+        buffers = FP32 * bucket + weight * assembled
+        late = (weight + FP32) * in_bucket
+        update += FP32 * own
+
+    weights: float = weight * P
+    if stage == 3:
+        small = sum(size for size in counts.parameters.values() if size < KEPT_WHOLE)
+        weights = weight * (own + (small if world_size > 1 else 0))
+    memory = Memory(
+        weights=weights,
+        masters=FP32 * own if stage else 0,
+        optimiser=3 * FP32 * (own if stage else P),
+        gradients=held,
+        buffers=buffers,
+        activations=activations,
+        late=late,
+        update=update,
+    )
+    return _offloaded(memory, weight * own) if offload else memory
+
+
+def image_activations(counts: Counts, precision: Precision, checkpoint_every: int) -> float:
+    """Bytes of activations an image at the start of the backward pass: all that autograd saved, and
+    what the first layers back work with. A checkpointed layer saves its input alone; one at a time
+    has its activations again."""
+    N, w = counts.num_patches, counts.width
+    value = FP32 if precision == "fp32" else 2
+    stream = 2 if precision == "bf16" else FP32
+    total = sum(counts.layers)
+    recomputed = total // checkpoint_every if checkpoint_every else 0
+    layer = layer_activations(counts, precision)
+    saved = (total - recomputed) * layer + recomputed * stream * N * w
+    if recomputed:
+        saved += layer
+    # around the layers: what proj_in and proj_out multiply, x − μ and exp(−α), and the last z
+    D = counts.patch_dim
+    affine = FP32 * N * D * (1 if counts.volume_preserving else 2)
+    saved += counts.num_blocks * (value * N * D + affine + value * (N - 1) * w) + FP32 * N * D
+    return saved + WORKING_VECTORS * value * N * w
+
+
+def layer_activations(counts: Counts, precision: Precision) -> int:
+    """Bytes an image that autograd saves in one transformer layer: inputs (fp32), means and
+    deviations of the two norms; in the type of the products what they feed (2 widths), q, k, v (3),
+    attention's output (1) and log-sums, and the MLP before and after its GELU (8)."""
+    N, w = counts.num_patches, counts.width
+    value = FP32 if precision == "fp32" else 2
+    norms = 2 * FP32 * N * (w + 2)
+    return norms + 14 * value * N * w + FP32 * N * (w // counts.head_dim)
+
+
+def _offloaded(memory: Memory, weights: float) -> Memory:
+    """`memory` with masters, optimiser state and gradients on the host, and a buffer there through
+    which the new `weights` go back."""
+    moved = memory.masters + memory.optimiser + max(memory.gradients, memory.masters)
+    return Memory(
+        weights=memory.weights,
+        masters=0,
+        optimiser=0,
+        gradients=0,
+        buffers=memory.buffers,
+        activations=memory.activations,
+        late=memory.late,
+        update=0,
+        host=moved + weights,
+    )

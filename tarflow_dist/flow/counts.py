@@ -1,0 +1,122 @@
+"""Parameters and floating point operations of a TARFlow, from its sizes alone. Imports no torch.
+
+Operations are those of matrix products, two a multiply-add, of one image; all else is below one in
+a thousand. Attention counts only the pairs of patches that causality leaves, N(N + 1)/2 of N², as
+its kernels skip the others.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tarflow_dist.flow.sizes import layers_of_blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Counts of the model that `Flow` builds from the same arguments: `Counts(**flow.config)`.
+
+    Attributes:
+        num_patches, patch_dim: N and D.
+        layers: transformer layers of each flow block.
+        parameters: number of values of each parameter, by the name it has in the model.
+    """
+
+    image_size: int
+    patch_size: int
+    in_channels: int = 3
+    width: int
+    num_blocks: int
+    layers_per_block: int | Sequence[int]
+    head_dim: int = 64
+    num_classes: int = 0
+    volume_preserving: bool = False
+    noise: str = "gaussian"
+    sigma: float | None = None
+
+    num_patches: int = field(init=False)
+    patch_dim: int = field(init=False)
+    layers: list[int] = field(init=False)
+    parameters: dict[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # the way to set what follows from the fields of a frozen dataclass
+        set_field = object.__setattr__
+        set_field(self, "num_patches", (self.image_size // self.patch_size) ** 2)
+        set_field(self, "patch_dim", self.in_channels * self.patch_size**2)
+        set_field(self, "layers", layers_of_blocks(self.num_blocks, self.layers_per_block))
+        set_field(self, "parameters", self._parameters())
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(self.parameters.values())
+
+    @property
+    def forward_flops(self) -> int:
+        """Of images to latents."""
+        return sum(self.layers) * self.layer_flops + self.num_blocks * (
+            self._proj_in_flops + self._proj_out_flops
+        )
+
+    @property
+    def training_flops(self) -> int:
+        """Of a forward and a backward pass, which is what a training step must do: the numerator of
+        model FLOPs utilisation (MFU). The backward pass is two products for each one of the forward
+        pass, but for the gradient of the images, which nobody asks for."""
+        return 3 * self.forward_flops - self._proj_in_flops
+
+    @property
+    def denoising_flops(self) -> int:
+        """Of the score ∇ log p(x): a forward pass, and a backward pass to the images only. Without
+        the weights' gradients, each linear layer costs one product there, attention two."""
+        return 2 * self.forward_flops + sum(self.layers) * self._attention_flops
+
+    @property
+    def layer_flops(self) -> int:
+        """Of one transformer layer's forward pass: 24·N·width² in its linear layers, and the
+        attention."""
+        return 24 * self.num_patches * self.width**2 + self._attention_flops
+
+    @property
+    def recomputed_layer_flops(self) -> int:
+        """Of one checkpointed layer's second forward pass, which stops before its last product:
+        nothing in the backward pass needs that one's result."""
+        return self.layer_flops - 8 * self.num_patches * self.width**2
+
+    @property
+    def _attention_flops(self) -> int:
+        return 2 * self.num_patches * (self.num_patches + 1) * self.width
+
+    @property
+    def _proj_in_flops(self) -> int:
+        return 2 * self.num_patches * self.patch_dim * self.width
+
+    @property
+    def _proj_out_flops(self) -> int:
+        return 2 * (self.num_patches - 1) * self.width * self._out_dim
+
+    @property
+    def _out_dim(self) -> int:
+        return self.patch_dim * (1 if self.volume_preserving else 2)
+
+    def _parameters(self) -> dict[str, int]:
+        w = self.width
+        sizes: dict[str, int] = {}
+        linear = {"qkv": (w, 3 * w), "proj": (w, w), "main.0": (w, 4 * w), "main.2": (4 * w, w)}
+        for t, num_layers in enumerate(self.layers):
+            block = f"blocks.{t}"
+            sizes[f"{block}.pos_embed"] = self.num_patches * w
+            if self.num_classes:
+                sizes[f"{block}.class_embed"] = self.num_classes * w
+            sizes |= _linear(f"{block}.proj_in", self.patch_dim, w)
+            for k in range(num_layers):
+                for part, names in (("attention", ("qkv", "proj")), ("mlp", ("main.0", "main.2"))):
+                    prefix = f"{block}.attn_blocks.{k}.{part}"
+                    sizes |= {f"{prefix}.norm.weight": w, f"{prefix}.norm.bias": w}
+                    for name in names:
+                        sizes |= _linear(f"{prefix}.{name}", *linear[name])
+            sizes |= _linear(f"{block}.proj_out", w, self._out_dim)
+        return sizes
+
+
+def _linear(name: str, inputs: int, outputs: int) -> dict[str, int]:
+    return {f"{name}.weight": inputs * outputs, f"{name}.bias": outputs}

@@ -1,0 +1,140 @@
+"""Says what a run would cost, before it starts, from its config alone.
+
+    python -m tarflow_dist.plan CONFIG [key=value …] --nodes 8 --gpus-per-node 8 --gpu h100
+
+Exit code 1 if the run can't fit into the cards' memory, 2 for a mistake in the config.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from tarflow_dist import config as configs
+from tarflow_dist.config import Config
+from tarflow_dist.cost.cards import CARDS, card
+from tarflow_dist.cost.estimate import HEADROOM, Estimate, Layout, estimate
+from tarflow_dist.errors import UserError, run_command
+
+EXIT_DOES_NOT_FIT = 1
+GIB = 1 << 30
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tarflow_dist.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("config", type=Path, help="a YAML file, such as configs/in256.yaml")
+    add("overrides", nargs="*", metavar="key=value", help="changes to the config")
+    add("--nodes", type=int, default=1)
+    add("--gpus-per-node", type=int, default=8)
+    add("--gpu", default="h100", help=", ".join(CARDS))
+    add("--mfu", type=float, default=0.4, help="model FLOPs utilisation, 0 to 1 (default 0.4)")
+    add("--json", action="store_true", help="print everything as JSON, in bytes and operations")
+    args = parser.parse_intermixed_args(argv)
+    if args.nodes < 1 or args.gpus_per_node < 1:
+        raise UserError("--nodes and --gpus-per-node must be at least 1")
+    if not 0 < args.mfu <= 1:
+        raise UserError(f"--mfu is {args.mfu}, but must be above 0 and at most 1")
+
+    config = configs.load(args.config, args.overrides)
+    gpus = args.nodes * args.gpus_per_node
+    result = estimate(config, card(args.gpu), gpus, mfu=args.mfu)
+    if args.json:
+        print(json.dumps(asdict(result), indent=1))
+    else:
+        print(f"{args.config} on {gpus} x {args.gpu} ({args.nodes} nodes), MFU {args.mfu:g}\n")
+        print("\n".join(_lines(result, config, card(args.gpu).memory)))
+    if result.chosen.fits:
+        return 0
+    print(f"warning: {_does_not_fit(result, config, args.gpu)}", file=sys.stderr)
+    return EXIT_DOES_NOT_FIT
+
+
+def _lines(result: Estimate, config: Config, card_memory: int) -> Iterator[str]:
+    train, plain, again = config.train, result.plain, result.checkpointed
+    sampling = result.sampling
+    every = train.activation_checkpointing or 1
+    recompute = "every layer" if every == 1 else f"1 layer in {every}"
+    source = "" if result.image_bytes_measured else ", if stored raw"
+    batch = f"{train.batch_size} images, {result.micro_batch} a GPU and pass"
+    rows = {
+        "parameters": f"{result.parameters / 1e6:,.1f} M",
+        "batch": f"{batch}, {result.passes} passes a step" if result.passes > 1 else batch,
+        "FLOPs an image": f"forward {_si(result.forward_flops)}, training "
+        f"{_si(result.training_flops)}, recomputing {recompute} {_si(again.flops)}",
+        "images/s": f"{plain.images_per_second:,.0f}; recomputing {again.images_per_second:,.0f}",
+        "days": f"{plain.days:,.2f} for {train.images / 1e6:,.1f} M images; recomputing "
+        f"{again.days:,.2f}",
+        "shards read": f"{_si(plain.read_per_second)}B/s{source}",
+        "checkpoint": f"{_si(result.checkpoint_bytes)}B; {config.checkpoint.keep} are kept",
+        f"{sampling.count // 1000}k guided": f"{_si(sampling.count * sampling.flops)}FLOP, "
+        f"{_si(sampling.count * sampling.cache_bytes)}B of keys and values, sequentially: at least "
+        f"{sampling.gpu_hours:,.1f} GPU hours",
+    }
+    yield from (f"{name:<16}{text}" for name, text in rows.items())
+    yield ""
+    room = f"{card_memory / GIB:.0f} less {HEADROOM:.0%} that CUDA and NCCL need"
+    yield f"GiB a GPU, of {room}; * is the config's choice"
+    table = [HEADS, *map(_cells, result.layouts)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+    if train.offload:
+        yield f"offload: {result.chosen.memory.host / GIB:.1f} GiB of host memory a GPU"
+
+
+HEADS = (
+    *("", "ZeRO", "recompute", "weights", "masters", "optimiser", "gradients", "buffers"),
+    *("activations", "peak", "fits", "largest micro-batch"),
+)
+
+
+def _cells(layout: Layout) -> tuple[str, ...]:
+    """A row below HEADS."""
+    every = layout.checkpoint_every
+    memory = layout.memory
+    sizes = (
+        *(memory.weights, memory.masters, memory.optimiser, memory.gradients, memory.buffers),
+        *(memory.activations, memory.peak),
+    )
+    return (
+        "*" if layout.chosen else "",
+        str(layout.stage),
+        {0: "none", 1: "all"}.get(every, f"1 in {every}"),
+        *(f"{size / GIB:.2f}" for size in sizes),
+        "yes" if layout.fits else "no",
+        str(layout.largest_micro_batch or "none"),
+    )
+
+
+def _does_not_fit(result: Estimate, config: Config, gpu: str) -> str:
+    chosen = result.chosen
+    need = f"this run needs {chosen.memory.peak / GIB:.1f} GiB on each {gpu} and can't fit"
+    if chosen.largest_micro_batch:
+        return f"{need}: train.micro_batch_size={chosen.largest_micro_batch} would"
+    for layout in result.layouts:
+        if layout.largest_micro_batch:
+            return (
+                f"{need}: train.zero_stage={layout.stage} with "
+                f"train.activation_checkpointing={layout.checkpoint_every} and "
+                f"train.micro_batch_size={layout.largest_micro_batch} would"
+            )
+    return f"{need}: it takes a larger card, more GPUs or train.offload=true at ZeRO 3"
+
+
+def _si(value: float) -> str:
+    """1.23e12 → "1.23 T"."""
+    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if value >= 10**power:
+            return f"{value / 10**power:.3g} {prefix}"
+    return f"{value:.3g} "
+
+
+if __name__ == "__main__":
+    run_command(main)
