@@ -81,7 +81,7 @@ def _note_failure(run: Path, reason: str) -> None:
     file = run / "status.json"
     status = json.loads(file.read_text()) if file.exists() else {}
     with write_whole(file) as part:
-        part.write_text(json.dumps(status | {"state": "failed", "reason": reason}) + "\n")
+        part.write_text(json.dumps(status | {"state": "failed", "error": reason}) + "\n")
     print(f"given up: {reason}", file=sys.stderr)
 
 

@@ -88,4 +88,7 @@ def _outcome(folder: Path) -> str:
     if not file.exists():
         print(f"the ranks were killed; their logs are in {folder}", file=sys.stderr)
         return "crashed"
-    return str(json.loads(file.read_text())["state"])
+    outcome = json.loads(file.read_text())
+    if outcome["reason"]:  # of whichever rank was first, and the log that was shown is rank 0's
+        print(f"{outcome['state']}: {outcome['reason']}", file=sys.stderr)
+    return str(outcome["state"])

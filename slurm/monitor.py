@@ -83,7 +83,7 @@ def _progress(run: Path) -> list[tuple[str, str]]:
     metrics = read_metrics(run) if (run / "metrics.jsonl").exists() else []
     images = int(metrics[-1]["images"]) if metrics else int(told.get("images", 0))
     rows = [("state", str(told.get("state", "not started")))]
-    if reason := told.get("reason") or told.get("error"):
+    if reason := told.get("error"):
         rows.append(("reason", str(reason)))
     rows.append(("images", f"{images:,} of {total:,} ({images / total:.1%})"))
     if metrics and told.get("state") == "running":

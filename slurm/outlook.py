@@ -7,9 +7,11 @@ from pathlib import Path
 from slurm.resources import Resources
 from slurm.tasks import Task
 from tarflow_dist.config import Config
-from tarflow_dist.flow.sizes import layers_of_blocks
+from tarflow_dist.cost.cards import card
+from tarflow_dist.cost.estimate import checkpoint_bytes, does_not_fit, estimate
+from tarflow_dist.flow.counts import Counts
 
-BYTES_A_PARAMETER = 16  # of a checkpoint: weights, two moments and the moving average in fp32
+ASSUMED_MFU = 0.4
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,7 @@ def bytes_to_write(task: Task) -> int:
     """What must be free on disk: two checkpoints of a training."""
     if task.config is None:
         return 0
-    model = task.config.model
-    layers = sum(layers_of_blocks(model.num_blocks, model.layers_per_block))
-    parameters = 12 * layers * model.width**2
-    return 2 * BYTES_A_PARAMETER * parameters
+    return 2 * checkpoint_bytes(Counts(**task.config.model.model_dump()))
 
 
 def _training_rows(config: Config, resources: Resources) -> tuple[dict[str, str], str]:
@@ -64,9 +63,20 @@ def _training_rows(config: Config, resources: Resources) -> tuple[dict[str, str]
     latest = config.run / "checkpoints" / "latest"
     start = int(latest.read_text()) if latest.exists() else 0
     steps = -(-config.train.images // batch)
-    return {
+    rows = {
         "batch": f"{batch} images: {batch // world_size} a rank, in {passes} passes of {micro}",
         "length": f"{config.train.images:,} images, {steps:,} steps",
         "starts": f"from its checkpoint at {start:,} images" if start else "new",
         "precision": f"{config.train.precision}, ZeRO {config.train.zero_stage}",
-    }, ""
+    }
+    if resources.gpu is None:
+        return rows | {"memory": "not estimated: name the GPU with --gpu h100"}, ""
+    expected = estimate(config, card(resources.gpu), world_size, mfu=ASSUMED_MFU)
+    recomputing = config.train.activation_checkpointing
+    speed = expected.checkpointed if recomputing else expected.plain
+    rows["memory"] = f"{expected.chosen.memory.peak / 2**30:.1f} GiB on each {resources.gpu}"
+    rows["speed"] = (
+        f"{3600 * speed.images_per_second:,.0f} images an hour, {speed.days:.2f} days, at an MFU "
+        f"of {ASSUMED_MFU:g}"
+    )
+    return rows, "" if expected.chosen.fits else does_not_fit(expected, resources.gpu)

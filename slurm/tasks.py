@@ -74,7 +74,7 @@ def evaluation(name: str, arguments: Sequence[str]) -> Task:
 
 def preparation(arguments: Sequence[str]) -> Task:
     """data_prep, whose processes are its own: one rank."""
-    from data_prep.__main__ import parser
+    from data_prep.commands import parser
 
     parsed = parser().parse_args(list(arguments))
     name = str(getattr(parsed, "out", parsed.command)).rstrip("/").rpartition("/")[2]

@@ -84,7 +84,7 @@ def missing() -> str | None:
     """Why no cluster can be started here; None if one can."""
     if lacking := [name for name in PROGRAMS if shutil.which(name) is None]:
         return (
-            f"Slurm is not installed ({lacking[0]} is missing): run tests/install_slurm.sh as root"
+            f"Slurm is not installed ({lacking[0]} is missing): run tests/install_system.sh as root"
         )
     if os.geteuid() != 0:
         return "a Slurm cluster of its own needs root"

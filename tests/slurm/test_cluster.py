@@ -113,8 +113,8 @@ def test_a_job_that_crashes_at_its_start_is_given_up_with_the_reason(
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "failed"
     for part in ("ended 2 times in a row without progress", "node n", str(missing)):
-        assert part in status["reason"]
-    assert status["reason"] in launch("status", run)
+        assert part in status["error"]
+    assert status["error"] in launch("status", run)
 
 
 def test_what_cant_work_is_refused(launch: Launcher, config: list[str], tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def test_a_job_goes_on_while_there_is_progress(
     status = json.loads((run / "status.json").read_text())
     assert status["images"] == 30
     assert status["state"] == "failed"
-    assert status["reason"] == (
+    assert status["error"] == (
         "ended 3 times in a row without progress (checkpoint 00000000030), last: srun ended with "
         "137 (signal 9): torch.OutOfMemoryError: 3 GiB"
     )
