@@ -85,7 +85,7 @@ def test_two_ranks_a_node_train_and_sample_what_was_submitted(
     for room in ("slurm", "tarflow_dist", "data_prep", "configs"):
         shutil.copytree(ROOT / room, checkout / room)
     config = [*config, f"train.images={30 * BATCH}"]
-    options = [*RANKS, "--tasks-per-node=2", "--slurm=hold=yes", "--then", SAMPLE]
+    options = [*RANKS, "--tasks-per-node=2", "--slurm=hold", "--then", SAMPLE]
     job, sampling = launch.submit(*options, *config, f"run={run}", cwd=checkout)
     shutil.rmtree(checkout / "tarflow_dist")
     launch.cluster.run("scontrol", "release", job)

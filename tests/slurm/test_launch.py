@@ -73,12 +73,12 @@ def test_every_sbatch_option_reaches_the_script(tmp_path: Path) -> None:
         "wckey": "key",
     }
     options = [f"--{name}={value}" for name, value in given.items()]
-    extra = ["--exclusive", "--slurm", "licenses=scratch", "--srun-args=--mpi=none"]
+    extra = ["--exclusive", "--slurm=licenses=scratch", "--slurm=hold", "--srun-args=--mpi=none"]
     shown = launch(*options, *extra, "--nodes=8", "configs/in256.yaml", "--dry-run")
     # quotes as in sbatch's reading of a #SBATCH line
     told = {option.replace("'", "") for option in sbatch_options(shown)}
     assert told >= {f"--{name}={value}" for name, value in given.items()}
-    assert told >= {"--exclusive", "--licenses=scratch"}
+    assert told >= {"--exclusive", "--licenses=scratch", "--hold"}
     assert "--mpi=none" in re.findall(r"^srun .*", shown, re.MULTILINE)[0]
 
 
