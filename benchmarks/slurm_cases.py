@@ -1,9 +1,10 @@
-"""What a training run goes through on a cluster, and what it costs: a row a case for README.md.
+"""What a cluster can do to a training run, and what it costs: a row a case for README.md.
 
     python benchmarks/slurm_cases.py [CASE …]     # as root, with Slurm installed
 
-Starts the tests' cluster of two nodes, trains a tiny model on the digits with two CPU ranks on
-each, strikes it in the middle, and compares its curve with torchrun's four ranks, without Slurm.
+Starts the tests' cluster of two nodes. For each case a tiny model trains on the digits with two CPU
+ranks on each node, is struck in the middle, and after it has gone on for a while is compared with
+torchrun's four ranks, which train without Slurm.
 """
 
 import json
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -21,118 +23,128 @@ import strikes  # noqa: E402
 from cluster import Cluster  # noqa: E402
 from strikes import BATCH, RANKS, TINY, Launcher, images_logged, until  # noqa: E402
 
+STRIKE_AT = 110 * BATCH
+EVERY = 50 * BATCH  # between checkpoints
+AFTERWARDS = 20 * BATCH
 COLUMNS = (
-    *("done to the run", "ends as", "restarts", "images recomputed", "s until it runs again"),
-    *("s until it trains again", "curve to the last bit as without Slurm"),
+    *("done to the run", "restarts", "images recomputed", "s until it runs again"),
+    *("s until it trains again", "loss at its end", "without Slurm"),
 )
-IMAGES = 320 * BATCH
-STRIKE_AT = 130 * BATCH
-EVERY = 50 * BATCH
 
 
-def kill_rank(launch: Launcher, job: str) -> None:
-    """Kills one rank of the second node, as the kernel does when memory runs out."""
-    launch.cluster.run("srun", "--overlap", f"--jobid={job}", "--nodelist=n2", "-N1", "-n1", *KILL)
+@dataclass(frozen=True)
+class Run:
+    """A run of one case: its folder, and how it is launched."""
+
+    folder: Path
+    arguments: list[str]
+
+    @property
+    def job(self) -> str:
+        """The id of its newest job."""
+        record = sorted(self.folder.glob("slurm/*/job.json"))[-1]
+        return str(json.loads(record.read_text())["job_id"])
+
+    def starts(self) -> list[int]:
+        """The images from which each of its starts went on."""
+        found = []
+        for log in sorted(self.folder.glob("slurm/*/*_0_log.err")):
+            for line in log.read_text().splitlines():
+                if line.startswith(f"{self.folder}: starting"):
+                    found.append(0)
+                elif line.startswith(f"{self.folder}: going on at "):
+                    found.append(int(line.removeprefix(f"{self.folder}: going on at ").split()[0]))
+        return found
 
 
-KILL = ("bash", "-c", "pkill --oldest --signal KILL --full submitit.core._submi[t]")
+def struck_by(strike: Callable[[Launcher, str], None]) -> Callable[[Launcher, Run], None]:
+    return lambda launch, run: strike(launch, run.job)
 
 
-def stop_and_launch_again(launch: Launcher, job: str) -> None:
-    launch("stop", RUN["folder"])
-    launch.submit(*RUN["arguments"])
+def kill_rank(launch: Launcher, run: Run) -> None:
+    """One rank of the second node, as the kernel does when memory runs out."""
+    # the node's processes are a namespace of their own
+    kill = "kill -KILL $(pgrep --oldest --full submitit.core._submi[t])"
+    on_node = ("--overlap", f"--jobid={run.job}", "--nodelist=n2", "--nodes=1", "--ntasks=1")
+    launch.cluster.run("srun", *on_node, "bash", "-c", kill, check=False)
 
 
-RUN: dict = {}
-CASES: dict[str, tuple[str, Callable[[Launcher, str], None] | None]] = {
-    "nothing": ("nothing", None),
-    "usr2": ("`scancel --signal=USR2`", strikes.send_usr2),
-    "preempt": ("a job in a higher partition takes the nodes", strikes.preempt),
-    "limit": ("the time limit comes near", strikes.reach_time_limit),
+def stop_and_launch_again(launch: Launcher, run: Run) -> None:
+    launch("stop", run.folder)
+    launch.submit(*run.arguments)
+
+
+CASES: dict[str, tuple[str, Callable[[Launcher, Run], None]]] = {
+    "usr2": ("`scancel --signal=USR2`", struck_by(strikes.send_usr2)),
+    "preempt": ("a job of a higher partition takes its nodes", struck_by(strikes.preempt)),
+    "limit": ("the time limit comes near", struck_by(strikes.reach_time_limit)),
     "stop": ("`launch.py stop`, and the same command again", stop_and_launch_again),
-    "requeue": ("`scontrol requeue`, without warning", strikes.requeue),
-    "rank": ("`kill -9` of one rank", kill_rank),
-    "node": ("a node loses power", strikes.kill_node),
+    "requeue": ("`scontrol requeue`, without warning", struck_by(strikes.requeue)),
+    "rank": ("`kill -9` of a rank", kill_rank),
+    "node": ("a node loses power", struck_by(strikes.kill_node)),
 }
 
 
 def main(names: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="cases-") as folder, Cluster() as cluster:
         launch, runs = Launcher(cluster), Path(folder)
-        subprocess.run(
-            [sys.executable, "-m", "data_prep", "digits", str(runs / "digits")],
-            cwd=ROOT,
-            check=True,
-            capture_output=True,
-        )
-        arguments = [
+        prepare = [sys.executable, "-m", "data_prep", "digits", str(runs / "digits")]
+        subprocess.run(prepare, cwd=ROOT, check=True, capture_output=True)
+        config = [
             *TINY,
             f"data.path={runs / 'digits' / 'mds'}",
-            f"train.images={IMAGES}",
             f"checkpoint.every_images={EVERY}",
         ]
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-        alone = [*torchrun, "-m", "tarflow_dist.train", *arguments, f"run={runs / 'alone'}"]
-        subprocess.run([sys.executable, *alone], cwd=ROOT, env=launch.environment, check=True)
-        print(" | ".join(["", *COLUMNS, ""]).strip(), "|---" * len(COLUMNS) + "|", sep="\n")
-        for name in names or CASES:
-            print(row(launch, name, runs / name, arguments, losses(runs / "alone")), flush=True)
+        rows = [case(launch, name, runs / name, config) for name in names or CASES]
+
+        longest = max(int(images) for _, _, curve in rows for images, _ in curve)
+        alone = [*config, f"run={runs / 'alone'}", f"train.images={longest}"]
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+        command = [sys.executable, "-m", *torchrun, "-m", "tarflow_dist.train", *alone]
+        subprocess.run(command, cwd=ROOT, env=launch.environment, check=True)
+        expected = strikes.curve(runs / "alone")
+        print_row(COLUMNS)
+        print_row(["---"] * len(COLUMNS))
+        for what, figures, curve in rows:
+            same = "the same, every step" if curve == expected[: len(curve)] else "DIFFERENT"
+            print_row([what, *figures, f"{curve[-1][1]:.6f}", same])
 
 
-def row(launch: Launcher, name: str, run: Path, arguments: list[str], expected: list[float]) -> str:
+def case(
+    launch: Launcher, name: str, folder: Path, config: list[str]
+) -> tuple[str, list[str], list[tuple[float, float]]]:
+    """What was done, the figures, and the curve."""
     what, strike = CASES[name]
     ranks = [*RANKS, "--tasks-per-node=2", "--time=30", "--signal-delay=120"]
-    RUN.update(folder=run, arguments=[*ranks, *arguments, f"run={run}"])
-    (job,) = launch.submit(*RUN["arguments"])
-    recomputed, running, training = 0, 0.0, 0.0
-    if strike is not None:
-        strikes.wait_for_images(run, STRIKE_AT)
-        began = time.monotonic()
-        seen = [images_logged(run)]
+    run = Run(folder, [*ranks, *config, f"run={folder}", f"train.images={10**7}"])
+    launch.submit(*run.arguments)
+    strikes.wait_for_images(folder, STRIKE_AT)
+    began, seen = time.time(), images_logged(folder)
 
-        def resumed() -> bool:
-            seen.append(max(seen[-1], images_logged(run)))
-            return len(starts(run)) > 1
+    def goes_on() -> bool:
+        nonlocal seen
+        if len(run.starts()) > 1:
+            return True
+        seen = max(seen, images_logged(folder))
+        return False
 
-        strike(launch, job)
-        until(resumed, "the run to go on")
-        running = seconds_to_start(launch, run, began)
-        at = starts(run)[-1]
-        until(lambda: images_logged(run) > at, "the first step")
-        training = time.monotonic() - began
-        recomputed = max(seen) - at
-    last = json.loads(sorted(run.glob("slurm/*/job.json"))[-1].read_text())["job_id"]
-    state = launch.end(last)
-    equal = "yes" if losses(run) == expected else "NO"
-    restarts = launch.starts(last) - 1
-    times = [f"{running:.0f}", f"{training:.0f}"] if strike else ["", ""]
-    return " | ".join(["", what, state, str(restarts), str(recomputed), *times, equal, ""]).strip()
-
-
-def starts(run: Path) -> list[int]:
-    """The images from which each start of the run went on."""
-    found = []
-    for log in sorted(run.glob("slurm/*/*_0_log.err")):
-        for line in log.read_text().splitlines():
-            if line.startswith(f"{run}: starting"):
-                found.append(0)
-            elif line.startswith(f"{run}: going on at "):
-                found.append(int(line.removeprefix(f"{run}: going on at ").split()[0]))
-    return found
+    strike(launch, run)
+    until(goes_on, "training to go on")
+    resumed = run.starts()[-1]
+    strikes.wait_for_images(folder, resumed + BATCH)
+    trains = time.time() - began
+    told = launch.cluster.run("squeue", "--noheader", "--jobs", run.job, "--format=%S").strip()
+    runs = time.mktime(time.strptime(told, "%Y-%m-%dT%H:%M:%S")) - began
+    strikes.wait_for_images(folder, resumed + AFTERWARDS)
+    restarts = launch.starts(run.job) - 1
+    launch("stop", folder)
+    figures = [str(restarts), str(seen - resumed), f"{runs:.0f}", f"{trains:.0f}"]
+    print(what, *figures, file=sys.stderr, flush=True)
+    return what, figures, strikes.curve(folder)
 
 
-def seconds_to_start(launch: Launcher, run: Path, began: float) -> float:
-    """From `began`, on the monotonic clock, to when Slurm last started the run's newest job."""
-    last = json.loads(sorted(run.glob("slurm/*/job.json"))[-1].read_text())["job_id"]
-    told = launch.cluster.run("squeue", "-h", "-j", last, "-o", "%S").strip()
-    start = time.mktime(time.strptime(told, "%Y-%m-%dT%H:%M:%S"))
-    return start - (time.time() - (time.monotonic() - began))
-
-
-def losses(run: Path) -> list[float]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["images"] for row in rows] == list(range(BATCH, IMAGES + 1, BATCH))
-    return [row["loss"] for row in rows]
+def print_row(cells: list[str] | tuple[str, ...]) -> None:
+    print("|", " | ".join(cells), "|", flush=True)
 
 
 if __name__ == "__main__":

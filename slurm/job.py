@@ -72,7 +72,10 @@ class Job:
             with preflight.ranks_together():
                 if task.of_run:
                     arguments = [*_newest_model(task), *arguments]
-        return importlib.import_module(MODULES[task.name]).main(arguments) == EXIT_INTERRUPTED
+        code = importlib.import_module(MODULES[task.name]).main(arguments) or 0
+        if code not in (0, EXIT_INTERRUPTED):
+            raise UserError(f"{task.name} ended with exit code {code}: see {self.folder}")
+        return bool(code)
 
     def _leave(self, number: int, frame: FrameType | None) -> None:
         self._note("interrupted")

@@ -8,10 +8,10 @@ from slurm.resources import Resources
 from slurm.tasks import Task
 from tarflow_dist.config import Config
 from tarflow_dist.cost.cards import card
-from tarflow_dist.cost.estimate import checkpoint_bytes, does_not_fit, estimate
+from tarflow_dist.cost.estimate import CHECKPOINT_COPIES, estimate
 from tarflow_dist.flow.counts import Counts
 
-ASSUMED_MFU = 0.4
+MFU = 0.4  # assumed for the images an hour
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def bytes_to_write(task: Task) -> int:
     """What must be free on disk: two checkpoints of a training."""
     if task.config is None:
         return 0
-    return 2 * checkpoint_bytes(Counts(**task.config.model.model_dump()))
+    parameters = Counts(**task.config.model.model_dump()).num_parameters
+    return 2 * CHECKPOINT_COPIES * 4 * parameters
 
 
 def _training_rows(config: Config, resources: Resources) -> tuple[dict[str, str], str]:
@@ -69,14 +70,22 @@ def _training_rows(config: Config, resources: Resources) -> tuple[dict[str, str]
         "starts": f"from its checkpoint at {start:,} images" if start else "new",
         "precision": f"{config.train.precision}, ZeRO {config.train.zero_stage}",
     }
-    if resources.gpu is None:
-        return rows | {"memory": "not estimated: name the GPU with --gpu h100"}, ""
-    expected = estimate(config, card(resources.gpu), world_size, mfu=ASSUMED_MFU)
-    recomputing = config.train.activation_checkpointing
-    speed = expected.checkpointed if recomputing else expected.plain
-    rows["memory"] = f"{expected.chosen.memory.peak / 2**30:.1f} GiB on each {resources.gpu}"
+    if not resources.gpus_per_node:
+        return rows, ""
+    gpu = card(resources.gpu)
+    cost = estimate(config, gpu, world_size, mfu=MFU)
+    need, there = cost.chosen.memory.peak / 2**30, gpu.memory / 2**30
+    speed = cost.checkpointed if config.train.activation_checkpointing else cost.plain
+    rows["memory"] = f"{need:.1f} GiB of {there:.0f} on each {resources.gpu}"
     rows["speed"] = (
-        f"{3600 * speed.images_per_second:,.0f} images an hour, {speed.days:.2f} days, at an MFU "
-        f"of {ASSUMED_MFU:g}"
+        f"{speed.images_per_second * 3600:,.0f} images an hour, {speed.days:,.1f} days, at an MFU "
+        f"of {MFU:.0%}"
     )
-    return rows, "" if expected.chosen.fits else does_not_fit(expected, resources.gpu)
+    rows["checkpoint"] = f"{cost.checkpoint_bytes / 1e9:.1f} GB"
+    if cost.chosen.fits:
+        return rows, ""
+    return rows, (
+        f"training needs about {need:.1f} GiB on each {resources.gpu}, which has {there:.0f}: make "
+        f"train.micro_batch_size smaller ({cost.chosen.largest_micro_batch} may fit), recompute "
+        "with train.activation_checkpointing=1, or name another card with --gpu"
+    )

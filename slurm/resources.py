@@ -76,10 +76,10 @@ class Resources(Section):
     """Environment variables of the job."""
     srun_args: list[str] = Field(default=[])
     """More arguments of srun."""
-    gpu: str | None = None
-    """The GPUs' name for the memory estimate, such as h100."""
+    gpu: str = "h100"
+    """The GPUs, for the estimate of memory and speed; the names are tarflow_dist.plan's."""
     slurm: dict[str, str | int | bool] = Field(default={})
-    """More options of sbatch."""
+    """More options of sbatch; those without a value are true."""
 
     @model_validator(mode="after")
     def _time_holds_the_signal(self) -> Self:
@@ -176,8 +176,10 @@ def read_options(arguments: argparse.Namespace) -> Resources:
         raise UserError(_first_problem(error, arguments.cluster)) from error
 
 
-def _pair(name: str, text: str) -> tuple[str, str]:
+def _pair(name: str, text: str) -> tuple[str, str | bool]:
     key, equals, value = text.partition("=")
+    if not equals and name == "slurm":
+        return key, True  # an option without a value, such as hold
     if not equals:
         raise UserError(f"--{name} {text} should look like NAME=VALUE")
     return key, value

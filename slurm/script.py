@@ -9,7 +9,7 @@ import submitit
 from slurm.after import EXIT_INTERRUPTED
 from slurm.job import OUTCOME
 from slurm.resources import Resources
-from slurm.tasks import Task
+from slurm.tasks import JOBS, Task
 
 CODE = "code"
 # fields of Resources that are sbatch's options under the same name
@@ -46,11 +46,13 @@ def make_executor(task: Task, resources: Resources, folder: Path) -> Executor:
     ranks_per_node = 1 if task.one_rank else resources.ranks_per_node
     cpus = resources.cpus or task.workers + 2
     gpus = 0 if task.one_rank else resources.gpus_per_node
-    container = _container_arguments(task, resources, folder)
+    container = _container_arguments(task, resources)
     python = _python(resources.python or ("python3" if container else sys.executable), folder)
     executor = Executor(folder, python=python)
     executor.update_parameters(
-        job_name=f"{task.name}-{task.folder.name}",
+        job_name=task.folder.name
+        if task.folder.parent == JOBS
+        else f"{task.name}-{task.folder.name}",
         nodes=1 if task.one_rank else resources.nodes,
         ntasks_per_node=ranks_per_node,
         cpus_per_task=cpus,
@@ -112,14 +114,15 @@ def _python(python: str, folder: Path) -> str:
     return f'env PYTHONPATH={code}"{inherited}" {shlex.quote(python)} -P'
 
 
-def _container_arguments(task: Task, resources: Resources, folder: Path) -> list[str]:
+def _container_arguments(task: Task, resources: Resources) -> list[str]:
     if resources.container_image is None:
         return []
     here = Path.cwd()
-    seen = [here, task.folder.resolve(), folder]
+    needed = [here, task.folder.resolve()]
     if task.shards and "://" not in task.shards:
-        seen.append(Path(task.shards).resolve())
-    mounts = [f"{path}:{path}" for path in dict.fromkeys(seen)]
+        needed.append(Path(task.shards).resolve())
+    seen = [path for path in needed if path == here or not path.is_relative_to(here)]
+    mounts = [f"{path}:{path}" for path in seen]
     if resources.container_mounts:
         mounts.append(resources.container_mounts)
     return [

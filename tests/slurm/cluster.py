@@ -1,4 +1,4 @@
-"""A Slurm cluster of its own on this host: two nodes, accounting, preemption. Needs root.
+"""A Slurm cluster of its own on this host: two nodes, a spare, accounting, preemption. Needs root.
 
     python tests/slurm/cluster.py         # starts one, prints how to use it, stops it on Ctrl-C
 
@@ -18,11 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 NODES = ("n1", "n2")
+SPARE = "n3"  # not started
 PROGRAMS = (
     *("munged", "munge", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd"),
     *("sbatch", "srun", "unshare", "setpriv"),
 )
-SECONDS_TO_START = 60
+SECONDS_TO_START = 180
 
 SLURM_CONF = """\
 ClusterName=test
@@ -58,9 +59,9 @@ KillWait=5
 MinJobAge=3600
 SlurmdTimeout=10
 ReturnToService=2
-NodeName=n[1-2] NodeAddr=127.0.0.1 Port=[{node_port}-{last_node_port}] CPUs=8 RealMemory=64000
-PartitionName=low Nodes=n[1-2] Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=60
-PartitionName=high Nodes=n[1-2] MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
+NodeName=n[1-3] NodeAddr=127.0.0.1 Port=[{node_port}-{last_node_port}] CPUs=8 RealMemory=64000
+PartitionName=low Nodes=n[1-3] Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=60
+PartitionName=high Nodes=n[1-3] MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 """
 
 SLURMDBD_CONF = """\
@@ -132,19 +133,19 @@ class Cluster:
         folder = self.folder
         for name in ("state", "spool", "log", "db"):
             (folder / name).mkdir()
-        ports = _free_ports(4)
+        ports = _free_ports(5)
         values = {
             "folder": folder,
             "port": ports,
             "dbd_port": ports + 1,
             "node_port": ports + 2,
-            "last_node_port": ports + 3,
+            "last_node_port": ports + 4,
         }
         (folder / "slurm.conf").write_text(SLURM_CONF.format(**values))
         (folder / "slurmdbd.conf").write_text(SLURMDBD_CONF.format(**values))
         (folder / "slurmdbd.conf").chmod(0o600)
         (folder / "hosts").write_text(
-            Path("/etc/hosts").read_text() + f"127.0.0.1 ctl {' '.join(NODES)}\n"
+            Path("/etc/hosts").read_text() + f"127.0.0.1 ctl {' '.join(NODES)} {SPARE}\n"
         )
         (folder / "munge.key").write_bytes(os.urandom(128))
         (folder / "munge.key").chmod(0o600)
@@ -165,10 +166,11 @@ class Cluster:
         self._until("slurmctld", lambda: self._succeeds("scontrol ping"))
         for node in NODES:
             self.start_node(node)
-        self._until("nodes", self.all_idle)
+        self._until("nodes", self._idle)
 
-    def all_idle(self) -> bool:
-        return set(self.run("sinfo", "-h", "-N", "-o", "%T", check=False).split()) == {"idle"}
+    def _idle(self) -> bool:
+        states = self.run("sinfo", "-h", "-N", "-p", "low", "-o", "%T", check=False)
+        return states.split().count("idle") == len(NODES)
 
     def _box(self, name: str, host: str, command: str) -> None:
         inside = f"hostname {host}; mount --bind {self.folder}/hosts /etc/hosts; {command} & wait"

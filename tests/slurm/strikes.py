@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster import Cluster
+from cluster import NODES, SPARE, Cluster
 
 ROOT = Path(__file__).parents[2]
 BATCH = 32
@@ -123,7 +123,6 @@ def reach_time_limit(launch: Launcher, job: str) -> None:
 
 
 def kill_node(launch: Launcher, job: str) -> None:
-    """The second node loses power and comes back when Slurm has noticed."""
-    launch.cluster.kill_node("n2")
-    until(lambda: launch.state(job) == "PENDING", f"job {job} to be requeued")
-    launch.cluster.start_node("n2")
+    """The second node loses power; another is ready to take its place."""
+    launch.cluster.kill_node(NODES[1])
+    launch.cluster.start_node(SPARE)

@@ -33,7 +33,7 @@ def sbatch_options(script: str) -> set[str]:
 
 
 def test_a_dry_run_shows_plan_and_script() -> None:
-    shown = launch("--nodes", 8, "configs/in256.yaml", "--dry-run")
+    shown = launch("--nodes", 8, "configs/in256.yaml", "data.path=/nowhere", "--dry-run")
     assert re.search(r"nodes +8 x 8 GPUs, 64 ranks", shown)
     assert re.search(r"batch +768 images: 12 a rank", shown)
     assert re.search(r"length +409,973,440 images, 533,820 steps", shown)
@@ -52,7 +52,7 @@ def test_a_dry_run_shows_plan_and_script() -> None:
         assert option in srun
     script = shown[shown.index("#!/bin/bash") :]
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    assert "would be refused: there are no shards shards/in256/mds" in shown
+    assert "would be refused: there are no shards /nowhere" in shown
     assert not (ROOT / "runs" / "in256").exists()
 
 
@@ -73,12 +73,12 @@ def test_every_sbatch_option_reaches_the_script(tmp_path: Path) -> None:
         "wckey": "key",
     }
     options = [f"--{name}={value}" for name, value in given.items()]
-    extra = ["--exclusive", "--slurm", "licenses=scratch", "--srun-args=--mpi=none"]
+    extra = ["--exclusive", "--slurm=licenses=scratch", "--slurm=hold", "--srun-args=--mpi=none"]
     shown = launch(*options, *extra, "--nodes=8", "configs/in256.yaml", "--dry-run")
     # quotes as in sbatch's reading of a #SBATCH line
     told = {option.replace("'", "") for option in sbatch_options(shown)}
     assert told >= {f"--{name}={value}" for name, value in given.items()}
-    assert told >= {"--exclusive", "--licenses=scratch"}
+    assert told >= {"--exclusive", "--licenses=scratch", "--hold"}
     assert "--mpi=none" in re.findall(r"^srun .*", shown, re.MULTILINE)[0]
 
 
