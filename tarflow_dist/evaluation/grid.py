@@ -9,10 +9,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tarflow_dist.evaluation.store import NO_LABEL, Pixels, SampleStore
 from tarflow_dist.files import write_whole
+from tarflow_dist.telemetry.pictures import GUTTER, strip
 
-GUTTER = 4  # white pixels between images
-SMALLEST, LARGEST = 64, 128  # pixels of an image's side as shown
 NAME_WIDTH = 160
+LARGEST = 128  # pixels of an image's side as shown
 
 # A class id, or None without classes, and sample indexes
 Row = tuple[int | None, list[int]]
@@ -31,26 +31,6 @@ def class_rows(labels: NDArray[np.int64], rows: int, columns: int) -> list[Row]:
     return [(int(c), np.flatnonzero(labels == c)[:columns].tolist()) for c in classes[spread]]
 
 
-def strip(images: Pixels) -> Image.Image:
-    """The images (B, H, W, C) side by side, each followed by a gutter to the right; small ones
-    magnified in whole steps, large ones made smaller."""
-    shown = [_sized(Image.fromarray(i.squeeze(2) if i.shape[2] == 1 else i)) for i in images]
-    width = shown[0].width + GUTTER
-    canvas = Image.new(shown[0].mode, (len(shown) * width, shown[0].height), "white")
-    for place, image in enumerate(shown):
-        canvas.paste(image, (place * width, 0))
-    return canvas
-
-
-def _sized(image: Image.Image) -> Image.Image:
-    scale = max(1, SMALLEST // image.height)
-    if scale > 1:
-        size = image.width * scale, image.height * scale
-        return image.resize(size, Image.Resampling.NEAREST)
-    image.thumbnail((LARGEST, LARGEST))
-    return image
-
-
 def write_grid(
     store: SampleStore,
     file: Path,
@@ -60,7 +40,7 @@ def write_grid(
 ) -> None:
     """A PNG with a row for each of up to `rows` classes, under their `names` or numbers."""
     wanted = class_rows(store.labels(), rows, columns)
-    strips = [strip(read_at(store, indexes)) for _, indexes in wanted]
+    strips = [strip(read_at(store, indexes), LARGEST) for _, indexes in wanted]
     left = NAME_WIDTH if any(label is not None for label, _ in wanted) else 0
     height = strips[0].height + GUTTER
     grid = Image.new("RGB", (left + max(s.width for s in strips), len(strips) * height), "white")

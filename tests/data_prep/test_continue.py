@@ -141,6 +141,25 @@ def test_killed_at_ten_random_moments(
     assert not processes_with(marker)  # the killed ones' workers ended, too
 
 
+def test_ctrl_c_is_one_sentence(src: Path, tmp_path: Path) -> None:
+    """At any moment, in all processes of the terminal."""
+    args = command(src, tmp_path / "out", "--workers", "2", "--encode", "webp")
+    for moment in (1.0, random.uniform(1, 4)):
+        with subprocess.Popen(
+            [sys.executable, "-m", "data_prep", *args],
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            time.sleep(moment)
+            os.killpg(process.pid, signal.SIGINT)
+            assert process.stderr is not None
+            said = process.stderr.read().splitlines()
+        assert process.returncode == 130, moment
+        assert said[-1].startswith("interrupted"), moment
+        assert all("img/s" in line for line in said[:-1]), said
+
+
 def test_workers_change_no_byte(src: Path, tmp_path: Path, unbroken: dict[str, bytes]) -> None:
     with started(src, tmp_path / "out", 3, {}):
         pass
@@ -158,11 +177,6 @@ def few(tmp_path: Path) -> Path:
 
 def command(src: Path, out: Path, *more: str) -> list[str]:
     return ["folder", str(src), str(out), "--size", "8", "--workers", "1", *more]
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "data_prep", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
 
 
 def refused(src: Path, out: Path, *more: str) -> str:
@@ -330,13 +344,11 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path, fill: float) -> None:
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(int(fill * 2**20)))
     command = ["folder", f"{tmp_path}/src", str(out), "--size", "40", "--workers", "1"]
-    result = run(*command)
-    assert result.returncode == 2
-    said = result.stderr.splitlines()[-1]
-    assert said == f"error: can't write to {out}: No space left on device"
+    with pytest.raises(UserError, match=f"^can't write to {out}: No space left on device$"):
+        main(command)
     assert not (out / "mds").exists()
     ballast.unlink()
-    assert run(*command).returncode == 0
+    main(command)
     again = tmp_path / "again"
     main(["folder", f"{tmp_path}/src", str(again), "--size", "40", "--workers", "1"])
     assert contents(out) == contents(again)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from golden_model import CASES, golden_flow, golden_vectors, settings
 
+from tarflow_dist.flow.inverse import Solver
+
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
@@ -52,6 +54,25 @@ def test_reverse(case: str, dtype: torch.dtype) -> None:
     for label, arguments in settings(case)["reverse"].items():
         x = flow.decode(v["noise"].to(dtype), v.get("y"), **arguments)
         assert_close(x, v[f"reverse.{label}"], dtype)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        Solver(window=3),
+        Solver(window=5, start="zero"),
+        Solver(window=1000, start="previous"),
+        Solver(window=4, tolerance=1e-11),
+        Solver(window=1000, tolerance=1e-11, start="zero"),
+    ],
+    ids=str,
+)
+def test_reverse_in_windows(case: str, solver: Solver) -> None:
+    flow, v = golden_flow(case, torch.float64), golden_vectors(case)
+    for label, arguments in settings(case)["reverse"].items():
+        solvers = [solver, Solver()] * len(flow.blocks)
+        x = flow.decode(v["noise"], v.get("y"), **arguments, solvers=solvers[: len(flow.blocks)])
+        torch.testing.assert_close(x, v[f"reverse.{label}"], rtol=0, atol=1e-9)
 
 
 def test_denoise(case: str, dtype: torch.dtype) -> None:
