@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 from tarflow_dist.telemetry.metrics import read_metrics
 from tarflow_dist.training.checkpoint import Checkpoint, newest
 
@@ -62,8 +64,7 @@ def main() -> None:
         if job.poll() is not None:
             print("the run was over before the last kill: raise STEPS")
             break
-        os.killpg(job.pid, signal.SIGKILL)
-        job.wait()
+        kill(job)
         writing += caught
         last = announced(killed)
         assert last >= before, "an announced checkpoint is lost"
@@ -84,8 +85,17 @@ def start(arguments: list[str]) -> subprocess.Popen:
         [*command, "-m", "tarflow_dist.train", *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
     )
+
+
+def kill(job: subprocess.Popen) -> None:
+    """The launcher, and the ranks, which are in sessions of their own, and their workers."""
+    launcher = psutil.Process(job.pid)
+    processes = [launcher, *launcher.children(recursive=True)]
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    psutil.wait_procs(processes)
+    job.wait()
 
 
 def announced(run: Path) -> int:
