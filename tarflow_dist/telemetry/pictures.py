@@ -1,35 +1,36 @@
-"""Samples side by side."""
+"""Samples side by side, small ones magnified."""
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 GUTTER = 4  # white pixels between images
-SMALLEST, LARGEST = 64, 128  # pixels of an image's side as shown
+SMALLEST = 64  # pixels of an image's side as shown
 
 
-def strip(images: NDArray[np.uint8]) -> Image.Image:
-    """The images (B, H, W, C) side by side, each followed by a gutter to the right; small ones
-    magnified in whole steps, large ones made smaller."""
-    shown = [_sized(Image.fromarray(i.squeeze(2) if i.shape[2] == 1 else i)) for i in images]
-    width = shown[0].width + GUTTER
-    canvas = Image.new(shown[0].mode, (len(shown) * width, shown[0].height), "white")
-    for place, image in enumerate(shown):
-        canvas.paste(image, (place * width, 0))
-    return canvas
+def strip(images: NDArray[np.uint8], largest: int | None = None) -> Image.Image:
+    """The images (B, H, W, C) side by side, each followed by a gutter to the right; those above
+    `largest` pixels made smaller."""
+    if largest is not None and images.shape[1] > largest:
+        images = np.stack([_smaller(image, largest) for image in images])
+    B, H, W, C = images.shape
+    scale = max(1, SMALLEST // H)
+    large = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    width = W * scale + GUTTER
+    canvas = np.full((H * scale, B * width, C), 255, np.uint8)
+    for i, image in enumerate(large):
+        canvas[:, i * width : i * width + W * scale] = image
+    return Image.fromarray(canvas.squeeze(2) if C == 1 else canvas)
 
 
-def _sized(image: Image.Image) -> Image.Image:
-    scale = max(1, SMALLEST // image.height)
-    if scale > 1:
-        size = image.width * scale, image.height * scale
-        return image.resize(size, Image.Resampling.NEAREST)
-    image.thumbnail((LARGEST, LARGEST))
-    return image
+def _smaller(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    C = image.shape[2]
+    picture = Image.fromarray(image.squeeze(2) if C == 1 else image)
+    return np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS)).reshape(side, side, C)
 
 
 def image_grid(images: NDArray[np.uint8], columns: int) -> Image.Image:
-    """The images (B, H, W, C) in rows of `columns`, sized as in `strip`."""
+    """The images (B, H, W, C) in rows of `columns`."""
     strips = [strip(images[i : i + columns]) for i in range(0, len(images), columns)]
     height = strips[0].height + GUTTER
     grid = Image.new(strips[0].mode, (strips[0].width, len(strips) * height), "white")

@@ -11,8 +11,9 @@ from PIL import Image
 from torch_fidelity.datasets import ImagesPathDataset
 
 from tarflow_dist.evaluation.export import WRITERS, write_folder, write_npz, write_tars
-from tarflow_dist.evaluation.grid import NAME_WIDTH, class_rows, strip, write_grid
+from tarflow_dist.evaluation.grid import NAME_WIDTH, class_rows, write_grid
 from tarflow_dist.evaluation.store import SampleStore
+from tarflow_dist.telemetry.pictures import strip
 
 
 def full_store(folder: Path, images: np.ndarray, labels: np.ndarray) -> SampleStore:
@@ -112,8 +113,9 @@ def test_rows_without_labels_fill_up() -> None:
 
 
 def test_large_images_are_shown_smaller() -> None:
-    assert strip(np.zeros((3, 256, 256, 3), np.uint8)).size == (3 * 132, 128)
-    assert strip(np.zeros((2, 96, 96, 1), np.uint8)).size == (2 * 100, 96)
+    assert strip(np.zeros((3, 256, 256, 3), np.uint8), 128).size == (3 * 132, 128)
+    assert strip(np.zeros((2, 200, 200, 1), np.uint8), 128).size == (2 * 132, 128)
+    assert strip(np.zeros((2, 96, 96, 1), np.uint8), 128).size == (2 * 100, 96)
 
 
 def test_grid_shows_small_images_magnified_under_their_names(tmp_path: Path) -> None:

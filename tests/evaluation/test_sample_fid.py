@@ -120,9 +120,7 @@ def test_settings_follow_the_model(model: Path) -> None:
 
 def test_the_policy_in_force_is_a_setting(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flow = TarFlow.from_pretrained(model)
-    monkeypatch.setattr(
-        TarFlow, "sampler", lambda _, batch, rule: f"{batch} at {rule.weight}", raising=False
-    )
+    monkeypatch.setattr(TarFlow, "sampler", lambda _, batch, rule: f"{batch} at {rule.weight}")
     points = sweep_settings(parse_arguments(arguments(model, "--guidance", "0,2")), flow, "")
     assert [point["sampler"] for point in points.values()] == ["100 at 0.0", "100 at 2.0"]
 
