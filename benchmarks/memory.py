@@ -55,7 +55,7 @@ def main() -> None:
     for count in map(int, sys.argv[1:] or (5_000, 20_000)):
         with tempfile.TemporaryDirectory() as scratch:
             photos = Path(scratch, "photos")
-            write_photos(photos, count)
+            write_photos(photos, count, different=100)
             for form in ("mds", "wds"):
                 command = [sys.executable, "-m", "data_prep", "folder", str(photos)]
                 command += [f"{scratch}/out", "--size", "64", "--format", form]
