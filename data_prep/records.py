@@ -12,7 +12,7 @@ import numpy as np
 
 from data_prep.sources import SPLITS, Source
 
-ROWS_AT_A_TIME = 1 << 14
+ROWS_AT_A_TIME = 1 << 11
 
 
 @dataclass(frozen=True)

@@ -141,23 +141,25 @@ def test_killed_at_ten_random_moments(
     assert not processes_with(marker)  # the killed ones' workers ended, too
 
 
-def test_ctrl_c_is_one_sentence(src: Path, tmp_path: Path) -> None:
-    """At any moment, in all processes of the terminal."""
+@pytest.mark.parametrize("there", ["begun.json", "images.bin"])
+def test_ctrl_c_is_one_sentence(there: str, src: Path, tmp_path: Path) -> None:
+    """In all processes of the terminal, as the run begins and with its workers at work."""
     args = command(src, tmp_path / "out", "--workers", "2", "--encode", "webp")
-    for moment in (1.0, random.uniform(1, 4)):
-        with subprocess.Popen(
-            [sys.executable, "-m", "data_prep", *args],
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        ) as process:
-            time.sleep(moment)
-            os.killpg(process.pid, signal.SIGINT)
-            assert process.stderr is not None
-            said = process.stderr.read().splitlines()
-        assert process.returncode == 130, moment
-        assert said[-1].startswith("interrupted"), moment
-        assert all("img/s" in line for line in said[:-1]), said
+    with subprocess.Popen(
+        [sys.executable, "-m", "data_prep", *args],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        while not (tmp_path / "out" / ".partial" / there).exists():
+            assert process.poll() is None
+            time.sleep(0.001)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.stderr is not None
+        said = process.stderr.read().splitlines()
+    assert process.returncode == 130, said
+    assert said[-1].startswith("interrupted")
+    assert all("img/s" in line for line in said[:-1]), said
 
 
 def test_workers_change_no_byte(src: Path, tmp_path: Path, unbroken: dict[str, bytes]) -> None:
