@@ -28,7 +28,8 @@ from tarflow_dist.errors import run_command
 
 KINDS = ("cut", "flipped", "emptied", "text", "missing")
 FORMATS = ("mds", "wds")
-TRAIN = ["data.num_workers=2", "train.images=1800", "train.batch_size=60", "log.wandb=disabled"]
+TRAIN = ["train.images=1800", "train.batch_size=60", "optimizer.warmup_images=600"]
+TRAIN += ["data.num_workers=2", "log.wandb=disabled"]
 LIMIT_SECONDS = 600  # a run that takes longer hangs
 
 

@@ -33,34 +33,29 @@ def proportional_set_size(process: int) -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
-def peaks(command: list[str]) -> tuple[int, int]:
-    """Bytes of all processes, while there are workers and when there are none."""
-    beside, alone = 0, 0
+def peak(command: list[str]) -> int:
+    """Bytes of all processes."""
+    most = 0
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
         while run.poll() is None:
-            processes = tree(run.pid)
-            size = sum(map(proportional_set_size, processes))
-            if len(processes) > WORKERS:
-                beside = max(beside, size)
-            else:
-                alone = max(alone, size)
+            most = max(most, sum(map(proportional_set_size, tree(run.pid))))
             time.sleep(EVERY_SECONDS)
     assert run.returncode == 0
-    return beside, alone
+    return most
 
 
 def main() -> None:
-    print("| images | format | MiB while images are prepared | MiB while shards are written |")
-    print("|---|---|---|---|")
+    print("| images | format | MiB |")
+    print("|---|---|---|")
     for count in map(int, sys.argv[1:] or (5_000, 20_000)):
         with tempfile.TemporaryDirectory() as scratch:
             photos = Path(scratch, "photos")
-            write_photos(photos, count)
+            write_photos(photos, count, different=100)
             for form in ("mds", "wds"):
                 command = [sys.executable, "-m", "data_prep", "folder", str(photos)]
-                command += [f"{scratch}/out", "--size", "64", "--format", form]
-                beside, alone = peaks([*command, "--workers", str(WORKERS)])
-                print(f"| {count:,} | {form} | {beside >> 20} | {alone >> 20} |", flush=True)
+                command += [f"{scratch}/{form}", "--size", "64", "--format", form]
+                most = peak([*command, "--workers", str(WORKERS)])
+                print(f"| {count:,} | {form} | {most >> 20} |", flush=True)
 
 
 if __name__ == "__main__":

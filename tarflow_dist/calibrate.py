@@ -33,7 +33,7 @@ TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5)
 FIRST_WINDOW = 16
 LARGER_WINDOWS = (32, 64, 128, 256)
 SMALLER_WINDOWS = (8, 4)
-WORTHWHILE = 0.95
+WORTHWHILE = 0.8
 """Windows must take at most this share of the sequential time: noise shall not choose them."""
 SHARE_EQUAL = 0.999
 REPEATS = 3

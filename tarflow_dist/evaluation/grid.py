@@ -12,6 +12,7 @@ from tarflow_dist.files import write_whole
 from tarflow_dist.telemetry.pictures import GUTTER, strip
 
 NAME_WIDTH = 160
+LARGEST = 128  # pixels of an image's side as shown
 
 # A class id, or None without classes, and sample indexes
 Row = tuple[int | None, list[int]]
@@ -39,7 +40,7 @@ def write_grid(
 ) -> None:
     """A PNG with a row for each of up to `rows` classes, under their `names` or numbers."""
     wanted = class_rows(store.labels(), rows, columns)
-    strips = [strip(read_at(store, indexes)) for _, indexes in wanted]
+    strips = [strip(read_at(store, indexes), LARGEST) for _, indexes in wanted]
     left = NAME_WIDTH if any(label is not None for label, _ in wanted) else 0
     height = strips[0].height + GUTTER
     grid = Image.new("RGB", (left + max(s.width for s in strips), len(strips) * height), "white")

@@ -120,11 +120,10 @@ def run(args: argparse.Namespace, training_run: TrainingRun | None) -> None:
 
 def _measure_samples(point: Point, extractor: FeatureExtractor, device: torch.device) -> None:
     """Leaves the features of the point's samples in its folder. Collective."""
-    file = point.features_file
-    who = {"samples_sha256": point.store.sha256(), **describe_extractor(extractor)}
-    first = None
-    there = distributed.from_main(_is_measured(file, who) if distributed.is_main() else None)
-    if not there:
+    file, who = point.features_file, {}
+    if distributed.is_main():
+        who = {"samples_sha256": point.store.sha256(), **describe_extractor(extractor)}
+    if not distributed.from_main(distributed.is_main() and _is_measured(file, who)):
         measured = measure(
             sample_batches(point.store),
             extractor,
@@ -136,6 +135,7 @@ def _measure_samples(point: Point, extractor: FeatureExtractor, device: torch.de
         if measured is not None:
             measured.about.update(who)
             measured.save(file)
+    first = None
     if distributed.is_main():
         features = FeatureSet.load(file).features
         assert features is not None

@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from tarflow_dist.evaluation.grid import class_name, class_rows, read_at
+from tarflow_dist.evaluation.grid import LARGEST, class_name, class_rows, read_at
 from tarflow_dist.evaluation.neighbours import NeighboursOf
 from tarflow_dist.evaluation.result import figures
 from tarflow_dist.evaluation.store import SampleStore
@@ -18,7 +19,7 @@ from tarflow_dist.evaluation.sweep import FIGURES
 from tarflow_dist.files import write_whole
 from tarflow_dist.telemetry.pictures import strip
 
-CLASSES, SAMPLES_A_CLASS = 40, 12
+CLASSES, SAMPLES_A_CLASS = 20, 10
 
 SHOWN_ELSEWHERE = {
     *FIGURES,
@@ -73,7 +74,7 @@ def write_report(
         | shown["environment"],
         rows=list(_rows(store, class_names)),
         neighbours=neighbours,
-        strip=strip,
+        strip=partial(strip, largest=LARGEST),
         sweep_plot=sweep_plot and Image.open(sweep_plot),
     )
     with write_whole(file) as part:
@@ -84,7 +85,7 @@ def _rows(store: SampleStore, class_names: list[str] | None) -> Iterator[tuple[s
     """A name and a strip of samples for each class that is shown."""
     for label, indexes in class_rows(store.labels(), CLASSES, SAMPLES_A_CLASS):
         name = "" if label is None else class_name(label, class_names)
-        yield name, strip(read_at(store, indexes))
+        yield name, strip(read_at(store, indexes), LARGEST)
 
 
 def data_url(picture: Image.Image) -> Markup:

@@ -81,8 +81,9 @@ def draw_missing_chunks(
     Raises:
         UserError: on every rank, if on one `draw` raised `ValueError` or the disk refused.
     """
-    # as rank 0 sees them: ranks may see a network folder at different times
-    missing = from_main(store.missing_chunks())
+    # as rank 0 sees them: ranks may see a network folder at different times, and would remember
+    # for a while that a file was not there
+    missing = from_main(store.missing_chunks() if is_main() else [])
     taken, drawn, failed = Counter(), Counter(), Counter()
     lacking = sum(len(store.chunk_indexes(chunk)) for chunk in missing)
     done = store.num_samples - lacking

@@ -57,7 +57,7 @@ def sweep_settings(
         name = f"guidance-{weight:g}-denoise-{int(score_step)}" if len(pairs) > 1 else ""
         points[name] = {
             **common,
-            "sampler": describe_sampler(flow, args.batch_size, guidance),
+            "sampler": flow.sampler(args.batch_size, guidance),
             "guidance": guidance.weight,
             "annealed": guidance.annealed,
             "guide": guidance.guide,
@@ -87,13 +87,6 @@ def label_rule(args: argparse.Namespace, flow: TarFlow) -> str | None:
     if not 0 <= min(given) <= max(given) < flow.num_classes:
         raise UserError(f"--labels {rule}: the model's classes are 0 to {flow.num_classes - 1}")
     return ",".join(map(str, given))
-
-
-def describe_sampler(flow: TarFlow, batch_size: int, guidance: Guidance) -> str:
-    """How the blocks are inverted, in words that tell two policies apart: of a model with a policy
-    its own words, or else "sequential", one patch at a time."""
-    describe = getattr(flow, "sampler", None)
-    return describe(batch_size, guidance) if describe is not None else "sequential"
 
 
 def hash_weights(model: Path) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from tarflow_dist.config import LogConfig
 from tarflow_dist.evaluation.sweep import FIGURES
-from tarflow_dist.telemetry.metrics import start_wandb
+from tarflow_dist.telemetry.metrics import end_wandb, start_wandb
 
 
 @dataclass(frozen=True)
@@ -30,5 +30,4 @@ def log_to_run(run: TrainingRun, results: dict[Path, dict[str, Any]]) -> None:
         figures = {f"{prefix}/{name}": result[name] for name in FIGURES if result[name] is not None}
         grid = {f"{prefix}/samples": wandb.Image(str(folder / "grid.png"))}
         started.log({"images": run.images, **figures, **grid})
-    started.finish()
-    wandb.teardown()  # until all is written: its process ends with this one
+    end_wandb(started)

@@ -59,7 +59,7 @@ class Metrics:
     def close(self) -> None:
         self._rows.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            end_wandb(self._wandb)
 
 
 def start_wandb(run: Path, log: LogConfig, config: dict[str, Any] | None, wandb_id: str) -> Any:
@@ -89,6 +89,14 @@ def start_wandb(run: Path, log: LogConfig, config: dict[str, Any] | None, wandb_
     # its own step counter would refuse the rows that a resumed run writes once more
     started.define_metric("*", step_metric="images")
     return started
+
+
+def end_wandb(started: Any) -> None:
+    """Ends a wandb run when all of it is written: its own process ends with this one."""
+    import wandb
+
+    started.finish()
+    wandb.teardown()
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

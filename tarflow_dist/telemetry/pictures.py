@@ -8,8 +8,11 @@ GUTTER = 4  # white pixels between images
 SMALLEST = 64  # pixels of an image's side as shown
 
 
-def strip(images: NDArray[np.uint8]) -> Image.Image:
-    """The images (B, H, W, C) side by side, each followed by a gutter to the right."""
+def strip(images: NDArray[np.uint8], largest: int | None = None) -> Image.Image:
+    """The images (B, H, W, C) side by side, each followed by a gutter to the right; those above
+    `largest` pixels made smaller."""
+    if largest is not None and images.shape[1] > largest:
+        images = np.stack([_smaller(image, largest) for image in images])
     B, H, W, C = images.shape
     scale = max(1, SMALLEST // H)
     large = images.repeat(scale, axis=1).repeat(scale, axis=2)
@@ -18,6 +21,12 @@ def strip(images: NDArray[np.uint8]) -> Image.Image:
     for i, image in enumerate(large):
         canvas[:, i * width : i * width + W * scale] = image
     return Image.fromarray(canvas.squeeze(2) if C == 1 else canvas)
+
+
+def _smaller(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    C = image.shape[2]
+    picture = Image.fromarray(image.squeeze(2) if C == 1 else image)
+    return np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS)).reshape(side, side, C)
 
 
 def image_grid(images: NDArray[np.uint8], columns: int) -> Image.Image:

@@ -13,6 +13,7 @@ from torch_fidelity.datasets import ImagesPathDataset
 from tarflow_dist.evaluation.export import WRITERS, write_folder, write_npz, write_tars
 from tarflow_dist.evaluation.grid import NAME_WIDTH, class_rows, write_grid
 from tarflow_dist.evaluation.store import SampleStore
+from tarflow_dist.telemetry.pictures import strip
 
 
 def full_store(folder: Path, images: np.ndarray, labels: np.ndarray) -> SampleStore:
@@ -109,6 +110,12 @@ def test_rows_are_classes() -> None:
 def test_rows_without_labels_fill_up() -> None:
     assert class_rows(np.full(8, -1), rows=2, columns=3) == [(None, [0, 1, 2]), (None, [3, 4, 5])]
     assert class_rows(np.full(2, -1), rows=2, columns=3) == [(None, [0, 1])]
+
+
+def test_large_images_are_shown_smaller() -> None:
+    assert strip(np.zeros((3, 256, 256, 3), np.uint8), 128).size == (3 * 132, 128)
+    assert strip(np.zeros((2, 200, 200, 1), np.uint8), 128).size == (2 * 132, 128)
+    assert strip(np.zeros((2, 96, 96, 1), np.uint8), 128).size == (2 * 100, 96)
 
 
 def test_grid_shows_small_images_magnified_under_their_names(tmp_path: Path) -> None:
