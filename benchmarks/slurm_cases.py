@@ -79,7 +79,7 @@ CASES: dict[str, tuple[str, Callable[[Launcher, Run], None]]] = {
     "preempt": ("a job of a higher partition takes its nodes", struck_by(strikes.preempt)),
     "limit": ("the time limit comes near", struck_by(strikes.reach_time_limit)),
     "stop": ("`launch.py stop`, and the same command again", stop_and_launch_again),
-    "requeue": ("`scontrol requeue`, without warning", struck_by(strikes.requeue)),
+    "requeue": ("`scontrol requeue`", struck_by(strikes.requeue)),
     "rank": ("`kill -9` of a rank", kill_rank),
     "node": ("a node loses power", struck_by(strikes.kill_node)),
 }

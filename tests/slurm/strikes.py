@@ -102,7 +102,7 @@ def send_usr2(launch: Launcher, job: str) -> None:
 
 
 def requeue(launch: Launcher, job: str) -> None:
-    """Without any warning."""
+    """By hand: Slurm sends SIGTERM, and SIGKILL after KillWait."""
     launch.cluster.run("scontrol", "requeue", job)
 
 
