@@ -31,11 +31,10 @@ from tarflow_dist.cost.memory import training_memory
 from tarflow_dist.data.loader import Batch
 from tarflow_dist.flow.counts import Counts
 from tarflow_dist.flow.noise import scale_pixels
-from tarflow_dist.telemetry.pace import Pace
 from tarflow_dist.training.ema import DECAY, EMA, track_ema
 from tarflow_dist.training.engine import Engine
 from tarflow_dist.training.saver import Saver
-from tarflow_dist.training.start import build_engine
+from tarflow_dist.training.start import build_engine, start_pace
 from tarflow_dist.training.state import RunState
 from tarflow_dist.training.step import Stepper
 
@@ -61,7 +60,7 @@ class Ours:
         self.engine: Engine = build_engine(config, micro_batch, device)
         self.state = RunState(images=config.optimizer.warmup_images)
         self._batch_size = config.train.batch_size
-        pace = Pace(device, 0)
+        pace = start_pace(config, device, 0)
         batches = random_batches(config, micro_batch)
         self._stepper = Stepper(self.engine, batches, config, device, pace)
 

@@ -1,28 +1,21 @@
 """Items → stored images, in this process or in many, in the same order."""
 
 import hashlib
-import multiprocessing
-import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from PIL import UnidentifiedImageError
+from xxhash import xxh3_64_hexdigest
 
 from data_prep.images import prepare_image
 from data_prep.sources.base import Content, FilePart, Item, readable
-from tarflow_dist.errors import UserError
+from data_prep.workers import map_in_order
 
 CHUNK = 8  # images sent to a worker at a time
-IN_FLIGHT = 4  # chunks a worker may be ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +25,7 @@ class Encoded:
     data: bytes
     kind: str
     sha256: str
+    xxh3_64: str
     original_bytes: int
     original_width: int
     original_height: int
@@ -71,73 +65,27 @@ def encode_item(recipe: Recipe, content: Content) -> Result:
         said = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         return Rejected(readable(said))
     data, kind, *about = stored
-    return Encoded(data, kind, hashlib.sha256(data).hexdigest(), *about)
+    return Encoded(data, kind, hashlib.sha256(data).hexdigest(), xxh3_64_hexdigest(data), *about)
 
 
 def encode_items(
     items: Iterator[Item], recipe: Recipe, workers: int
 ) -> Generator[tuple[Item, Result], None, None]:
-    """Each item with its result, in the items' order. Only so many are held at a time.
-
-    Args:
-        workers: processes; 1 does it in this one.
+    """Each item with its result, in the items' order.
 
     Raises:
         UserError: a worker was killed.
     """
-    if workers == 1:
-        yield from ((item, encode_item(recipe, item.content)) for item in items)
-        return
-    try:
-        yield from _encode_in_pool(items, recipe, workers)
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process was killed, mostly that is for want of memory: give the same "
-            "command again to go on, with fewer --workers"
-        ) from error
+    sent: deque[list[Item]] = deque()
 
-
-def _encode_in_pool(
-    items: Iterator[Item], recipe: Recipe, workers: int
-) -> Iterator[tuple[Item, Result]]:
-    waiting: deque[tuple[list[Item], Future[list[Result]]]] = deque()
-    with _pool(workers) as pool:
+    def chunks() -> Iterator[list[Content]]:
         while chunk := list(islice(items, CHUNK)):
-            contents = [item.content for item in chunk]
-            waiting.append((chunk, pool.submit(_encode_chunk, recipe, contents)))
-            if len(waiting) >= IN_FLIGHT * workers:
-                yield from _results(*waiting.popleft())
-        while waiting:
-            yield from _results(*waiting.popleft())
+            sent.append(chunk)
+            yield [item.content for item in chunk]
+
+    for results in map_in_order(partial(_encode_chunk, recipe), chunks(), workers):
+        yield from zip(sent.popleft(), results, strict=True)
 
 
 def _encode_chunk(recipe: Recipe, contents: list[Content]) -> list[Result]:
     return list(map(partial(encode_item, recipe), contents))
-
-
-def _results(chunk: list[Item], future: Future[list[Result]]) -> Iterator[tuple[Item, Result]]:
-    return zip(chunk, future.result(), strict=True)
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    # spawned, since a fork copies locks that this process's threads may hold
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to act on
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker waits for work forever, also when its parent has been killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

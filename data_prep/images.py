@@ -20,6 +20,7 @@ KINDS = {
     "TIFF": "tif",
     "WEBP": "webp",
 }
+MAX_PIXELS = 1 << 27  # of an image when its short side is `size`: 400 MB
 
 
 class Stored(NamedTuple):
@@ -65,6 +66,8 @@ def prepare_image(
                 kind = KINDS["JPEG" if image.format == "MPO" else image.format]
                 return Stored(content, kind, *about)
             assert size is not None
+            if image.width * image.height * (size / min(image.size)) ** 2 > MAX_PIXELS:
+                raise ValueError(f"too narrow to be resized: {image.width}x{image.height}")
             pixels = CROPS[crop](to_8bit(image, channels), size)
             return Stored(*encode_image(pixels, encode), *about)
 

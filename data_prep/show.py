@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from data_prep.images import to_8bit
 from data_prep.read_back import decode
 from data_prep.sources import SPLITS
 from data_prep.verify import find_sets
@@ -15,7 +16,7 @@ from tarflow_dist.errors import UserError
 from tarflow_dist.files import write_whole
 
 ROWS, COLUMNS = 10, 10
-CELL = 96
+CELL = 128
 """Pixels of a picture on the sheet: smaller ones are magnified as far as they go in whole steps."""
 GAP, NAMES = 4, 160
 
@@ -108,7 +109,7 @@ def contact_sheet(folder: Path, summary: dict[str, Any], manifest: Any) -> Image
         for column, image in enumerate(of_class.to_pylist()):
             with (folder / image["shard"]).open("rb") as file:
                 file.seek(image["offset"])
-                picture = _sized(decode(file.read(image["bytes"]), summary).convert("RGB"))
+                picture = _sized(to_8bit(decode(file.read(image["bytes"]), summary), 3))
             left = NAMES + column * step
             sheet.paste(
                 picture, (left + (CELL - picture.width) // 2, top + (CELL - picture.height) // 2)

@@ -108,7 +108,14 @@ class Spool:
         os.close(self._images)
 
 
-RESULT_COLUMNS = ("kind", "sha256", "original_bytes", "original_width", "original_height")
+RESULT_COLUMNS = (
+    "kind",
+    "sha256",
+    "xxh3_64",
+    "original_bytes",
+    "original_width",
+    "original_height",
+)
 
 
 def write_all(descriptor: int, data: bytes) -> None:

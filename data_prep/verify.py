@@ -2,8 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -13,11 +12,13 @@ import numpy as np
 
 from data_prep.read_back import READERS, Listed, Stored, decode, digest, read_index
 from data_prep.sources import SPLITS
+from data_prep.workers import map_in_order
 from tarflow_dist.errors import UserError
 from tarflow_dist.telemetry.progress import Progress
 
 MAX_LINES = 1000
-COLUMNS = ["split", "index", "source", "class", "label", "shard", "offset", "bytes", "sha256"]
+HASHES = ("sha256", "xxh3_64")
+COLUMNS = ["split", "index", "source", "class", "label", "shard", "offset", "bytes", *HASHES]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +97,8 @@ def _verify_set(folder: Path, workers: int) -> Iterator[str]:
         wrong += its_wrong
     yield from wrong
     with Progress("verify", len(rows)) as progress:
-        for job, problem in zip(jobs, _each(jobs, workers), strict=True):
+        problems = map_in_order(_check_shard, jobs, workers)
+        for job, problem in zip(jobs, problems, strict=True):
             progress.update(len(job.rows))
             if problem:
                 yield f"{job.shard.name}: {problem}"
@@ -155,14 +157,6 @@ def _list_split(
     return jobs, wrong
 
 
-def _each(jobs: Iterable[Job], workers: int) -> Iterator[str]:
-    if workers < 2:
-        yield from map(_check_shard, jobs)
-    else:
-        with ProcessPoolExecutor(workers) as pool:
-            yield from pool.map(_check_shard, jobs)
-
-
 def _check_shard(job: Job) -> str:
     """What is wrong with a shard; nothing if it is whole."""
     shard, rows = job.shard, job.rows.to_pylist()
@@ -204,8 +198,9 @@ def _check_image(
     data: bytes, row: dict[str, Any], sample: Stored | None, summary: dict[str, Any]
 ) -> str:
     image = data[row["offset"] : row["offset"] + row["bytes"]]
-    if digest("sha256", image) != row["sha256"]:
-        return "has not the manifest's sha256"
+    for kind in HASHES:
+        if digest(kind, image) != row[kind]:
+            return f"has not the manifest's {kind}"
     expected = Stored(row["index"], row["label"], row["offset"], row["bytes"])
     if sample and sample != expected:
         return f"is stored as {sample} and listed as {expected}"

@@ -41,6 +41,7 @@ def main(argv: list[str]) -> None:
             [
                 *("--model", MODEL, "--reference", SHARDS / "mds", "--features", "pixels"),
                 *("--num-samples", NUM_SAMPLES, "--guidance", guidance, "--out", out),
+                *("--write", "npz"),
             ],
             ranks=ranks,
             done=out / "result.json",
@@ -123,7 +124,8 @@ def _class_agreement() -> float:
         return images.reshape(len(images), -1) * (16 / 255)
 
     classifier = SVC(gamma=0.001).fit(features(np.stack(images)), labels)
-    return float((classifier.predict(features(drawn["arr_0"])) == drawn["arr_1"]).mean())
+    grey = drawn["arr_0"][..., 0]
+    return float((classifier.predict(features(grey)) == drawn["arr_1"]).mean())
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import os
 import socket
 from datetime import timedelta
+from itertools import count
 from typing import TypeVar
 
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from tarflow_dist.errors import UserError
 
 T = TypeVar("T")
+_counters = count()
 
 
 def init(timeout: timedelta | None = None) -> torch.device:
@@ -100,3 +102,29 @@ def gather(value: T) -> list[T]:
 def from_main(value: T) -> T:
     """Rank 0's `value`, on every rank."""
     return gather(value)[0]
+
+
+def to_main(value: T) -> list[T] | None:
+    """Every rank's `value`, by rank, on rank 0; None on the others."""
+    if world_size() == 1:
+        return [value]
+    values: list[T] | None = [value] * world_size() if is_main() else None
+    dist.gather_object(value, values)
+    return values
+
+
+class Counter:
+    """A number, at first 0, that each rank adds to in its own time: nothing waits for the others.
+    Every rank makes its counters in the same order."""
+
+    def __init__(self) -> None:
+        self._key = f"tarflow_dist/counter/{next(_counters)}"
+        self._alone = 0
+
+    def add(self, amount: int) -> int:
+        """Adds `amount`, which may be 0, and returns the new value."""
+        if world_size() > 1:
+            # the store that the ranks met through; torch has no public name for it
+            return int(dist.distributed_c10d._get_default_store().add(self._key, amount))
+        self._alone += amount
+        return self._alone

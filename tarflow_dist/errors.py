@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 USER_ERROR_EXIT_CODE = 2
+INTERRUPTED_EXIT_CODE = 130  # a shell's 128 + SIGINT
 SECONDS_FOR_RANK_0 = 5.0
 # what the machine refuses for reasons that are the user's to mend, wherever it is met
 REFUSED_BY_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
@@ -29,7 +30,8 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
             raise
         code = _report(f"{error.filename or 'writing'}: {error.strerror}")
     except KeyboardInterrupt:
-        code = 130
+        print("interrupted", file=sys.stderr)
+        code = INTERRUPTED_EXIT_CODE
     sys.exit(code)
 
 

@@ -12,7 +12,10 @@ from pathlib import Path
 from tarflow_dist.errors import UserError, run_command
 
 
-def main(argv: list[str]) -> None:
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Raises:
+    UserError: a number out of range.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m tarflow_dist.evaluate_bpd",
         description=__doc__,
@@ -28,6 +31,11 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.draws < 1 or args.batch_size < 1:
         raise UserError("--draws and --batch-size must be at least 1")
+    return args
+
+
+def main(argv: list[str]) -> None:
+    args = parse_arguments(argv)
 
     from tarflow_dist import distributed
     from tarflow_dist.data.loader import eval_batches

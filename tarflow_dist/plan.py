@@ -15,7 +15,7 @@ from pathlib import Path
 from tarflow_dist import config as configs
 from tarflow_dist.config import Config
 from tarflow_dist.cost.cards import CARDS, card
-from tarflow_dist.cost.estimate import HEADROOM, Estimate, Layout, estimate
+from tarflow_dist.cost.estimate import HEADROOM, Estimate, Layout, does_not_fit, estimate
 from tarflow_dist.errors import UserError, run_command
 
 EXIT_DOES_NOT_FIT = 1
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
         print("\n".join(_lines(result, config, card(args.gpu).memory)))
     if result.chosen.fits:
         return 0
-    print(f"warning: {_does_not_fit(result, config, args.gpu)}", file=sys.stderr)
+    print(f"warning: {does_not_fit(result, args.gpu)}", file=sys.stderr)
     return EXIT_DOES_NOT_FIT
 
 
@@ -111,21 +111,6 @@ def _cells(layout: Layout) -> tuple[str, ...]:
         "yes" if layout.fits else "no",
         str(layout.largest_micro_batch or "none"),
     )
-
-
-def _does_not_fit(result: Estimate, config: Config, gpu: str) -> str:
-    chosen = result.chosen
-    need = f"this run needs {chosen.memory.peak / GIB:.1f} GiB on each {gpu} and can't fit"
-    if chosen.largest_micro_batch:
-        return f"{need}: train.micro_batch_size={chosen.largest_micro_batch} would"
-    for layout in result.layouts:
-        if layout.largest_micro_batch:
-            return (
-                f"{need}: train.zero_stage={layout.stage} with "
-                f"train.activation_checkpointing={layout.checkpoint_every} and "
-                f"train.micro_batch_size={layout.largest_micro_batch} would"
-            )
-    return f"{need}: it takes a larger card, more GPUs or train.offload=true at ZeRO 3"
 
 
 def _si(value: float) -> str:

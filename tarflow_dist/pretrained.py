@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +12,42 @@ from torch import Tensor
 from tarflow_dist import rng
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import write_whole
-from tarflow_dist.flow.guidance import Guide
+from tarflow_dist.flow.guidance import Guidance, Guide, Rule
+from tarflow_dist.flow.inverse import Solver
 from tarflow_dist.flow.model import Flow
 from tarflow_dist.flow.noise import to_pixels
+from tarflow_dist.policy import Policy, fingerprint_of, read_policy
+from tarflow_dist.telemetry.progress import Progress
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+ATTEMPTS = 5
+"""To draw a sample that is finite and in range."""
+RUNAWAY = 100.0
+"""No image value, of pixels in [-1, 1], is that far from 0 unless the sample ran away."""
 
 
 class TarFlow(Flow):
     """A TARFlow that loads, saves and samples. See `Flow` for its arguments and its mathematics.
 
-    `provenance` says where the weights come from; it is kept in config.json.
+    `provenance` says where the weights come from; it is kept in config.json. `policy` is what
+    `python -m tarflow_dist.calibrate` found, and `redrawn` counts the samples that had to be drawn
+    again.
     """
 
     def __init__(self, **config: Any):
         super().__init__(**config)
         self.provenance: dict[str, Any] = {}
+        self.policy: Policy | None = None
+        self.redrawn = 0
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "TarFlow":
-        """Loads a folder of model.safetensors and config.json, in the type it was saved in.
+        """Loads a folder of model.safetensors, config.json and, if there is one, sampling.json, in
+        the type it was saved in.
 
         Raises:
-            UserError: a file is missing, damaged, or the weights are of another model size.
+            UserError: a file is missing, damaged, or not of this model.
         """
         path = Path(path)
         saved = _read_config(path / CONFIG_FILE)
@@ -44,7 +57,11 @@ class TarFlow(Flow):
             except (TypeError, ValueError) as error:
                 raise UserError(f"{path / CONFIG_FILE} describes no TARFlow: {error}") from error
         flow.provenance = saved.get("provenance", {})
-        flow.load_weights(_read_weights(path / WEIGHTS_FILE), source=path / WEIGHTS_FILE)
+        weights = _read_weights(path / WEIGHTS_FILE)
+        flow.load_weights(weights, source=path / WEIGHTS_FILE)
+        flow.policy = read_policy(
+            path, fingerprint=fingerprint_of(weights), num_blocks=len(flow.blocks)
+        )
         return flow.eval()
 
     def load_weights(self, weights: dict[str, Tensor], *, source: Path) -> None:
@@ -81,6 +98,24 @@ class TarFlow(Flow):
         with write_whole(path / WEIGHTS_FILE) as part:
             save_file(weights, part, metadata={"format": "pt"})
 
+    def solvers_for(self, batch: int, guidance: Guidance) -> list[Solver]:
+        """How `decode` inverts the blocks for `batch` samples: as calibrated for this device, type
+        and guidance, or else one patch at a time, exactly."""
+        dtype = next(self.parameters()).dtype
+        found = self.policy and self.policy.find(self.device, dtype, batch, guidance)
+        return list(found.solvers) if found else super().solvers_for(batch, guidance)
+
+    def sampler(self, batch: int, guidance: Guidance) -> str:
+        """The same in words, which also tell two policies apart."""
+        solvers = self.solvers_for(batch, guidance)
+        if all(solver.window == 1 for solver in solvers):
+            return "sequential"
+        shown = (
+            "1" if s.window == 1 else f"{s.window} (from {s.start}, to {s.tolerance:g})"
+            for s in solvers
+        )
+        return f"windows of {', '.join(shown)} patches"
+
     def sample(
         self,
         y: Tensor | Sequence[int] | None = None,
@@ -89,55 +124,84 @@ class TarFlow(Flow):
         annealed: bool = False,
         guide: Guide = "both",
         attn_temp: float = 1.0,
+        rule: Rule = "linear",
+        guide_blocks: Sequence[int] | None = None,
         denoise: bool = True,
         seed: int = 0,
         index: Tensor | None = None,
+        progress: bool = False,
     ) -> Tensor:
         """Draws one batch of images.
 
+        A sample that is not finite or runs away is drawn again, with noise of (seed, index,
+        attempt) in a batch of the same shape; `redrawn` counts them.
+
         Args:
             y: B class ids, −1 for no label; None for an unconditional model.
-            guidance, annealed, guide, attn_temp: see `Guidance`.
+            guidance, annealed, guide, attn_temp, rule, guide_blocks: see `Guidance`.
             denoise: take the score step, which removes the training noise; models trained with
                 uniform noise have none to remove.
             seed: of the noise.
             index: (B,) int64 sample indexes; sample i is the same image in every batch.
                 0…B−1 unless given.
+            progress: show the blocks done.
 
         Returns:
             uint8 (B, H, W, C).
 
         Raises:
-            ValueError: labels or guidance that this model can't have, or samples that are not
-                finite.
+            ValueError: labels or guidance that this model can't have, or samples that ran away each
+                time.
         """
         if y is not None:
-            y = torch.as_tensor(y, dtype=torch.int64, device=self.device)
+            y = torch.as_tensor(y, device=self.device)
         if index is None:
             index = torch.arange(1 if y is None else len(y))
         index = index.cpu()
+        lost = torch.ones(len(index), dtype=torch.bool)
+        images = torch.empty(len(index), *self.image_shape, dtype=self.dtype, device=self.device)
+        for attempt in range(ATTEMPTS):
+            self.redrawn += int(lost.sum()) if attempt else 0
+            with Progress("sampling", len(self.blocks), unit="block", enabled=progress) as shown:
+                x = self.decode(
+                    self.noise_of(index, seed=seed, attempt=lost * attempt),
+                    y,
+                    guidance=guidance,
+                    annealed=annealed,
+                    guide=guide,
+                    attn_temp=attn_temp,
+                    rule=rule,
+                    guide_blocks=guide_blocks,
+                    on_block=partial(_count_block, shown),
+                )
+            if denoise and self.sigma is not None:
+                x = self.denoise(x, y)
+            kept = lost.to(x.device)[:, None, None, None]
+            images = torch.where(kept, x, images)
+            lost &= ~(x.abs() < RUNAWAY).flatten(1).all(dim=1).cpu()
+            if not lost.any():
+                return to_pixels(images, self.noise).permute(0, 2, 3, 1)
+        bad = index[lost].tolist()
+        named = f"{bad[:5]} and {len(bad) - 5} more" if len(bad) > 5 else bad
+        raise ValueError(
+            f"samples {named} are not finite or ran away in {ATTEMPTS} attempts: lower the "
+            "guidance, or train longer"
+        )
+
+    def noise_of(self, index: Tensor, *, seed: int, attempt: Tensor | int = 0) -> Tensor:
+        """The standard normal latents (B, N, D) of the samples `index` (B,) at `attempt` (B,)."""
         noise = rng.normal(
             (self.num_patches, self.patch_dim),
             seed=seed,
             purpose="sample noise",
             index=index.to(self.device),
+            epoch=torch.as_tensor(attempt, device=self.device),
         )
-        x = self.decode(
-            noise.to(self.dtype),
-            y,
-            guidance=guidance,
-            annealed=annealed,
-            guide=guide,
-            attn_temp=attn_temp,
-        )
-        if denoise and self.sigma is not None:
-            x = self.denoise(x, y)
-        finite = x.isfinite().flatten(1).all(dim=1)
-        if not finite.all():
-            lost = index[~finite.cpu()].tolist()
-            shown = f"{lost[:5]} and {len(lost) - 5} more" if len(lost) > 5 else lost
-            raise ValueError(f"samples {shown} are not finite: lower the guidance, or train longer")
-        return to_pixels(x, self.noise).permute(0, 2, 3, 1)
+        return noise.to(self.dtype)
+
+
+def _count_block(progress: Progress, _: Tensor) -> None:
+    progress.update(1)
 
 
 def _read_config(file: Path) -> dict[str, Any]:

@@ -1,33 +1,35 @@
-"""Draws samples on any number of ranks and measures their Fréchet distance to a reference set.
+"""Draws samples on any number of ranks and measures how close they come to a reference set.
 
     python -m tarflow_dist.sample_fid --model MODEL --reference SHARDS --num-samples 50000 \\
         --guidance 1.5 --annealed --inception-weights WEIGHTS.pth
     torchrun --nproc-per-node 8 -m tarflow_dist.sample_fid ...
 
 The samples are the same on any number of ranks. To take up an interrupted run, run the same command
-again: only the chunks that are missing are drawn.
+again: only the chunks that are missing are drawn. Several weights, --guidance 0,1,1.5, make a sweep
+with a folder each, a table and curves.
 """
 
 import argparse
-import hashlib
-import json
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import shlex
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 from tarflow_dist.errors import UserError, run_command
 from tarflow_dist.evaluation.features import EXTRACTORS, check_inception_weights
 
 if TYPE_CHECKING:
-    import torch
+    from tarflow_dist.evaluation.wandb_log import TrainingRun
 
-    from tarflow_dist.pretrained import TarFlow
-
-UINT8_RULES = {  # flow/noise.py, to_pixels
-    "gaussian": "round((x + 1) * 127.5), clipped",
-    "uniform": "floor((x + 1) * 128), clipped",
+T = TypeVar("T")
+FORMATS = ("npz", "folder", "tar")
+# files that say whose folder it is
+TAKEN = {
+    "model.safetensors": "a model",
+    "checkpoints": "a training run",
+    "manifest.parquet": "a set of shards",
 }
 
 
@@ -37,198 +39,138 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
+    parser.set_defaults(command=shlex.join(["python", "-m", "tarflow_dist.sample_fid", *argv]))
+    add = parser.add_argument_group("the samples").add_argument
     add("--model", type=Path, required=True, help="folder of model.safetensors and config.json")
-    add("--reference", required=True, help="SHARDS folder made by data_prep, or its s3:// address")
-    add("--split", default="train", choices=("train", "val"), help="of the reference")
-    add("--num-samples", type=int, required=True)
-    add("--guidance", type=float, default=0.0, help="w; 0 is no guidance")
+    add("--num-samples", type=int, required=True, help="the field draws 50000")
+    add("--guidance", type=weights, default="0", help="w, or several: 0,1,1.5; default 0: none")
     add("--annealed", action="store_true", help="let w grow along the sequence, as published")
-    add("--guide", default="both", choices=("both", "mu", "alpha"), help="what is guided")
-    add("--attn-temp", type=float, default=1.0, help="guides an unconditional model")
-    add("--no-denoise", action="store_true", help="leave the score step out")
-    add("--labels", choices=("random", "balanced"), help="of a conditional model; default random")
-    add("--seed", type=int, default=0)
-    add("--batch-size", type=int, default=100, help="samples a batch and a file of the store")
-    add("--features", default="inception", choices=EXTRACTORS, help="what is compared")
+    add("--guide", default="both", choices=("both", "mu", "alpha"), help="default both")
+    add("--attn-temp", type=float, default=1.0, help="guides an unconditional model; default 1")
+    add(
+        "--denoise",
+        type=switches,
+        help="take the score step: 0, 1, or 0,1 for both; default 1 if the model has a sigma",
+    )
+    add(
+        "--labels",
+        help="of a conditional model: random, balanced, or class ids that take turns, 3,7; "
+        "default random",
+    )
+    add("--seed", type=int, default=0, help="of noise and labels; default 0")
+    add("--batch-size", type=int, default=100, help="and samples a file; default 100")
+
+    add = parser.add_argument_group("what they are compared with").add_argument
+    add(
+        "--reference",
+        required=True,
+        help="SHARDS folder made by data_prep, or its s3:// address; or an .npz: by "
+        "tarflow_dist.reference, ADM's VIRTUAL_*.npz, pytorch-fid's",
+    )
+    add("--split", default="train", choices=("train", "val"), help="of SHARDS; default train")
+    add("--features", default="inception", choices=EXTRACTORS, help="default inception")
     add("--inception-weights", type=Path, help="FID's Inception v3, a .pth file")
+
+    add = parser.add_argument_group("what is written").add_argument
     add("--out", type=Path, help="folder of the samples; default samples/MODEL's name")
+    add(
+        "--write",
+        type=formats,
+        default="",
+        help="further forms of the samples, one or several: npz (ADM's), folder (PNG files), tar "
+        "(WebDataset); default none",
+    )
+    add(
+        "--wandb",
+        type=Path,
+        metavar="RUN",
+        help="a training run's folder: log figures and pictures to its Weights & Biases",
+    )
     args = parser.parse_args(argv)
     args.out = args.out or Path("samples", args.model.resolve().name)
     return args
+
+
+def weights(text: str) -> list[float]:
+    return _parts(text, float)
+
+
+def switches(text: str) -> list[bool]:
+    return _parts(text, lambda part: bool(("0", "1").index(part)))
+
+
+def formats(text: str) -> list[str]:
+    return _parts(text, lambda part: FORMATS[FORMATS.index(part)]) if text else []
+
+
+def _parts(text: str, parse: Callable[[str], T]) -> list[T]:
+    """The parts of "a,b,c", no two of them equal; argparse makes a sentence of a `ValueError`."""
+    parts = [parse(part) for part in text.split(",")]
+    if len(set(parts)) < len(parts):
+        raise ValueError
+    return parts
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """What can be told without loading anything.
 
     Raises:
-        UserError: a number out of range, or a path that leads nowhere.
+        UserError: a number out of range, or a path that leads nowhere or to something else.
     """
     if args.num_samples < 2:
         raise UserError("--num-samples must be at least 2: a covariance needs two images")
     if args.batch_size < 1:
         raise UserError("--batch-size must be at least 1")
-    for option, folder in (("--model", args.model), ("--reference", args.reference)):
-        if "://" not in str(folder) and not Path(folder).is_dir():
-            raise UserError(f"{option} {folder} is not a folder")
+    if not args.model.is_dir():
+        raise UserError(f"--model {args.model} is not a folder")
+    if "://" not in args.reference and not Path(args.reference).exists():
+        raise UserError(f"--reference {args.reference} is not there")
+    for name, what in TAKEN.items():
+        if (args.out / name).exists():
+            raise UserError(f"--out {args.out} is the folder of {what}: choose another for samples")
+    if args.wandb is not None and not (args.wandb / "config.yaml").is_file():
+        raise UserError(f"--wandb {args.wandb} is not the folder of a training run")
     if args.features == "inception":
         check_inception_weights(args.inception_weights)
+
+
+def find_training_run(folder: Path, model: Path) -> "TrainingRun":
+    """The run that trained `model`, if it logs to Weights & Biases.
+
+    Raises:
+        UserError: it doesn't, or has no checkpoint yet.
+    """
+    from tarflow_dist import config as configs
+    from tarflow_dist.evaluation.wandb_log import TrainingRun
+    from tarflow_dist.pretrained import TarFlow
+    from tarflow_dist.training import checkpoint
+
+    log = configs.load(folder / "config.yaml").log
+    if log.wandb == "disabled":
+        raise UserError(f"--wandb {folder}: this run was trained with log.wandb=disabled")
+    newest = checkpoint.newest(folder / checkpoint.FOLDER)
+    if newest is None:
+        raise UserError(f"--wandb {folder}: this run has no checkpoint yet")
+    state = checkpoint.Checkpoint(newest).state
+    images = TarFlow.from_pretrained(model).provenance.get("images", state.images)
+    return TrainingRun(folder, log, state.wandb_id, images)
 
 
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     check_arguments(args)
-
-    from tarflow_dist import distributed
-    from tarflow_dist.data.shards import open_shards
-    from tarflow_dist.evaluation.export import write_grid, write_npz
-    from tarflow_dist.evaluation.features import make_extractor
-    from tarflow_dist.evaluation.measure import (
-        check_image_shape,
-        measure,
-        reference_batches,
-        sample_batches,
-    )
-    from tarflow_dist.evaluation.sampling import draw_missing_chunks, make_draw
-    from tarflow_dist.evaluation.statistics import frechet_distance
-    from tarflow_dist.evaluation.store import SampleStore
-    from tarflow_dist.pretrained import TarFlow
-
-    device = distributed.init()
-    flow = TarFlow.from_pretrained(args.model).requires_grad_(False).to(device)
-    settings = sample_settings(args, flow)
-    reference = open_shards(args.reference, args.split)
-    check_image_shape(args.reference, reference.image_shape, flow.image_shape)
-    extractor = make_extractor(
-        args.features,
-        image_shape=flow.image_shape,
-        inception_weights=args.inception_weights,
-        device=device,
-    )
-    store = SampleStore(args.out, settings)
-    if distributed.is_main():
-        store.begin()
-
-    seconds: dict[str, float] = {}
-    with timed(seconds, "sampling"):
-        chunks_drawn = draw_missing_chunks(store, make_draw(flow, settings))
-    with timed(seconds, "sample_features"):
-        images, share = sample_batches(store)
-        samples = measure(images, extractor, label="samples", share=share, device=device)
-    with timed(seconds, "reference_features"):
-        images, share = reference_batches(reference, args.batch_size)
-        real = measure(images, extractor, label="reference", share=share, device=device)
-    if distributed.is_main():
-        with timed(seconds, "distance"):
-            distance = frechet_distance(
-                samples.mean(), samples.covariance(), real.mean(), real.covariance()
-            )
-        with timed(seconds, "export"):
-            write_npz(store, args.out / "samples.npz")
-            write_grid(store, args.out / "grid.png")
-        result = {
-            "frechet_distance": distance,
-            "features": extractor.name,
-            **describe_reference(args, reference.manifest, count=int(real.count)),
-            "model": str(args.model),
-            **settings,
-            "device": describe_device(device),
-            "world_size": distributed.world_size(),
-            "chunks_drawn": chunks_drawn,
-            "seconds": seconds,
-        }
-        report(result, args.out / "result.json")
-    distributed.shutdown()
-
-
-def sample_settings(args: argparse.Namespace, flow: "TarFlow") -> dict[str, Any]:
-    """All that the samples depend on, as JSON values. `labels` is None for an unconditional model.
-
-    Raises:
-        UserError: guidance or labels that this model can't have.
-    """
-    from tarflow_dist.flow.guidance import Guidance
-
-    conditional = flow.num_classes > 0
     try:
-        guidance = Guidance(args.guidance, args.annealed, args.guide, args.attn_temp)
-        guidance.check(conditional=conditional, volume_preserving=flow.volume_preserving)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    if args.labels and not conditional:
-        raise UserError(f"{args.model} is unconditional and takes no labels: leave --labels out")
-    return {
-        "weights_sha256": sha256(*sorted(args.model.glob("*.safetensors"))),
-        "config_sha256": hashlib.sha256(json.dumps(flow.config).encode()).hexdigest(),
-        "dtype": str(next(flow.parameters()).dtype).removeprefix("torch."),
-        "num_samples": args.num_samples,
-        "chunk_size": args.batch_size,
-        "seed": args.seed,
-        "labels": (args.labels or "random") if conditional else None,
-        "guidance": guidance.weight,
-        "annealed": guidance.annealed,
-        "guide": guidance.guide,
-        "attn_temp": guidance.attn_temp,
-        "denoise": flow.sigma is not None and not args.no_denoise,
-        "uint8_rule": UINT8_RULES[flow.noise],
-    }
+        from tarflow_dist.evaluation.pipeline import run
 
-
-def describe_reference(args: argparse.Namespace, manifest: Path, *, count: int) -> dict[str, Any]:
-    return {
-        "reference": str(args.reference),
-        "reference_split": args.split,
-        "reference_images": count,
-        "reference_manifest_sha256": sha256(manifest),
-    }
-
-
-def describe_device(device: "torch.device") -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def sha256(*files: Path) -> str:
-    """The digest of the files' bytes one after another."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Notes how long the body takes under `stage`."""
-    began = time.perf_counter()
-    yield
-    seconds[stage] = round(time.perf_counter() - began, 3)
-
-
-def report(result: dict[str, Any], file: Path) -> None:
-    """Writes `result` with the versions it was made with to `file`, and prints the gist."""
-    from tarflow_dist.files import write_whole
-    from tarflow_dist.telemetry.environment import describe_environment
-
-    with write_whole(file) as part:
-        whole = result | {"environment": describe_environment()}
-        part.write_text(json.dumps(whole, indent=2) + "\n")
-    guidance = f"{result['guidance']}{' annealed' if result['annealed'] else ''}"
-    rows = {
-        "Fréchet distance": f"{result['frechet_distance']:.4f}",
-        "features": result["features"],
-        "samples": f"{result['num_samples']}, labels {result['labels'] or 'none'}, "
-        f"seed {result['seed']}",
-        "guidance": f"{guidance}, guide {result['guide']}, attn_temp {result['attn_temp']}",
-        "reference": f"{result['reference']} {result['reference_split']}, "
-        f"{result['reference_images']} images",
-        "seconds": ", ".join(f"{stage} {s:.1f}" for stage, s in result["seconds"].items()),
-        "written to": str(file.parent),
-    }
-    for name, value in rows.items():
-        print(f"{name:<18}{value}")
+        run(args, find_training_run(args.wandb, args.model) if args.wandb else None)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                f"interrupted: what is drawn stays in {args.out}, and the same command goes on "
+                "from there",
+                file=sys.stderr,
+            )
+        raise
 
 
 if __name__ == "__main__":

@@ -104,5 +104,34 @@ def test_samples_that_are_not_finite_are_named() -> None:
     flow = small_flow()
     with torch.no_grad():
         flow.blocks[0].class_embed[1] = torch.nan
-    with pytest.raises(ValueError, match=r"samples \[9\] are not finite"):
+    with pytest.raises(ValueError, match=r"samples \[9\] are not finite .* in 5 attempts"):
         flow.sample([0, 1, 2], index=torch.tensor([5, 9, 2]))
+
+
+def test_only_samples_that_ran_away_are_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sample 9 overflows once and sample 2 twice; what they become depends on themselves alone."""
+    flow = small_flow()
+    expected = flow.sample([0, 1, 2], index=torch.tensor([5, 9, 2]))
+    decode, calls, shapes = flow.decode, [], []
+
+    def faulty(z: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        calls.append(z)
+        x = decode(z, *args, **kwargs)
+        shapes.append(x.shape)
+        for row, times in faults.items():
+            if len(calls) <= times:
+                x[row, 0, 3, 3] = torch.inf if row == 1 else 1e5
+        return x
+
+    monkeypatch.setattr(flow, "decode", faulty)
+    faults = {1: 1, 2: 2}
+    images = flow.sample([0, 1, 2], index=torch.tensor([5, 9, 2]))
+    assert flow.redrawn == 3
+    assert torch.equal(images[0], expected[0])
+    assert not torch.equal(images[1], expected[1])
+    assert len(set(shapes)) == 1
+    assert torch.equal(calls[2][2], flow.noise_of(torch.tensor([2]), seed=0, attempt=2)[0])
+    calls.clear()
+    faults = {0: 1}
+    alone = flow.sample([1], index=torch.tensor([9]))
+    assert torch.equal(alone[0], images[1])

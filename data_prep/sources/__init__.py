@@ -33,15 +33,12 @@ PACKED: dict[str, type[Archives] | type[Kaggle] | type[Parquet]] = {
 LAYOUTS = ("folder", *PACKED)
 
 
-def open_source(
-    path: Path, *, layout: str = "auto", val_fraction: float, seed: int, name: str | None = None
-) -> Source:
+def open_source(path: Path, *, layout: str = "auto", val_fraction: float, seed: int) -> Source:
     """The images in `path`.
 
     Args:
         layout: one of LAYOUTS, or auto, which looks what is there.
         val_fraction, seed: see Folder, the only layout that may come without a split.
-        name: what the files are named after; the folder, if not given.
 
     Raises:
         UserError: there is no such folder, no such layout in it, or more than one.
@@ -54,5 +51,5 @@ def open_source(
             raise UserError(f"{path} holds {' and '.join(found)}: choose one with --layout")
         layout = found[0]
     if layout == "folder":
-        return Folder(path, val_fraction=val_fraction, seed=seed, name=name)
-    return PACKED[layout](path, name=name or path.resolve().name)
+        return Folder(path, val_fraction=val_fraction, seed=seed)
+    return PACKED[layout](path)

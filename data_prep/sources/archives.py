@@ -28,7 +28,7 @@ class Archives(Grouped):
         UserError: an archive is missing, damaged, or not what its name says.
     """
 
-    def __init__(self, path: Path, *, name: str):
+    def __init__(self, path: Path):
         for archive in (TRAIN, VAL, DEVKIT):
             if not (path / archive).is_file():
                 raise UserError(f"{path} has no {archive}: the archives are needed all three")
@@ -38,7 +38,7 @@ class Archives(Grouped):
             groups = _train(path / TRAIN, classes) + _val(path / VAL, classes, truth)
         except (tarfile.TarError, EOFError) as error:
             raise UserError(f"the archives in {path} are damaged: {error}") from error
-        super().__init__("archives", name, classes, groups, [names[wnid] for wnid in classes])
+        super().__init__("archives", path, classes, groups, [names[wnid] for wnid in classes])
 
     @staticmethod
     def recognises(path: Path) -> bool:

@@ -105,12 +105,12 @@ class Grouped:
     def __init__(
         self,
         layout: str,
-        name: str,
+        path: Path,
         classes: Sequence[str],
         groups: list[Group],
         class_names: Sequence[str] | None = None,
     ):
-        self.layout, self.name = layout, file_name(name)
+        self.layout, self.name = layout, set_name(path, classes)
         self.classes, self.class_names = classes, class_names
         self.groups = groups
 
@@ -143,9 +143,12 @@ def readable(name: str) -> str:
     return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
-def file_name(name: str) -> str:
-    """`name` with nothing in it that a file name can't have."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", name) or "images"
+def set_name(path: Path, classes: Sequence[str]) -> str:
+    """What the files of a set are named after: ImageNet (if all of it, as timm has it), or else the
+    folder `path`, with nothing in it that a file name can't have."""
+    if all(re.fullmatch(r"n\d{8}", name) for name in classes):
+        return "imagenet1k" if len(classes) == 1000 else "imagenet"
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", path.resolve().name) or "images"
 
 
 def shuffle_key(seed: int, purpose: str, name: str) -> bytes:

@@ -26,7 +26,7 @@ class Folder(Grouped):
         UserError: `path` is no such folder.
     """
 
-    def __init__(self, path: Path, *, val_fraction: float, seed: int, name: str | None = None):
+    def __init__(self, path: Path, *, val_fraction: float, seed: int):
         split_here = not all((path / split).is_dir() for split in SPLITS)
         if split_here:
             found = {"": images_by_class(path)}
@@ -48,7 +48,7 @@ class Folder(Grouped):
             if not any(val.names for _, val in halves):
                 raise UserError(f"no class of {path} has two images, so val would be empty")
             groups = [half for pair in zip(*halves, strict=True) for half in pair]
-        super().__init__("folder", name or path.resolve().name, classes, groups)
+        super().__init__("folder", path, classes, groups)
 
 
 def _hold_out(group: Group, fraction: float, seed: int) -> tuple[Group, Group]:

@@ -21,7 +21,7 @@ class Kaggle(Grouped):
         UserError: `path` is no such folder.
     """
 
-    def __init__(self, path: Path, *, name: str):
+    def __init__(self, path: Path):
         train = images_by_class(path / IMAGES / "train")
         names = dict(line.partition(" ")[::2] for line in _text(path / MAPPING).splitlines())
         classes = sorted(names)
@@ -44,7 +44,7 @@ class Kaggle(Grouped):
             for label, wnid in enumerate(classes)
             if wnid in solution
         ]
-        super().__init__("kaggle", name, classes, groups, [names[wnid] for wnid in classes])
+        super().__init__("kaggle", path, classes, groups, [names[wnid] for wnid in classes])
 
     @staticmethod
     def recognises(path: Path) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.sources.base import SPLITS, Item, file_name
+from data_prep.sources.base import SPLITS, Item, set_name
 from tarflow_dist.errors import UserError
 
 # how the hub's names begin; test files have no labels
@@ -33,8 +33,7 @@ class Parquet:
     layout = "parquet"
     channels = 3
 
-    def __init__(self, path: Path, *, name: str | None = None):
-        self.name = file_name(name or path.resolve().name)
+    def __init__(self, path: Path):
         self._files = _find(path)
         if missing := [split for split in SPLITS if not self._files[split]]:
             begin = PREFIXES[missing[0]][0]
@@ -44,6 +43,7 @@ class Parquet:
         except (OSError, ValueError, KeyError) as error:  # pyarrow's own are such, too
             said = str(error).splitlines()[0]
             raise UserError(f"the parquet files in {path} can't be read: {said}") from error
+        self.name = set_name(path, self.classes)
 
     @staticmethod
     def recognises(path: Path) -> bool:

@@ -140,10 +140,31 @@ def estimate(config: Config, card: Card, gpus: int, *, mfu: float) -> Estimate:
         checkpointed=speed(every or 1),
         image_bytes=image_bytes or raw_bytes,
         image_bytes_measured=image_bytes is not None,
-        checkpoint_bytes=FP32
-        * (CHECKPOINT_COPIES * counts.num_parameters + counts.num_patches * counts.patch_dim),
+        checkpoint_bytes=checkpoint_bytes(counts),
         sampling=_sampling(counts, card, mfu),
     )
+
+
+def checkpoint_bytes(counts: Counts) -> int:
+    """Size of one checkpoint of that model."""
+    prior = counts.num_patches * counts.patch_dim
+    return FP32 * (CHECKPOINT_COPIES * counts.num_parameters + prior)
+
+
+def does_not_fit(result: Estimate, gpu: str) -> str:
+    """A sentence that says so of the config's own layout, and what would fit into `gpu`."""
+    chosen = result.chosen
+    need = f"this run needs {chosen.memory.peak / 2**30:.1f} GiB on each {gpu} and can't fit"
+    if chosen.largest_micro_batch:
+        return f"{need}: train.micro_batch_size={chosen.largest_micro_batch} would"
+    for layout in result.layouts:
+        if layout.largest_micro_batch:
+            return (
+                f"{need}: train.zero_stage={layout.stage} with "
+                f"train.activation_checkpointing={layout.checkpoint_every} and "
+                f"train.micro_batch_size={layout.largest_micro_batch} would"
+            )
+    return f"{need}: it takes a larger card, more GPUs or train.offload=true at ZeRO 3"
 
 
 def _layouts(config: Config, counts: Counts, card: Card, gpus: int) -> Iterator[Layout]:

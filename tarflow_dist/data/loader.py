@@ -1,13 +1,17 @@
 """Shards to batches, read and decoded in worker processes, from an exact position in the run."""
 
 import atexit
+import math
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import cycle
 from multiprocessing.synchronize import Event
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from tarflow_dist.data.order import ImageOrder
 from tarflow_dist.data.shards import Shards
 from tarflow_dist.errors import UserError
+
+PREFETCH = 2  # batches that a worker is ahead
 
 
 @dataclass(frozen=True)
@@ -31,10 +37,6 @@ class Batch:
     """(b,) int64 in the split."""
     epoch: Tensor
     """(b,) int64."""
-
-    def pin_memory(self) -> "Batch":
-        """For the DataLoader, where there is a GPU to copy to."""
-        return Batch(*(tensor.pin_memory() for tensor in vars(self).values()))
 
 
 def train_batches(
@@ -68,7 +70,7 @@ def train_batches(
                 yield order.take(start + step, micro_batch_size)
             start += batch_size
 
-    return _load(shards, picks(), num_workers)
+    return _load(shards, picks(), micro_batch_size, num_workers)
 
 
 def eval_batches(
@@ -79,57 +81,93 @@ def eval_batches(
     mine = np.arange(rank, len(shards), world_size)
     parts = (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
     picks = ((np.zeros_like(part), part) for part in parts)
-    return _load(shards, picks, num_workers)
+    return _load(shards, picks, batch_size, num_workers)
 
 
 def _load(
-    shards: Shards, picks: Iterable[tuple[np.ndarray, np.ndarray]], num_workers: int
+    shards: Shards,
+    picks: Iterable[tuple[np.ndarray, np.ndarray]],
+    batch_size: int,
+    num_workers: int,
 ) -> Iterator[Batch]:
     """One batch for each (epochs, indexes) of `picks`, in their order.
 
+    Workers write into slots, shared memory that is used over and over: to get new memory for each
+    batch, as DataLoader has it, costs as much as to decode a small JPEG.
+
     Raises:
-        UserError: from the iterator, an image is missing or damaged.
+        UserError: there is too little shared memory; from the iterator, an image is missing or
+            damaged.
     """
+    channels, height, width = shards.image_shape
+    # for the batches that workers are ahead, and the one that is handed out
+    shape = (PREFETCH * num_workers + 1, batch_size, height, width, channels)
+    slots = _shared(shape) if num_workers else torch.empty(shape, dtype=torch.uint8)
     loader = DataLoader(
-        _Batches(shards),
+        _Decoder(shards, slots),
         batch_size=None,
-        sampler=picks,
+        sampler=zip(cycle(range(len(slots))), picks, strict=False),
         num_workers=num_workers,
+        prefetch_factor=PREFETCH if num_workers else None,
         worker_init_fn=partial(_ignore_signals, _exiting()),
-        pin_memory=torch.cuda.is_available(),
     )
-    return map(_batch_or_raise, iter(loader))
+    return map(partial(_take_out, slots), iter(loader))
 
 
-class _Batches(Dataset[Batch | UserError]):
-    def __init__(self, shards: Shards):
-        self._shards = shards
+def _shared(shape: tuple[int, ...]) -> Tensor:
+    """uint8, in memory that other processes write to."""
+    needed, folder = (
+        math.prod(shape),
+        Path("/dev/shm"),
+    )  # where Linux has it; a container's is small
+    if folder.exists() and (free := shutil.disk_usage(folder).free) < needed:
+        raise UserError(
+            f"the loader's workers need {needed} bytes of shared memory, but {folder} has {free} "
+            "left: lower data.num_workers, or give the container more (docker run --shm-size)"
+        )
+    return torch.empty(shape, dtype=torch.uint8).share_memory_()
 
-    def __getitem__(self, pick: tuple[np.ndarray, np.ndarray]) -> Batch | UserError:
+
+@dataclass(frozen=True)
+class _Decoded:
+    """A batch whose images lie in a slot."""
+
+    slot: int
+    labels: np.ndarray
+    index: np.ndarray
+    epoch: np.ndarray
+
+
+class _Decoder(Dataset[_Decoded | UserError]):
+    def __init__(self, shards: Shards, slots: Tensor):
+        self._shards, self._slots = shards, slots
+
+    def __getitem__(self, task: tuple[int, tuple[np.ndarray, np.ndarray]]) -> _Decoded | UserError:
         """An error is returned and not raised: a worker would wrap its traceback around it."""
-        epochs, indexes = pick
-        channels, height, width = self._shards.image_shape
-        stored = torch.empty(len(indexes), height, width, channels, dtype=torch.uint8)
-        images = stored.permute(0, 3, 1, 2)
-        labels = torch.empty(len(indexes), dtype=torch.int64)
-        pixels, numbers = images.numpy(), labels.numpy()
+        slot, (epochs, indexes) = task
+        pixels = self._slots[slot].permute(0, 3, 1, 2).numpy()
+        labels = np.empty(len(indexes), np.int64)
         try:
             for i, index in enumerate(indexes.tolist()):
-                pixels[i], numbers[i] = self._shards[index]
+                pixels[i], labels[i] = self._shards[index]
         except UserError as error:
             return error
-        return Batch(images, labels, torch.from_numpy(indexes), torch.from_numpy(epochs))
+        return _Decoded(slot, labels, indexes, epochs)
 
 
-def _batch_or_raise(loaded: Batch | UserError) -> Batch:
+def _take_out(slots: Tensor, decoded: _Decoded | UserError) -> Batch:
+    """Copies a batch from its slot, which a later one will be written to."""
     try:
-        if isinstance(loaded, UserError):
-            raise loaded
-        return loaded
+        if isinstance(decoded, UserError):
+            raise decoded
+        images = slots[decoded.slot, : len(decoded.labels)]
+        images = images.pin_memory() if torch.cuda.is_available() else images.clone()
+        labels, index, epoch = map(torch.from_numpy, (decoded.labels, decoded.index, decoded.epoch))
+        return Batch(images.permute(0, 3, 1, 2), labels, index, epoch)
     finally:
         # error, traceback and this frame would hold each other, and the loader with them: it can
         # end its workers only if it goes with its last reference, not in a garbage collection
-        del loaded
+        del decoded
 
 
 @cache

@@ -2,18 +2,18 @@
 says in which shard each image lies, where in it, and what its hash is."""
 
 import json
-from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from xxhash import xxh3_64_hexdigest
 
 from tarflow_dist.data.store import Folder, Store, open_store
 from tarflow_dist.errors import UserError
 
-COLUMNS = ["split", "index", "label", "shard", "offset", "bytes", "sha256"]
+COLUMNS = ["split", "index", "label", "shard", "offset", "bytes", "xxh3_64"]
 
 
 class Shards:
@@ -44,7 +44,7 @@ class Shards:
         self._labels = rows["label"].to_numpy()
         self._offsets = rows["offset"].to_numpy()
         self._bytes = rows["bytes"].to_numpy()
-        self._hashes = np.array(rows["sha256"].to_numpy(zero_copy_only=False), "S64")
+        self._hashes = np.array(rows["xxh3_64"].to_numpy(zero_copy_only=False), "S16")
         shards = rows["shard"].combine_chunks().dictionary_encode()
         self._names: list[str] = shards.dictionary.to_pylist()
         self._shard = shards.indices.to_numpy()
@@ -68,15 +68,23 @@ class Shards:
         Raises:
             UserError: it is not there, or is not the image that data_prep wrote.
         """
+        return self._decode(self.stored(index)), int(self._labels[index])
+
+    def stored(self, index: int) -> bytes:
+        """The bytes of an image as they are stored.
+
+        Raises:
+            UserError: as above.
+        """
         name = self._names[self._shard[index]]
         where = f"image {index} of {self._split}, in {self._path}/{name},"
         try:
             data = self._store.read(name, int(self._offsets[index]), int(self._bytes[index]))
         except OSError as error:
             raise UserError(f"{where} can't be read ({error.strerror}): {MEND}") from error
-        if sha256(data).hexdigest().encode() != self._hashes[index]:
+        if xxh3_64_hexdigest(data).encode() != self._hashes[index]:
             raise UserError(f"{where} is damaged: {MEND}")
-        return self._decode(data), int(self._labels[index])
+        return data
 
     def check_cache(self, limit: int, window: int) -> None:
         """Raises `UserError` if the `window` largest shards are more than `limit` bytes."""

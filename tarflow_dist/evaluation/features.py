@@ -3,9 +3,10 @@ line in `make_extractor`. Importing this loads no torch."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from tarflow_dist.errors import UserError
 
@@ -16,13 +17,32 @@ if TYPE_CHECKING:
 EXTRACTORS = ("inception", "pixels")
 
 
+class Features(NamedTuple):
+    """What an extractor sees in B images."""
+
+    pooled: Tensor
+    """(B, F): what distances, precision and recall, and neighbours are measured on."""
+    spatial: Tensor | None = None
+    """(B, S): a second distance that sees where things are, sFID."""
+    logits: Tensor | None = None
+    """(B, K): scores of K classes, for the Inception Score."""
+
+
 class FeatureExtractor(Protocol):
-    """uint8 images (B, C, H, W) → features (B, dim). `name` goes into the result."""
+    """uint8 images (B, C, H, W) → their features."""
 
     name: str
+    """Says in a result what it was measured on."""
+    weights_sha256: str | None
+    """And with which weights; None if it has none."""
     dim: int
+    """F."""
+    spatial_dim: int
+    """S; 0 if there are no spatial features."""
+    num_classes: int
+    """K; 0 if there are no logits."""
 
-    def __call__(self, images: Tensor) -> Tensor: ...
+    def __call__(self, images: Tensor) -> Features: ...
 
 
 def make_extractor(
@@ -46,6 +66,8 @@ class PixelFeatures:
     """
 
     name = "pixels"
+    weights_sha256: str | None = None
+    spatial_dim = num_classes = 0
     MAX_DIM = 4096  # the covariance and its roots grow as dim² and dim³
 
     def __init__(self, image_shape: tuple[int, int, int]):
@@ -57,13 +79,17 @@ class PixelFeatures:
                 f"{self.dim}: use inception"
             )
 
-    def __call__(self, images: Tensor) -> Tensor:
-        return (images.double() / 127.5 - 1).flatten(1)
+    def __call__(self, images: Tensor) -> Features:
+        return Features((images.double() / 127.5 - 1).flatten(1))
 
 
 class InceptionFeatures:
-    """The 2048 features of the Inception v3 that FID is defined on (arXiv 1706.08500), by
-    torch-fidelity, whose resize equals TensorFlow 1's. Grey images are repeated to three channels.
+    """The Inception v3 that FID is defined on (arXiv 1706.08500), by torch-fidelity, whose resize
+    equals TensorFlow 1's. Grey images are repeated to three channels.
+
+    Pooled are its 2048 last features. Spatial are ADM's for sFID (arXiv 2103.03841): the first
+    7 channels of the 17×17 layer mixed_6/conv, 2023 values, rows first and channels last. Logits
+    are those without the bias, as in all published Inception Scores.
 
     Args:
         weights: a file as in `check_inception_weights`.
@@ -75,13 +101,16 @@ class InceptionFeatures:
 
     name = "inception-v3-2048"
     dim = 2048
+    spatial_dim = 17 * 17 * 7
+    num_classes = 1008
 
     def __init__(self, weights: Path, device: torch.device | str = "cpu"):
         import torch
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         try:
-            tensors = torch.load(weights, map_location="cpu", weights_only=True)
+            content = weights.read_bytes()
+            tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except Exception as error:  # which one depends on the damage
             raise UserError(
                 f"{weights} is damaged, or holds more than tensors and is not opened: {_WANTED}"
@@ -92,24 +121,31 @@ class InceptionFeatures:
         copy.seek(0)
         try:
             network = FeatureExtractorInceptionV3(
-                self.name, [str(self.dim)], feature_extractor_weights_path=copy
+                self.name,
+                [str(self.dim), "logits_unbiased"],
+                feature_extractor_weights_path=copy,
             )
         except (RuntimeError, TypeError) as error:  # from load_state_dict
             raise UserError(
                 f"{weights} holds other weights than FID's Inception v3: {_WANTED}"
             ) from error
+        self.weights_sha256: str | None = hashlib.sha256(content).hexdigest()
         self._network = network.to(device)
         self._device = device
+        self._network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def _keep_spatial(self, layer: Any, inputs: Any, output: Tensor) -> None:
+        self._spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)
+
+    def __call__(self, images: Tensor) -> Features:
         import torch
 
         if images.shape[1] == 1:
             images = images.repeat(1, 3, 1, 1)
         # Convolutions run in TF32 by default, which keeps three digits.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            (features,) = self._network(images.to(self._device))
-        return features
+            pooled, logits = self._network(images.to(self._device))
+        return Features(pooled, self._spatial, logits)
 
 
 _WANTED = (

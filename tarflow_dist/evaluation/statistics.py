@@ -1,5 +1,7 @@
 """Mean and covariance of features over any number of ranks, and the distance between two such."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -9,6 +11,15 @@ from tarflow_dist.distributed import sum_over_ranks
 from tarflow_dist.errors import UserError
 
 Array = NDArray[np.float64]
+
+
+class Gaussian(NamedTuple):
+    """The first two moments of an image set's features."""
+
+    mean: Array
+    """(F,)."""
+    covariance: Array
+    """(F, F)."""
 
 
 class Statistics:
@@ -35,6 +46,9 @@ class Statistics:
         """Adds up all ranks' sums, in place, so that every rank has the whole."""
         for total in (self.count, self.sum, self.outer):
             sum_over_ranks(total)
+
+    def gaussian(self) -> Gaussian:
+        return Gaussian(self.mean(), self.covariance())
 
     def mean(self) -> Array:
         """μ (F,)."""
@@ -69,12 +83,12 @@ def frechet_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> fl
         mean1, mean2: (F,).
         cov1, cov2: (F, F), symmetric, positive semi-definite up to rounding.
     """
-    overlap = np.linalg.svd(_symmetric_root(cov1) @ _symmetric_root(cov2), compute_uv=False).sum()
+    overlap = np.linalg.svd(symmetric_root(cov1) @ symmetric_root(cov2), compute_uv=False).sum()
     distance = np.square(mean1 - mean2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * overlap
     return max(float(distance), 0.0)
 
 
-def _symmetric_root(cov: Array) -> Array:
-    """√Σ with eigenvalues below 0, which are rounding errors, taken as 0."""
+def symmetric_root(cov: Array) -> Array:
+    """√Σ of a covariance (F, F), eigenvalues below 0, which are rounding errors, taken as 0."""
     values, vectors = np.linalg.eigh((cov + cov.T) / 2)
     return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T

@@ -1,5 +1,6 @@
 """The sample store: a folder of drawn images that can be left and taken up again at any chunk."""
 
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -18,7 +19,8 @@ SETTINGS_FILE = "settings.json"
 
 class SampleStore:
     """`num_samples` images, indexes 0, 1, 2, …, cut into chunks of `chunk_size`, one parquet each:
-    columns index (int64), label (int64, −1 for none) and png (bytes).
+    columns index (int64), label (int64, −1 for none) and png (bytes); its metadata hold the SHA-256
+    of labels and pixels, and the device that drew them.
 
     settings.json beside them holds everything the samples depend on, so that chunks made in several
     sittings always belong together. All files become visible whole or not at all.
@@ -80,8 +82,10 @@ class SampleStore:
     def missing_chunks(self) -> list[int]:
         return [c for c in range(self.num_chunks) if not self.chunk_file(c).exists()]
 
-    def write_chunk(self, chunk: int, images: Pixels, labels: NDArray[np.int64]) -> None:
-        """Writes uint8 images (B, H, W, C) and labels (B,) as `chunk`."""
+    def write_chunk(
+        self, chunk: int, images: Pixels, labels: NDArray[np.int64], device: str = "cpu"
+    ) -> None:
+        """Writes uint8 images (B, H, W, C) and labels (B,), drawn on `device`, as `chunk`."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -90,33 +94,87 @@ class SampleStore:
             "label": pa.array(labels, pa.int64()),
             "png": pa.array([encode_png(image) for image in images], pa.binary()),
         }
+        metadata = {"sha256": _digest(images, labels), "device": device}
         with write_whole(self.chunk_file(chunk)) as part:
             # PNG is compressed already
-            pq.write_table(pa.table(columns), part, compression="none")
+            pq.write_table(
+                pa.table(columns, metadata=metadata),
+                part,
+                compression="none",
+                use_dictionary=False,
+                write_statistics=["index", "label"],  # not the smallest and the largest picture
+                write_page_checksum=True,
+            )
 
     def read_labels(self, chunk: int) -> NDArray[np.int64]:
         """The labels (B,) of `chunk`, without decoding an image."""
-        return self._read_columns(chunk, ["label"])[0].to_numpy()
+        return self._read(chunk, ["label"])["label"].to_numpy()
+
+    def labels(self) -> NDArray[np.int64]:
+        """Those of all samples (num_samples,)."""
+        return np.concatenate([self.read_labels(chunk) for chunk in range(self.num_chunks)])
+
+    def read_stored(self, chunk: int) -> tuple[list[bytes], list[int]]:
+        """The samples of `chunk` as PNG files, and their labels."""
+        table = self._read(chunk, ["label", "png"])
+        return table["png"].to_pylist(), table["label"].to_pylist()
 
     def read_images(self, chunk: int, rows: list[int] | None = None) -> Pixels:
-        """The uint8 images (B, H, W, C) of `chunk`, or those of its `rows` only."""
-        (png,) = self._read_columns(chunk, ["png"])
-        chosen = range(len(png)) if rows is None else rows
-        return np.stack([decode_png(png[row].as_py()) for row in chosen])
+        """The uint8 images (B, H, W, C) of `chunk`, or those of its `rows` only.
 
-    def _read_columns(self, chunk: int, names: list[str]) -> list[Any]:
+        Raises:
+            UserError: they are not as they were written.
+        """
+        table = self._read(chunk, ["label", "png"])
+        chosen = range(len(table)) if rows is None else rows
+        try:
+            images = np.stack([decode_png(table["png"][row].as_py()) for row in chosen])
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow's
+            raise self._damaged(chunk) from error
+        if rows is None and _digest(images, table["label"].to_numpy()) != self._facts(chunk)[0]:
+            raise self._damaged(chunk)
+        return images
+
+    def sha256(self) -> str:
+        """One digest of all samples, the SHA-256 of the chunks' digests one after another. Equal
+        wherever and in whatever sittings the same samples were drawn."""
+        digests = [self._facts(chunk)[0] for chunk in range(self.num_chunks)]
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def devices(self) -> list[str]:
+        """The kinds of device that drew the samples."""
+        return sorted({self._facts(chunk)[1] for chunk in range(self.num_chunks)})
+
+    def _facts(self, chunk: int) -> tuple[str, str]:
+        """Digest and device of `chunk`."""
+        metadata = self._read(chunk, []).schema.metadata or {}
+        if not {b"sha256", b"device"} <= metadata.keys():
+            raise self._damaged(chunk)
+        return metadata[b"sha256"].decode(), metadata[b"device"].decode()
+
+    def _read(self, chunk: int, columns: list[str]) -> Any:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        file = self.chunk_file(chunk)
         try:
-            with pq.ParquetFile(file) as parquet:
-                table = parquet.read(columns=names)
-            return [table.column(name) for name in names]
-        except (OSError, pa.ArrowException, KeyError) as error:
-            raise UserError(
-                f"{file} is damaged: delete it and run the same command again"
-            ) from error
+            with pq.ParquetFile(self.chunk_file(chunk), page_checksum_verification=True) as parquet:
+                table = parquet.read(columns=columns)
+        except (OSError, pa.ArrowException) as error:
+            raise self._damaged(chunk) from error
+        if len(table) != len(self.chunk_indexes(chunk)) or table.column_names != columns:
+            raise self._damaged(chunk)
+        return table
+
+    def _damaged(self, chunk: int) -> UserError:
+        return UserError(
+            f"{self.chunk_file(chunk)} is damaged: delete it and run the same command again"
+        )
+
+
+def _digest(images: Pixels, labels: NDArray[np.int64]) -> str:
+    digest = hashlib.sha256(np.ascontiguousarray(labels, "<i8").data)
+    digest.update(np.ascontiguousarray(images).data)
+    return digest.hexdigest()
 
 
 def encode_png(image: Pixels) -> bytes:

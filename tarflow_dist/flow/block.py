@@ -57,7 +57,7 @@ class FlowBlock(nn.Module):
             z (B, N, D) in image order, and log|det dz/dx| (B,) in nats.
         """
         x = self.permute(x)
-        h = self.embed(x, self.permuted_positions(), y)
+        h = self.embed(x, self.permuted_positions(), self.class_vector(y))
         for layer in self.attn_blocks:
             h = layer(h)
         mu, alpha = self.mu_alpha(h[:, :-1])
@@ -73,16 +73,20 @@ class FlowBlock(nn.Module):
         """Position embeddings (N, width) in the block's own order."""
         return self.pos_embed.flip(0) if self.reverse else self.pos_embed
 
-    def embed(self, x: Tensor, positions: Tensor, y: Tensor | None) -> Tensor:
-        """Patches (B, S, D) at `positions` (S, width) → the transformer's input (B, S, width)."""
-        h = self.proj_in(x.to(self.proj_in.weight.dtype)) + positions
+    def class_vector(self, y: Tensor | None) -> Tensor | None:
+        """Class ids (B,), −1 for none → what is added to every token, (B, 1, width), or (1, width)
+        where no sample has a label; None for an unconditional model."""
         if self.class_embed is None:
-            return h
+            return None
         no_class = self.class_embed.mean(dim=0)
         if y is None:
-            return h + no_class
-        chosen = self.class_embed[y.clamp(min=0)]
-        return h + torch.where((y < 0)[:, None, None], no_class, chosen)
+            return no_class
+        return torch.where((y < 0)[:, None, None], no_class, self.class_embed[y.clamp(min=0)])
+
+    def embed(self, x: Tensor, positions: Tensor, class_vector: Tensor | None) -> Tensor:
+        """Patches (B, S, D) at `positions` (S, width) → the transformer's input (B, S, width)."""
+        h = self.proj_in(x.to(self.proj_in.weight.dtype)) + positions
+        return h if class_vector is None else h + class_vector
 
     def mu_alpha(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """The transformer's output (B, S, width) at patches i → μ and α (B, S, D) of patches i + 1,

@@ -2,43 +2,65 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 Guide = Literal["both", "mu", "alpha"]
+Rule = Literal["linear", "gaussian"]
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """How the conditional and the unguided prediction are combined (arXiv 2412.06329, section 3.4).
+    """How the conditional and the unguided prediction are combined.
 
     Attributes:
-        weight: w in (1 + w)·conditional − w·unguided; 0 leaves the unguided pass out.
+        weight: w ≥ 0; 0 leaves the unguided pass out.
         annealed: patch i (0-based, in the block's own order) uses w·i/(N − 1).
         guide: which of μ and α is guided.
         attn_temp: τ, divides the attention logits of the unguided pass. An unconditional model is
             guided through τ ≠ 1 alone.
+        rule: "linear", (1 + w)·conditional − w·unguided for μ and α each (arXiv 2412.06329,
+            section 3.4), or "gaussian", the density p_c^(1 + w)·p_u^(−w), which is Gaussian again,
+            with the unguided precision held below the conditional one (STARFlow, arXiv 2506.06276).
+        blocks: the flow blocks that are guided, numbered as in the forward pass; None for all.
     """
 
     weight: float = 0.0
     annealed: bool = False
     guide: Guide = "both"
     attn_temp: float = 1.0
+    rule: Rule = "linear"
+    blocks: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight < math.inf:
             raise ValueError(f"guidance is {self.weight}, but must be a number, 0 or more")
-        if self.guide not in get_args(Guide):
-            raise ValueError(f"guide is {self.guide!r}, but must be {', '.join(get_args(Guide))}")
+        for name, value, kind in (("guide", self.guide, Guide), ("rule", self.rule, Rule)):
+            if value not in get_args(kind):
+                raise ValueError(f"{name} is {value!r}, but must be {', '.join(get_args(kind))}")
         if not 0 < self.attn_temp < math.inf:
             raise ValueError(f"attn_temp is {self.attn_temp}, but must be a number above 0")
         if self.weight == 0 and self.attn_temp != 1:
             raise ValueError("attn_temp shapes the unguided pass: give a guidance above 0 with it")
+        if self.weight == 0 and self.blocks is not None:
+            raise ValueError("guide_blocks needs a guidance above 0")
 
     @property
     def active(self) -> bool:
         return self.weight > 0
+
+    def arguments(self) -> dict[str, Any]:
+        """This guidance as `Flow.decode` and `TarFlow.sample` take it."""
+        return {
+            "guidance": self.weight,
+            "annealed": self.annealed,
+            "guide": self.guide,
+            "attn_temp": self.attn_temp,
+            "rule": self.rule,
+            "guide_blocks": self.blocks,
+        }
 
     def check(self, *, conditional: bool, volume_preserving: bool) -> None:
         """Raises `ValueError` if guiding would do nothing: both passes are the same, or what is
@@ -51,14 +73,39 @@ class Guidance:
                 "temperature attn_temp other than 1"
             )
 
+    def per_block(self, num_blocks: int) -> list["Guidance"]:
+        """The guidance of each flow block: this one, or none.
+
+        Raises:
+            ValueError: one of `blocks` isn't there.
+        """
+        blocks = range(num_blocks) if self.blocks is None else self.blocks
+        if not set(blocks) <= set(range(num_blocks)):
+            raise ValueError(
+                f"guide_blocks {list(blocks)} should be among the model's blocks, "
+                f"0 to {num_blocks - 1}"
+            )
+        return [self if t in blocks else Guidance() for t in range(num_blocks)]
+
     def combine(
-        self, mu: Tensor, alpha: Tensor, patch: int, num_patches: int
+        self, mu: Tensor, alpha: Tensor, first_patch: int, num_patches: int
     ) -> tuple[Tensor, Tensor]:
-        """μ and α of `patch` from (2B, 1, D): conditional half first, then unguided → (B, 1, D)."""
-        w = self.weight * patch / (num_patches - 1) if self.annealed else self.weight
+        """μ and α of the S patches from `first_patch` out of (2B, S, D), first the conditional,
+        then the unguided half → (B, S, D)."""
+        w: float | Tensor = self.weight
+        if self.annealed:
+            patch = first_patch + torch.arange(mu.shape[1], dtype=mu.dtype, device=mu.device)
+            w = (self.weight * patch / (num_patches - 1))[:, None]
         (mu, mu_unguided), (alpha, alpha_unguided) = mu.chunk(2), alpha.chunk(2)
-        if self.guide != "alpha":
-            mu = (1 + w) * mu - w * mu_unguided
-        if self.guide != "mu":
-            alpha = (1 + w) * alpha - w * alpha_unguided
-        return mu, alpha
+        if self.rule == "linear":
+            guided_mu = (1 + w) * mu - w * mu_unguided
+            guided_alpha = (1 + w) * alpha - w * alpha_unguided
+        else:
+            ws = w * (2 * (alpha - alpha_unguided).clamp(max=0)).exp()
+            precision = 1 + w - ws  # of the guided density, in units of the conditional one's
+            guided_mu = ((1 + w) * mu - ws * mu_unguided) / precision
+            guided_alpha = alpha - 0.5 * precision.log()
+        return (
+            guided_mu if self.guide != "alpha" else mu,
+            guided_alpha if self.guide != "mu" else alpha,
+        )

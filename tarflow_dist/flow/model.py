@@ -1,6 +1,7 @@
 """The stack of autoregressive flows: likelihood one way, samples the other."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,11 +9,16 @@ from torch import Tensor, nn
 
 from tarflow_dist.flow.block import FlowBlock
 from tarflow_dist.flow.denoise import score_denoise
-from tarflow_dist.flow.guidance import Guidance, Guide
-from tarflow_dist.flow.inverse import invert_block
+from tarflow_dist.flow.guidance import Guidance, Guide, Rule
+from tarflow_dist.flow.inverse import SEQUENTIAL, Solver, invert_block
 from tarflow_dist.flow.patches import patchify, unpatchify
 from tarflow_dist.flow.sizes import Noise, check_sizes, layers_of_blocks
 from tarflow_dist.flow.transformer import accurate_dtype
+
+DENOISE_MEMORY = 4 * 2**30
+"""Bytes."""
+FLOATS_KEPT = 20
+"""By autograd for the backward pass, for each patch, layer and channel (counted: 10 to 19)."""
 
 
 class Flow(nn.Module):
@@ -149,14 +155,18 @@ class Flow(nn.Module):
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W) in [−1, 1] → prior space (B, N, D), standard normal under the model.
-        y: (B,) int64, −1 = no label, None for an unconditional model."""
-        self._check_labels(y)
+        y: (B,) int64, −1 = no label, None for an unconditional model.
+
+        Raises:
+            ValueError: shapes that are not this model's, or labels out of range.
+        """
+        self._check_images(x, y)
         z, _ = self(x, y)
         return z / self._prior_std()
 
     def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """log p(x | y) (B,) in nats, all constants included. Arguments as for `encode`."""
-        self._check_labels(y)
+        """log p(x | y) (B,) in nats, all constants included. Arguments and errors as `encode`."""
+        self._check_images(x, y)
         z, logdets = self(x, y)
         var = self.var.to(self.dtype)
         prior = -0.5 * (z.square() / var + torch.log(2 * math.pi * var)).sum(dim=(1, 2))
@@ -172,46 +182,100 @@ class Flow(nn.Module):
         annealed: bool = False,
         guide: Guide = "both",
         attn_temp: float = 1.0,
+        rule: Rule = "linear",
+        guide_blocks: Sequence[int] | None = None,
+        solvers: Sequence[Solver] | None = None,
+        on_block: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """Prior space (B, N, D) → images (B, C, H, W): the exact inverse of `encode` at guidance 0.
 
+        Args:
+            guidance, annealed, guide, attn_temp, rule, guide_blocks: see `Guidance`.
+            solvers: how each of the T blocks is inverted; None asks `solvers_for`.
+            on_block: called after each block, last to first, with what it gave, (B, N, D).
+
         Raises:
-            ValueError: labels out of range, or a guidance that this model can't have (`Guidance`).
+            ValueError: shapes that are not this model's, labels out of range, or a guidance that
+                this model can't have (`Guidance`).
         """
-        rule = Guidance(guidance, annealed, guide, attn_temp)
-        rule.check(conditional=y is not None, volume_preserving=self.volume_preserving)
-        self._check_labels(y)
+        guided = Guidance(
+            guidance,
+            annealed,
+            guide,
+            attn_temp,
+            rule,
+            None if guide_blocks is None else tuple(sorted(set(guide_blocks))),
+        )
+        guided.check(conditional=y is not None, volume_preserving=self.volume_preserving)
+        guidances = guided.per_block(len(self.blocks))
+        self._check_latents(z, y)
+        if solvers is None:
+            solvers = self.solvers_for(len(z), guided)
+        if len(solvers) != len(self.blocks):
+            raise ValueError(f"{len(solvers)} solvers were given for {len(self.blocks)} blocks")
         x = z.to(self.dtype) * self._prior_std()
-        for block in reversed(self.blocks):
+        for t in reversed(range(len(self.blocks))):
+            block = self.blocks[t]
             assert isinstance(block, FlowBlock)
-            x = invert_block(block, x, y, rule)
+            x = invert_block(block, x, y, guidances[t], solvers[t])
+            if on_block is not None:
+                on_block(x)
         return unpatchify(x, self.patch_size, self.image_size)
+
+    def solvers_for(self, batch: int, guidance: Guidance) -> list[Solver]:
+        """How `decode` inverts the blocks for `batch` samples: one patch at a time, exactly."""
+        return [SEQUENTIAL] * len(self.blocks)
 
     def denoise(self, x: Tensor, y: Tensor | None = None, sigma: float | None = None) -> Tensor:
         """x + σ²·∇ log p(x | y) with the unit prior, one step; σ is the model's own unless given.
+        As many images are taken at once as fit in about `DENOISE_MEMORY`.
 
         Raises:
-            ValueError: a uniform-noise model has no σ of its own.
+            ValueError: a uniform-noise model has no σ of its own; else as `encode`.
         """
-        self._check_labels(y)
+        self._check_images(x, y)
         sigma = self.sigma if sigma is None else sigma
         if sigma is None:
             raise ValueError("this model was trained with uniform noise and has no sigma: give one")
 
-        def unit_prior_log_prob(x: Tensor) -> Tensor:
+        def unit_prior_log_prob(x: Tensor, y: Tensor | None) -> Tensor:
             z, logdets = self(x, y)
             return -0.5 * z.square().sum(dim=(1, 2)) + logdets.sum(dim=0)
 
-        return score_denoise(unit_prior_log_prob, x.to(self.dtype), sigma)
+        layers = sum(layers_of_blocks(self.config["num_blocks"], self.config["layers_per_block"]))
+        kept = self.num_patches * self.config["width"] * layers * FLOATS_KEPT
+        batch = max(1, DENOISE_MEMORY // (kept * next(self.parameters()).element_size()))
+        return score_denoise(unit_prior_log_prob, x.to(self.dtype), y, sigma, batch=batch)
 
     def _prior_std(self) -> Tensor:
         return self.var.to(self.dtype).sqrt()
 
-    def _check_labels(self, y: Tensor | None) -> None:
+    def _check_images(self, x: Tensor, y: Tensor | None) -> None:
+        if x.ndim != 4 or x.shape[1:] != self.image_shape:
+            raise ValueError(
+                f"images have the shape {tuple(x.shape)}, but should have "
+                f"(B, {', '.join(map(str, self.image_shape))})"
+            )
+        self._check_labels(y, len(x))
+
+    def _check_latents(self, z: Tensor, y: Tensor | None) -> None:
+        if z.ndim != 3 or z.shape[1:] != (self.num_patches, self.patch_dim):
+            raise ValueError(
+                f"latents have the shape {tuple(z.shape)}, but should have "
+                f"(B, {self.num_patches}, {self.patch_dim})"
+            )
+        self._check_labels(y, len(z))
+
+    def _check_labels(self, y: Tensor | None, batch: int) -> None:
         if y is None:
             return
         if not self.num_classes:
             raise ValueError("this model is unconditional: it takes no labels")
+        if y.shape != (batch,) or y.is_floating_point() or y.dtype == torch.bool:
+            raise ValueError(
+                f"labels should be {batch} whole numbers, one a sample; "
+                f"got {tuple(y.shape)} of {y.dtype}".replace("torch.", "")
+            )
         if y.numel() and not -1 <= int(y.min()) <= int(y.max()) < self.num_classes:
             raise ValueError(
                 f"labels must lie in 0…{self.num_classes - 1}, or be -1 for no label; "

@@ -18,6 +18,8 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = accurate_dtype(x.dtype)
+        if x.dtype == dtype:
+            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
         y = F.layer_norm(
             x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.bias.to(dtype), self.eps
         )
@@ -34,17 +36,15 @@ class KVCache:
     def __init__(
         self, shape: tuple[int, int, int, int], *, device: torch.device, dtype: torch.dtype
     ):
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0
+        self.memory = torch.empty((2, *shape), device=device, dtype=dtype)
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes the (B, heads, S, head_dim) keys and values of the next S tokens in place and
-        returns views of all tokens so far."""
-        start, self.length = self.length, self.length + k.shape[2]
-        self.keys[:, :, start : self.length] = k
-        self.values[:, :, start : self.length] = v
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+    def write(self, start: int, keys_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts the keys and values (2, B, heads, S, head_dim) of the S tokens from `start` in their
+        place, over what stood there, and returns views of those of all tokens up to them."""
+        stop = start + keys_values.shape[3]
+        self.memory[:, :, :, start:stop] = keys_values
+        keys, values = self.memory[:, :, :, :stop].unbind()
+        return keys, values
 
 
 class Attention(nn.Module):
@@ -57,26 +57,32 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(
-        self, x: Tensor, cache: KVCache | None = None, temperature: Tensor | None = None
-    ) -> Tensor:
-        """(B, S, width) → (B, S, width).
+    def forward(self, x: Tensor) -> Tensor:
+        """The whole sequence: (B, N, width) → (B, N, width)."""
+        q, k, v = self._heads(x).unbind()
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.proj(out.transpose(1, 2).reshape(x.shape))
 
-        Args:
-            x: the whole sequence without a cache, or the single next token (S = 1) with one.
-            temperature: (B, 1, 1, 1), at least float32, divides each sample's attention logits.
-        """
-        B, S, width = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(B, S, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind()
+    def extend(
+        self,
+        x: Tensor,
+        cache: KVCache,
+        start: int,
+        mask: Tensor | None,
+        temperature: Tensor | None,
+    ) -> Tensor:
+        """See `TransformerLayer.extend`."""
+        heads = self._heads(x)
+        q = heads[0]
         if temperature is not None:
             q = (q.to(temperature.dtype) / temperature).to(q.dtype)
-        if cache is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            assert S == 1, "the cache is filled one token at a time"
-            out = F.scaled_dot_product_attention(q, *cache.append(k, v))
-        return self.proj(out.transpose(1, 2).reshape(B, S, width))
+        out = F.scaled_dot_product_attention(q, *cache.write(start, heads[1:]), attn_mask=mask)
+        return self.proj(out.transpose(1, 2).reshape(x.shape))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, S, width) → q, k, v of the heads, (3, B, heads, S, head_dim)."""
+        B, S, _ = x.shape
+        return self.qkv(self.norm(x)).view(B, S, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
 
 
 class MLP(nn.Module):
@@ -101,8 +107,25 @@ class TransformerLayer(nn.Module):
         self.attention = Attention(width, head_dim)
         self.mlp = MLP(width)
 
-    def forward(
-        self, x: Tensor, cache: KVCache | None = None, temperature: Tensor | None = None
+    def forward(self, x: Tensor) -> Tensor:
+        """The whole sequence: (B, N, width) → (B, N, width)."""
+        x = x + self.attention(x)
+        return x + self.mlp(x)
+
+    def extend(
+        self,
+        x: Tensor,
+        cache: KVCache,
+        start: int,
+        mask: Tensor | None = None,
+        temperature: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.attention(x, cache, temperature)
+        """Some tokens after those in the cache: (B, S, width) → (B, S, width).
+
+        Args:
+            x: the S tokens from `start`; their keys and values are written to the cache.
+            mask: (S, start + S) bool, the tokens that each may see; None for all, right for S = 1.
+            temperature: (B, 1, 1, 1), at least float32, divides each sample's attention logits.
+        """
+        x = x + self.attention.extend(x, cache, start, mask, temperature)
         return x + self.mlp(x)

@@ -5,6 +5,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
+COMMIT_FILE = "COMMIT"  # beside a copy of the code that a job was submitted with
 PACKAGES = ("tarflow_dist", "torch", "deepspeed", "mosaicml-streaming", "numpy", "torch-fidelity")
 
 
@@ -23,6 +24,9 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
+    recorded = Path(__file__).parents[2] / COMMIT_FILE
+    if recorded.exists():
+        return recorded.read_text().strip()
     try:
         # a copy that is installed somewhere inside another repository is not that one's
         _git("ls-files", "--error-unmatch", __file__)

@@ -37,27 +37,8 @@ class Metrics:
         self._wandb = None
         self.wandb_id = wandb_id
         if log.wandb != "disabled":
-            import wandb
-
-            try:
-                self._wandb = wandb.init(
-                    project=log.wandb_project,
-                    name=run.name,
-                    id=wandb_id or None,
-                    resume="allow",
-                    dir=run,
-                    mode=log.wandb,
-                    config=config,
-                    settings=wandb.Settings(silent=True),
-                )
-            except wandb.Error as error:
-                raise UserError(
-                    f"Weights & Biases refuses the run ({error}): log in with `wandb login`, or "
-                    "set log.wandb=offline"
-                ) from error
+            self._wandb = start_wandb(run, log, config, wandb_id)
             self.wandb_id = self._wandb.id
-            # its own step counter would refuse the rows that a resumed run writes once more
-            self._wandb.define_metric("*", step_metric="images")
 
     def log(self, row: dict[str, float]) -> None:
         """Writes one row; it holds `images`, the position in the run. What is not finite, which
@@ -78,7 +59,44 @@ class Metrics:
     def close(self) -> None:
         self._rows.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            end_wandb(self._wandb)
+
+
+def start_wandb(run: Path, log: LogConfig, config: dict[str, Any] | None, wandb_id: str) -> Any:
+    """A wandb run whose figures stand against "images". Arguments as for `Metrics`.
+
+    Raises:
+        UserError: wandb can't be reached, or there is no account for an online run.
+    """
+    import wandb
+
+    try:
+        started = wandb.init(
+            project=log.wandb_project,
+            name=run.name,
+            id=wandb_id or None,
+            resume="allow",
+            dir=run,
+            mode=log.wandb,
+            config=config,
+            settings=wandb.Settings(silent=True),
+        )
+    except wandb.Error as error:
+        raise UserError(
+            f"Weights & Biases refuses the run ({error}): log in with `wandb login`, or "
+            "set log.wandb=offline"
+        ) from error
+    # its own step counter would refuse the rows that a resumed run writes once more
+    started.define_metric("*", step_metric="images")
+    return started
+
+
+def end_wandb(started: Any) -> None:
+    """Ends a wandb run when all of it is written: its own process ends with this one."""
+    import wandb
+
+    started.finish()
+    wandb.teardown()
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -20,10 +20,13 @@ class Pace:
     Args:
         device: where the model computes.
         images: the run's position.
+        flops: operations of training on one image, recomputation not counted.
+        peak: what the device promises a second in the run's precision; None if that isn't known.
     """
 
-    def __init__(self, device: torch.device, images: int):
+    def __init__(self, device: torch.device, images: int, *, flops: int, peak: float | None):
         self._cuda = device.type == "cuda"
+        self._flops, self._peak = flops, peak
         self._waited = self._worked = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._began, self._images = time.monotonic(), images
@@ -54,6 +57,8 @@ class Pace:
         """Since the last call, over all ranks:
 
         - images_per_second
+        - mfu: model FLOPs utilisation, the share of the devices' peak that went into the model
+          (arXiv 2204.02311, appendix B), if that peak is known
         - data_wait: share of the time spent waiting for data, on the rank that waits most
         - slowest_rank, and slowest_rank_lag: by how much its forward passes take longer than the
           median's (0.1: a tenth)
@@ -65,13 +70,16 @@ class Pace:
         elapsed = time.monotonic() - self._began
         ranks = distributed.gather((self._waited / elapsed, self._work(), self._memory()))
         waits, works, memories = zip(*ranks, strict=True)
+        rate = (images - self._images) / elapsed
         figures = {
-            "images_per_second": (images - self._images) / elapsed,
+            "images_per_second": rate,
             "data_wait": max(waits),
             "slowest_rank": works.index(max(works)),
             "slowest_rank_lag": max(works) / statistics.median(works) - 1,
             "memory_gib": max(memories),
         }
+        if self._peak is not None:
+            figures["mfu"] = rate * self._flops / (self._peak * distributed.world_size())
         self._began, self._images, self._waited = time.monotonic(), images, 0.0
         return figures
 

@@ -7,14 +7,13 @@ from tarflow_dist.config import Config
 from tarflow_dist.data.loader import train_batches
 from tarflow_dist.data.order import ImageOrder
 from tarflow_dist.data.shards import Shards
-from tarflow_dist.telemetry.pace import Pace
 from tarflow_dist.training import checkpoint, run_folder
 from tarflow_dist.training.health import Health
 from tarflow_dist.training.interrupt import Interrupt
 from tarflow_dist.training.journal import Journal
 from tarflow_dist.training.preview import draw_preview
 from tarflow_dist.training.saver import Saver
-from tarflow_dist.training.start import build_engine, open_data, restore
+from tarflow_dist.training.start import build_engine, open_data, restore, start_pace
 from tarflow_dist.training.step import Stepper
 from tarflow_dist.training.watchdog import Watchdog
 
@@ -58,7 +57,7 @@ def _train(
         world_size=distributed.world_size(),
         num_workers=config.data.num_workers,
     )
-    pace = Pace(device, state.images)
+    pace = start_pace(config, device, state.images)
     stepper = Stepper(engine, batches, config, device, pace)
     saver = Saver(config.run / checkpoint.FOLDER, config.checkpoint, engine.flow.config)
     health = Health(config, engine)

@@ -34,14 +34,16 @@ def draw_preview(engine: Engine, config: Config, images: int) -> Path | str:
     except ValueError as error:
         own = str(error)
     drawn = distributed.gather(own)
-    if problems := [part for part in drawn if isinstance(part, str)]:
+    if problems := [share for share in drawn if isinstance(share, str)]:
         return problems[0]
     samples = np.empty((count, *drawn[0].shape[1:]), np.uint8)  # type: ignore[union-attr]
-    for rank, part in enumerate(drawn):
-        samples[rank :: distributed.world_size()] = part
+    for rank, share in enumerate(drawn):
+        samples[rank :: distributed.world_size()] = share
     file = config.run / FOLDER / f"{images:011d}.png"
     if distributed.is_main():
-        _write_png(image_grid(samples, columns=math.ceil(math.sqrt(count))), file)
+        file.parent.mkdir(exist_ok=True)
+        with write_whole(file) as part:
+            image_grid(samples, columns=math.ceil(math.sqrt(count))).save(part, "PNG")
     return file
 
 
@@ -68,11 +70,3 @@ def _averaged_flow(engine: Engine, config: Config) -> TarFlow:
     average = {name: tensor.to(dtype) for name, tensor in engine.average()}
     flow.load_state_dict(average, assign=True)
     return flow.requires_grad_(False)
-
-
-def _write_png(picture: NDArray[np.uint8], file: Path) -> None:
-    from PIL import Image
-
-    file.parent.mkdir(exist_ok=True)
-    with write_whole(file) as part:
-        Image.fromarray(picture.squeeze(2) if picture.shape[2] == 1 else picture).save(part, "PNG")

@@ -3,9 +3,12 @@
 import torch
 
 from tarflow_dist.config import Config
+from tarflow_dist.cost.cards import find_card
 from tarflow_dist.data.shards import Shards, open_shards
 from tarflow_dist.errors import UserError
+from tarflow_dist.flow.counts import Counts
 from tarflow_dist.flow.model import Flow
+from tarflow_dist.telemetry.pace import Pace
 from tarflow_dist.training.checkpoint import FOLDER, newest_whole
 from tarflow_dist.training.engine import Engine
 from tarflow_dist.training.state import RunState
@@ -65,3 +68,14 @@ def restore(config: Config, engine: Engine) -> RunState:
             )
     engine.load(saved.read, saved.state.optimizer_steps)
     return saved.state
+
+
+def start_pace(config: Config, device: torch.device, images: int) -> Pace:
+    """Measures the run's speed from `images` seen on, against the peak of the GPU if its data sheet
+    is known."""
+    peak = None
+    known = find_card(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if known is not None:
+        peak = known.fp32_flops if config.train.precision == "fp32" else known.bf16_flops
+    flops = Counts(**config.model.model_dump()).training_flops
+    return Pace(device, images, flops=flops, peak=peak)

@@ -107,18 +107,17 @@ def test_shared_memory_left_by_a_killed_run_is_no_hindrance(digits: Path) -> Non
             left.append(shared_memory.SharedMemory(name, create=True, size=64))
     try:
         before = {name for name in os.listdir("/dev/shm") if name[:6].isdigit()}
-        for form in ("mds", "wds"):
-            for ending in (signal.SIGKILL, None):
-                with subprocess.Popen(
-                    [sys.executable, "-c", READER, str(digits / form), "20"],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    text=True,
-                ) as reader:
-                    assert reader.stdout is not None
-                    assert reader.stdout.readline() == "read\n"
-                    if ending:
-                        reader.send_signal(ending)
+        for form, ending in (("wds", signal.SIGKILL), ("mds", signal.SIGKILL), ("mds", None)):
+            with subprocess.Popen(
+                [sys.executable, "-c", READER, str(digits / form), "20"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            ) as reader:
+                assert reader.stdout is not None
+                assert reader.stdout.readline() == "read\n"
+                if ending:
+                    reader.send_signal(ending)
         after = {name for name in os.listdir("/dev/shm") if name[:6].isdigit()}
         assert after <= before
     finally:

@@ -256,3 +256,12 @@ def test_programs_are_not_images() -> None:
     content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"
     with pytest.raises(UnidentifiedImageError):
         open_image(content)
+
+
+@pytest.mark.parametrize("crop", ["adm", "tarflow"])
+def test_threads_are_refused(crop: str) -> None:
+    """With its short side at 256 this one would have a hundred times the pixels of a poster."""
+    thread = file_of(Image.new("L", (1, 60_000)), "PNG")
+    with pytest.raises(ValueError, match="too narrow to be resized: 1x60000"):
+        prepare_image(thread, size=256, channels=3, crop=crop, encode="png")
+    assert prepare_image(thread, size=8, channels=3, crop=crop, encode="raw").data == bytes(192)

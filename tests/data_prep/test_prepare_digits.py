@@ -105,7 +105,7 @@ def test_the_manifest_says_where_each_image_lies(digits: Path, form: str) -> Non
     table = pq.read_table(digits / form / "manifest.parquet")
     assert table.column_names == [
         *("split", "index", "source", "class", "class_name", "label", "shard", "offset", "bytes"),
-        *("kind", "sha256", "original_bytes", "original_width", "original_height"),
+        *("kind", "sha256", "xxh3_64", "original_bytes", "original_width", "original_height"),
     ]
     for row in table.to_pylist()[::50]:
         stored = (digits / form / row["shard"]).read_bytes()[row["offset"] :][: row["bytes"]]

@@ -14,6 +14,8 @@ from data_prep.__main__ import main
 from data_prep.pipeline import prepare
 from data_prep.records import Settings
 from data_prep.sources import Folder
+from data_prep.sources.base import set_name
+from tarflow_dist.errors import UserError
 
 
 def run(*args: object) -> subprocess.CompletedProcess[str]:
@@ -184,16 +186,32 @@ def test_user_errors_are_one_sentence(src: Path, tmp_path: Path) -> None:
         ("folder", src, out): "--size is missing",
         ("folder", src, out, *size, "--encode", "keep"): "leave out --size",
         ("folder", src, out, "--size", 0): "--size is 0",
+        ("folder", src, out, "--size", 100_000): "--size is 100000: give a side from 1 to 4096",
+        ("folder", src, out, *size, "--workers", 10**6): "--workers is 1000000",
         ("folder", src, out, *size, "--workers", 0): "--workers is 0",
         ("folder", src, out, *size, "--val-fraction", 1.5): "--val-fraction is 1.5",
         ("folder", src, out, *size, "--max-errors", -1): "--max-errors is -1",
         ("digits", out, "--seed", -1): "--seed is -1",
     }
     for args, part in cases.items():
-        result = run(*args)
-        assert result.returncode == 2, args
-        assert result.stderr.startswith("error: "), result.stderr
-        assert result.stderr.count("\n") == 1, result.stderr
-        assert part in result.stderr
-        assert not result.stdout
+        with pytest.raises(UserError, match=part) as caught:
+            main(list(map(str, args)))
+        assert "\n" not in str(caught.value)
     assert not out.exists()
+    result = run("folder", tmp_path / "nope", out, *size)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: there is no folder {tmp_path}/nope")
+
+
+@pytest.mark.parametrize(
+    ("classes", "name"),
+    [
+        ([f"n{number:08d}" for number in range(1000)], "imagenet1k"),
+        (["n01440764", "n02119789"], "imagenet"),
+        (["n01440764", "tench"], "my-photos-2"),
+    ],
+)
+def test_a_set_is_named_after_imagenet_or_its_folder(
+    classes: list[str], name: str, tmp_path: Path
+) -> None:
+    assert set_name(tmp_path / "my photos.2", classes) == name

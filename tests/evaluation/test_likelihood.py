@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from commands import run
+from golden_model import golden_flow
+from safetensors.torch import load_file
 
 from tarflow_dist import TarFlow
 from tarflow_dist.data.loader import Batch
@@ -74,6 +76,19 @@ def test_bits_are_the_entropy_where_model_and_data_agree() -> None:
     first = float((p * standard).sum())
     rest = (16 * log_prob - first) / 15
     assert bits_per_dim(rest) == pytest.approx(entropy, abs=0.01)
+
+
+def test_bits_are_the_published_models() -> None:
+    """What its evaluate_bpd.py prints for the golden images, from the latents it computed: each
+    dimension's −log2 of the unit normal and of 1/128, less log2 of the determinant."""
+    golden = Path(__file__).parents[1] / "golden"
+    vectors = load_file(golden / "uncond.vectors.safetensors")
+    z, logdet = vectors["forward.z"], vectors["forward.logdet_per_dim"]
+    prior = -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).mean(dim=1) - math.log(128)
+    published = (-prior - logdet).mean() / math.log(2)
+    flow = golden_flow("uncond", torch.float64)
+    log_prob = flow.log_prob(vectors["x"]).detach().mean() / flow.num_dims
+    assert bits_per_dim(float(log_prob)) == pytest.approx(float(published), abs=1e-9)
 
 
 def test_gaussian_noise_gives_the_training_loss() -> None:

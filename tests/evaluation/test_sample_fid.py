@@ -2,25 +2,25 @@
 
 import json
 import os
+import random
+import signal
 import subprocess
-import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import ROOT, command, run
 
 from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation.measure import check_image_shape
+from tarflow_dist.evaluation.reference_set import sha256
+from tarflow_dist.evaluation.settings import sweep_settings
 from tarflow_dist.pretrained import TarFlow
-from tarflow_dist.sample_fid import (
-    check_arguments,
-    parse_arguments,
-    sample_settings,
-    sha256,
-)
+from tarflow_dist.sample_fid import check_arguments, main, parse_arguments
 
-COMMAND = ["-m", "tarflow_dist.sample_fid"]
+COMMAND = "tarflow_dist.sample_fid"
 
 
 def save_model(folder: Path, num_classes: int) -> TarFlow:
@@ -39,7 +39,7 @@ def save_model(folder: Path, num_classes: int) -> TarFlow:
         sigma=0.1,
     )
     for block in flow.blocks:
-        torch.nn.init.normal_(block.proj_out.weight, std=0.1)
+        torch.nn.init.normal_(block.proj_out.weight, std=0.05)
     flow.save_pretrained(folder)
     return flow
 
@@ -51,13 +51,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as torchrun sets it for two ranks
-    return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, env=one_thread
-    )
-
-
 def arguments(model: Path, *more: str) -> list[str]:
     return ["--model", str(model), "--reference", str(model), "--num-samples", "10", *more]
 
@@ -67,7 +60,8 @@ def arguments(model: Path, *more: str) -> list[str]:
     [
         (["--num-samples", "1"], "--num-samples must be at least 2"),
         (["--batch-size", "0"], "--batch-size must be at least 1"),
-        (["--reference", "nowhere"], "--reference nowhere is not a folder"),
+        (["--reference", "nowhere"], "--reference nowhere is not there"),
+        (["--wandb", "nowhere"], "--wandb nowhere is not the folder of a training run"),
         (["--features", "inception"], "need their weights on disk"),
         (["--inception-weights", "nowhere.pth"], r"nowhere\.pth is not a file"),
     ],
@@ -77,6 +71,23 @@ def test_bad_arguments(model: Path, more: list[str], message: str) -> None:
         check_arguments(parse_arguments(arguments(model, *more)))
 
 
+def test_a_folder_of_something_else_takes_no_samples(model: Path) -> None:
+    with pytest.raises(UserError, match="is the folder of a model: choose another"):
+        check_arguments(parse_arguments(arguments(model, "--out", str(model))))
+
+
+@pytest.mark.parametrize(
+    "more", [["--guidance", "1,x"], ["--guidance", "1,1.0"], ["--denoise", "2"], ["--write", "gif"]]
+)
+def test_lists_that_make_no_sense(
+    model: Path, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(arguments(model, *more))
+    assert caught.value.code == 2
+    assert f"error: argument {more[0]}: invalid" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("num_classes", "more", "message"),
     [
@@ -84,6 +95,8 @@ def test_bad_arguments(model: Path, more: list[str], message: str) -> None:
         (10, ["--attn-temp", "0.9"], "give a guidance above 0"),
         (10, ["--guidance", "-1"], "must be a number, 0 or more"),
         (0, ["--labels", "balanced"], "leave --labels out"),
+        (10, ["--labels", "3,x"], "random, balanced or class ids such as 3,7, and not 3,x"),
+        (10, ["--labels", "3,10"], "the model's classes are 0 to 9"),
     ],
 )
 def test_options_the_model_cannot_have(
@@ -91,16 +104,36 @@ def test_options_the_model_cannot_have(
 ) -> None:
     flow = save_model(tmp_path, num_classes)
     with pytest.raises(UserError, match=message):
-        sample_settings(parse_arguments(arguments(tmp_path, *more)), flow)
+        sweep_settings(parse_arguments(arguments(tmp_path, *more)), flow, "")
 
 
 def test_settings_follow_the_model(model: Path) -> None:
     flow = TarFlow.from_pretrained(model)
-    settings = sample_settings(parse_arguments(arguments(model, "--no-denoise")), flow)
-    assert settings["weights_sha256"] == sha256(model / "model.safetensors")
-    assert settings["labels"] == "random"
-    assert settings["denoise"] is False
+    points = sweep_settings(parse_arguments(arguments(model, "--denoise", "0")), flow, "abc")
+    assert list(points) == [""]
+    settings = points[""]
+    assert settings["weights_sha256"] == "abc"
+    assert (settings["labels"], settings["denoise"]) == ("random", False)
+    assert settings["sampler"] == "sequential"
     assert json.loads(json.dumps(settings)) == settings
+
+
+def test_the_policy_in_force_is_a_setting(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = TarFlow.from_pretrained(model)
+    monkeypatch.setattr(TarFlow, "sampler", lambda _, batch, rule: f"{batch} at {rule.weight}")
+    points = sweep_settings(parse_arguments(arguments(model, "--guidance", "0,2")), flow, "")
+    assert [point["sampler"] for point in points.values()] == ["100 at 0.0", "100 at 2.0"]
+
+
+def test_points_of_a_sweep(model: Path) -> None:
+    flow = TarFlow.from_pretrained(model)
+    args = parse_arguments(
+        arguments(model, "--guidance", "0,1.5", "--denoise", "0,1", "--attn-temp", "0.9")
+    )
+    points = sweep_settings(args, flow, "")
+    assert list(points) == [f"guidance-{w}-denoise-{d}" for w in ("0", "1.5") for d in (0, 1)]
+    shown = [(p["guidance"], p["denoise"], p["attn_temp"]) for p in points.values()]
+    assert shown == [(0.0, False, 1.0), (0.0, True, 1.0), (1.5, False, 0.9), (1.5, True, 0.9)]
 
 
 def test_reference_of_another_shape() -> None:
@@ -109,50 +142,122 @@ def test_reference_of_another_shape() -> None:
 
 
 def test_an_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    done = run(*COMMAND, *arguments(tmp_path / "nowhere"))
+    done = run(COMMAND, *arguments(tmp_path / "nowhere"), check=False)
     assert done.returncode == 2
     assert done.stderr == f"error: --model {tmp_path / 'nowhere'} is not a folder\n"
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("digits")
-    done = run("-m", "data_prep", "digits", str(out), "--format", "mds")
-    assert done.returncode == 0, done.stderr
-    return out / "mds"
+def options(model: Path, digits: Path, out: Path, *more: object) -> list[object]:
+    return [
+        *("--model", model, "--reference", digits / "mds", "--features", "pixels", "--out", out),
+        *("--num-samples", 50, "--batch-size", 16, "--guidance", 1, "--annealed", *more),
+    ]
+
+
+def outcome(out: Path) -> dict:
+    return json.loads((out / "result.json").read_text())
 
 
 @pytest.mark.e2e
-def test_one_and_two_ranks_and_a_resumed_run_agree(
+def test_any_number_of_ranks_and_a_resumed_run_agree(
     model: Path, digits: Path, tmp_path: Path
 ) -> None:
-    def sample_fid(launcher: list[str], out: Path, *more: str) -> None:
-        options = ["--reference", str(digits), "--num-samples", "50", "--batch-size", "16"]
-        options += ["--features", "pixels", "--guidance", "1", "--annealed", "--out", str(out)]
-        done = run(*launcher, *COMMAND, "--model", str(model), *options, *more)
-        assert done.returncode == 0, done.stderr
+    one, four = tmp_path / "one", tmp_path / "four"
+    run(COMMAND, *options(model, digits, one, "--write", "npz"))
+    result = outcome(one)
+    run(COMMAND, *options(model, digits, four), ranks=4)
+    result_four = outcome(four)
+    assert result_four["samples_sha256"] == result["samples_sha256"]
+    assert (result["world_size"], result_four["world_size"]) == (1, 4)
+    for name in ("frechet_distance", "frechet_distance_error", "precision", "kernel_distance"):
+        assert result_four[name] == pytest.approx(result[name], rel=1e-6)
+    images_there = json.loads((digits / "mds" / "summary.json").read_text())["images"]["train"]
+    assert result_four["reference_images"] == images_there
+    assert result["reference_sha256"] == sha256(digits / "mds" / "manifest.parquet")
+    assert result["weights_sha256"] == sha256(model / "model.safetensors")
 
-    def outcome(out: Path) -> tuple[bytes, dict]:
-        return (out / "samples.npz").read_bytes(), json.loads((out / "result.json").read_text())
-
-    two_ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    sample_fid([], tmp_path / "one")
-    samples, result = outcome(tmp_path / "one")
-    sample_fid(two_ranks, tmp_path / "two")
-    samples_two, result_two = outcome(tmp_path / "two")
-    assert samples == samples_two
-    assert result_two["frechet_distance"] == pytest.approx(result["frechet_distance"], rel=1e-9)
-    images_there = json.loads((digits / "summary.json").read_text())["images"]["train"]
-    assert (result_two["world_size"], result_two["reference_images"]) == (2, images_there)
-
-    with np.load(tmp_path / "one" / "samples.npz", allow_pickle=False) as npz:
+    with np.load(one / "samples.npz", allow_pickle=False) as npz:
         images, labels = npz["arr_0"], npz["arr_1"]
-    assert images.shape == (50, 8, 8, 1)
+    assert images.shape == (50, 8, 8, 3)
     assert len(np.unique(labels)) > 5
-    assert (tmp_path / "one" / "grid.png").exists()
 
-    (tmp_path / "two" / "samples-000002.parquet").unlink()
-    sample_fid([], tmp_path / "two")
-    samples_resumed, result_resumed = outcome(tmp_path / "two")
-    assert result_resumed["chunks_drawn"] == 1
-    assert samples_resumed == samples
+    (four / "samples-000002.parquet").unlink()
+    run(COMMAND, *options(model, digits, four))
+    resumed = outcome(four)
+    assert resumed["chunks_drawn"] == 1
+    assert resumed["samples_sha256"] == result["samples_sha256"]
+    assert resumed["frechet_distance"] == pytest.approx(result["frechet_distance"], rel=1e-9)
+
+
+@pytest.mark.e2e
+def test_killed_again_and_again_the_samples_are_the_same(
+    model: Path, digits: Path, tmp_path: Path
+) -> None:
+    """The whole is in benchmarks/sample_kills.py. Kills −9 while chunks are being written, on
+    changing numbers of ranks."""
+    more = ("--num-samples", 3000, "--batch-size", 10)
+    run(COMMAND, *options(model, digits, tmp_path / "whole", *more), ranks=2)
+    killed = tmp_path / "killed"
+    found = []
+    for ranks in (2, 1):
+        process = subprocess.Popen(
+            command(COMMAND, *options(model, digits, killed, *more), ranks=ranks),
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        before = len(list(killed.glob("samples-*")))
+        while process.poll() is None and len(list(killed.glob("samples-*"))) < before + 20:
+            time.sleep(0.01)
+        time.sleep(random.Random(ranks).random() * 0.1)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        found.append(len(list(killed.glob("samples-*"))))
+    assert 0 < found[0] < found[1] < 300
+    run(COMMAND, *options(model, digits, killed, *more), ranks=2)
+    assert outcome(killed)["samples_sha256"] == outcome(tmp_path / "whole")["samples_sha256"]
+    assert outcome(killed)["chunks_drawn"] == 300 - found[1]
+
+
+@pytest.mark.e2e
+def test_a_sweep_resumes_and_reuses_the_reference_file(
+    model: Path, digits: Path, tmp_path: Path
+) -> None:
+    reference, out = tmp_path / "digits.npz", tmp_path / "out"
+    run("tarflow_dist.reference", digits / "mds", reference, "--features", "pixels", ranks=2)
+    sweep = ("--reference", reference, "--guidance", "0,2", "--denoise", "0,1")
+    run(COMMAND, *options(model, digits, out, *sweep))
+    first = outcome(out)
+    (out / "guidance-2-denoise-1" / "samples-000000.parquet").unlink()
+    run(COMMAND, *options(model, digits, out, *sweep))
+    again = outcome(out)
+    assert len(again["points"]) == 4
+    drawn = {name: point["chunks_drawn"] for name, point in again["points"].items()}
+    assert drawn.pop("guidance-2-denoise-1") == 1
+    assert set(drawn.values()) == {0}
+    for name, point in again["points"].items():
+        before = first["points"][name]
+        assert point["samples_sha256"] == before["samples_sha256"]
+        assert point["frechet_distance"] == pytest.approx(before["frechet_distance"], rel=1e-9)
+        assert point["reference_sha256"] == sha256(reference)
+    # the same noise and labels: at another weight the images are close to, but not, the same
+    assert len({point["samples_sha256"] for point in again["points"].values()}) == 4
+    best = min(again["points"], key=lambda name: again["points"][name]["frechet_distance"])
+    assert again["best"] == best
+    assert {"sweep.csv", "sweep.png", "report.html"} <= {file.name for file in out.iterdir()}
+
+
+def test_interrupted_says_what_stays(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tarflow_dist.evaluation.pipeline.run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments(model, "--features", "pixels", "--out", "there"))
+    assert capsys.readouterr().err == (
+        "interrupted: what is drawn stays in there, and the same command goes on from there\n"
+    )

@@ -1,17 +1,12 @@
 """The flow against vectors that the published model computed (tests/golden/README.md)."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
+from golden_model import CASES, golden_flow, golden_vectors, settings
 
-from tarflow_dist.flow.model import Flow
+from tarflow_dist.flow.inverse import Solver
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
-CASES = ["cond", "uncond", "volume_preserving"]
 
 
 @pytest.fixture(params=CASES)
@@ -22,35 +17,6 @@ def case(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
-
-
-def settings(case: str) -> dict:
-    return json.loads((GOLDEN / f"{case}.json").read_text())
-
-
-def golden_flow(case: str, dtype: torch.dtype) -> Flow:
-    s = settings(case)
-    flow = Flow(
-        image_size=s["img_size"],
-        patch_size=s["patch_size"],
-        in_channels=s["in_channels"],
-        width=s["channels"],
-        num_blocks=s["num_blocks"],
-        layers_per_block=s["layers_per_block"],
-        num_classes=s["num_classes"],
-        volume_preserving=not s["nvp"],
-        sigma=s["sigma"],
-    ).double()
-    weights = load_file(GOLDEN / f"{case}.weights.safetensors")
-    flow.load_state_dict({k: v for k, v in weights.items() if not k.endswith("attn_mask")})
-    return flow.to(dtype)
-
-
-def golden_vectors(case: str) -> dict[str, torch.Tensor]:
-    vectors = load_file(GOLDEN / f"{case}.vectors.safetensors")
-    if not settings(case)["num_classes"]:
-        vectors = {k: v for k, v in vectors.items() if k not in ("y", "y_drop")}
-    return vectors
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
@@ -88,6 +54,25 @@ def test_reverse(case: str, dtype: torch.dtype) -> None:
     for label, arguments in settings(case)["reverse"].items():
         x = flow.decode(v["noise"].to(dtype), v.get("y"), **arguments)
         assert_close(x, v[f"reverse.{label}"], dtype)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        Solver(window=3),
+        Solver(window=5, start="zero"),
+        Solver(window=1000, start="previous"),
+        Solver(window=4, tolerance=1e-11),
+        Solver(window=1000, tolerance=1e-11, start="zero"),
+    ],
+    ids=str,
+)
+def test_reverse_in_windows(case: str, solver: Solver) -> None:
+    flow, v = golden_flow(case, torch.float64), golden_vectors(case)
+    for label, arguments in settings(case)["reverse"].items():
+        solvers = [solver, Solver()] * len(flow.blocks)
+        x = flow.decode(v["noise"], v.get("y"), **arguments, solvers=solvers[: len(flow.blocks)])
+        torch.testing.assert_close(x, v[f"reverse.{label}"], rtol=0, atol=1e-9)
 
 
 def test_denoise(case: str, dtype: torch.dtype) -> None:

@@ -1,0 +1,125 @@
+"""How long guided sampling takes, against the published samplers: same weights, same noise.
+
+    python benchmarks/sampling.py MODEL --published PATH --gs-jacobi PATH [--batch-sizes 1 4 16]
+
+PATH are checkouts of apple/ml-tarflow and encoreus/GS-Jacobi_for_TarFlow; what is absent is left
+out. The ways take turns within a round; the medians of the rounds are compared. MODEL should be
+calibrated before, for the same guidance and batch sizes.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tarflow_dist import TarFlow
+from tarflow_dist.flow.guidance import Guidance
+from tarflow_dist.flow.inverse import SEQUENTIAL
+from tarflow_dist.flow.noise import to_pixels
+
+# (segments of each block, 0 for one patch at a time; sweeps a segment; stopping bound)
+GS_JACOBI = [(0, 1, 0.0), (1, 256, 1e-6), (8, 256, 1e-6), (16, 256, 1e-6), (8, 256, 1e-4)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("model", type=Path)
+    add("--published", type=Path)
+    add("--gs-jacobi", type=Path)
+    add("--batch-sizes", type=int, nargs="+", default=[1, 4, 16])
+    add("--guidance", type=float, default=1.0)
+    add("--rounds", type=int, default=3)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    flow = TarFlow.from_pretrained(args.model).requires_grad_(False).to(args.device)
+    with torch.no_grad():
+        for batch in args.batch_sizes:
+            compare(flow, batch, args)
+
+
+def compare(flow: TarFlow, batch: int, args: argparse.Namespace) -> None:
+    index = torch.arange(batch, device=flow.device)
+    z, y = flow.noise_of(index, seed=1), index * 7 % flow.num_classes
+    guidance = Guidance(args.guidance)
+    sequential = [SEQUENTIAL] * len(flow.blocks)
+    ways: dict[str, Callable[[], Tensor]] = {
+        "sequential": lambda: flow.decode(z, y, **guidance.arguments(), solvers=sequential)
+    }
+    if flow.sampler(batch, guidance) != "sequential":
+        ways["calibrated"] = lambda: flow.decode(z, y, **guidance.arguments())
+    if args.published:
+        published = load_peer(args.published, "transformer_flow", flow)
+        ways["published"] = lambda: published.reverse(z.clone(), y, guidance=args.guidance)
+    if args.gs_jacobi:
+        peer = load_peer(args.gs_jacobi, "GS_Jacobi_sampling", flow)
+        for segments, sweeps, bound in GS_JACOBI:
+            blocks = len(flow.blocks)
+            ways[f"GS-Jacobi, {segments} segments, bound {bound:g}"] = partial(
+                lambda **strategy: peer.reverse(z.clone(), y, guidance=args.guidance, **strategy),
+                num_GS_list=[segments] * blocks,
+                max_jacobi_list=[sweeps] * blocks,
+                ebound=bound,
+            )
+    floor = lambda: flow(torch.zeros(2 * batch, *flow.image_shape, device=flow.device))  # noqa: E731
+
+    times: dict[str, list[float]] = {name: [] for name in [*ways, "two forward passes"]}
+    images = {}
+    for _ in range(args.rounds):
+        for name, way in {**ways, "two forward passes": floor}.items():
+            took, result = timed(way, flow.device)
+            times[name].append(took)
+            images[name] = result
+    print(f"\nbatch {batch}, guidance {args.guidance}, {args.device}, N = {flow.num_patches}")
+    print(f"{torch.get_num_threads()} threads; calibrated: {flow.sampler(batch, guidance)}")
+    print("| way | seconds | times the sequential | largest error | uint8 equal |")
+    print("|---|---|---|---|---|")
+    exact = images["sequential"]
+    for name, took in times.items():
+        error = ""
+        if name in ways:
+            equal = to_pixels(images[name], flow.noise) == to_pixels(exact, flow.noise)
+            error = f"{(images[name] - exact).abs().max():.1e} | {equal.double().mean():.3%}"
+        ratio = median(took) / median(times["sequential"])
+        print(f"| {name} | {median(took):.3f} | {ratio:.2f} | {error or '|'} |", flush=True)
+
+
+def load_peer(folder: Path, module: str, flow: TarFlow) -> Any:
+    """The published model of flow's size, with its weights."""
+    sys.path.insert(0, str(folder))
+    config = flow.config
+    peer = __import__(module).Model(
+        in_channels=config["in_channels"], img_size=config["image_size"],
+        patch_size=config["patch_size"], channels=config["width"],
+        num_blocks=config["num_blocks"], layers_per_block=config["layers_per_block"],
+        num_classes=config["num_classes"],
+    )  # fmt: skip
+    peer.load_state_dict(flow.state_dict(), strict=False)  # but for its attention masks
+    return peer.requires_grad_(False).to(flow.device)
+
+
+def timed(way: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds, and what came out. With one thread, seconds of the processor: a machine that others
+    use too doesn't blur them."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    if device.type == "cuda":
+        clock = time.perf_counter
+        torch.cuda.synchronize(device)
+    began = clock()
+    result = way()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock() - began, result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""Runs what is compared in turn, so that whatever else the machine does meets all alike."""
+
+from collections.abc import Callable, Mapping
+from statistics import median
+
+
+def alternate(runs: Mapping[str, Callable[[], float]], *, rounds: int) -> dict[str, list[float]]:
+    """What each returns, a figure a round."""
+    figures: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            figures[name].append(run())
+    return figures
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    """The median of the rounds' ratios."""
+    return median(a / b for a, b in zip(above, below, strict=True))

@@ -1,0 +1,170 @@
+"""The command line: images to OUT/mds/ and OUT/wds/, each a set; finished sets to be looked at."""
+
+import argparse
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from data_prep import remote
+from data_prep.images import CROPS, ENCODINGS
+from data_prep.pipeline import prepare
+from data_prep.records import Settings
+from data_prep.sources import LAYOUTS, Digits, Source, open_source
+from tarflow_dist.errors import INTERRUPTED_EXIT_CODE, UserError
+
+MAX_SIZE, MAX_WORKERS = 4096, 1024
+FORMATS = {"mds": ["mds"], "wds": ["wds"], "both": ["mds", "wds"]}
+LAYOUT_HELP = """what SRC is (default: what is found there)
+folder: SRC/{train,val}/CLASS/…/IMAGE, or SRC/CLASS/…/IMAGE;
+archives: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which
+are read as they lie;
+kaggle: ILSVRC/Data/CLS-LOC/, LOC_val_solution.csv and LOC_synset_mapping.txt;
+parquet: Hugging Face's train-*.parquet and validation-*.parquet, in SRC or SRC/data"""
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m data_prep",
+        description="Write images as shards: OUT/mds/ (MosaicML streaming) and OUT/wds/ "
+        "(WebDataset tar), each with train/, val/, manifest.parquet, summary.json, errors.parquet. "
+        "The same command goes on where a killed one was.",
+    )
+    commands = top.add_subparsers(dest="command", required=True)
+
+    imagenet = commands.add_parser("imagenet", help="ImageNet, in any layout it comes in")
+    imagenet.add_argument("--layout", choices=("auto", *LAYOUTS), default="auto", help=LAYOUT_HELP)
+    folder = commands.add_parser(
+        "folder",
+        help="a folder of class folders",
+        description="SRC/CLASS/…/image, or SRC/{train,val}/CLASS/…/image. Labels are the classes' "
+        "positions in sorted order; images come out in RGB.",
+    )
+    folder.set_defaults(layout="folder")
+    for command in (imagenet, folder):
+        command.set_defaults(run=run_images, format="mds", workers=_cores())
+        command.add_argument("src", type=Path, help="the folder with the images")
+        _add_image_options(command)
+
+    digits = commands.add_parser("digits", help="scikit-learn's handwritten digits, 8x8, built in")
+    digits.set_defaults(run=run_digits, format="both", workers=1, max_errors=0.0)
+    digits.add_argument("--encode", choices=("png", "jpeg", "raw"), default="png", help=ENCODE_HELP)
+    for command in (imagenet, folder, digits):
+        command.add_argument(
+            "out", help="where the sets are written: a folder, or an object store's s3://…"
+        )
+        command.add_argument("--format", choices=FORMATS, help="(default %(default)s)")
+        command.add_argument("--seed", type=int, default=0, help="of split and order (default 0)")
+        command.add_argument(
+            "--workers", type=int, help="processes; they change no byte (default %(default)s)"
+        )
+
+    for name, help_ in (
+        ("verify", "read a finished set back and say what is wrong with it"),
+        ("show", "print a set's summary and draw a contact sheet"),
+    ):
+        command = commands.add_parser(name, help=help_)
+        module = import_module(f"data_prep.{name}")
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return top
+
+
+ENCODE_HELP = (
+    "png (default) and webp are lossless, webp is smaller and slower to write; jpeg has quality "
+    "95, 4:4:4; raw is the pixels, largest and fastest to read; keep stores the files as they are, "
+    "for other trainers: ours needs images of one size"
+)
+
+
+def _add_image_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--size", type=int, help="side of the square images; not with keep")
+    command.add_argument(
+        "--crop",
+        choices=CROPS,
+        default="adm",
+        help="resize and centre crop as ADM does (default), or as TarFlow does",
+    )
+    command.add_argument("--encode", choices=ENCODINGS, default="png", help=ENCODE_HELP)
+    command.add_argument(
+        "--val-fraction",
+        type=float,
+        default=0.1,
+        help="share of each class held out for val, at least one image, where class folders are "
+        "not in train/ and val/ (default %(default)s)",
+    )
+    command.add_argument(
+        "--max-errors",
+        type=float,
+        default=0.01,
+        help="stop when more than this share of the images, and more than 10, can't be read "
+        "(default %(default)s)",
+    )
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # what the job was given, where the system tells
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def run_digits(args: argparse.Namespace) -> int:
+    settings = Settings(size=Digits.size, encode=args.encode, seed=args.seed)
+    return _write(Digits(seed=args.seed), args, settings)
+
+
+def run_images(args: argparse.Namespace) -> int:
+    if args.encode == "keep" and args.size is not None:
+        raise UserError("--encode keep stores the files as they are: leave out --size")
+    if args.encode != "keep" and args.size is None:
+        raise UserError("--size is missing: give the side of the images in pixels, such as 64")
+    if args.size is not None and not 0 < args.size <= MAX_SIZE:
+        raise UserError(f"--size is {args.size}: give a side from 1 to {MAX_SIZE} pixels")
+    if not 0 < args.val_fraction < 1:
+        raise UserError(f"--val-fraction is {args.val_fraction}: give a share such as 0.1")
+    if not 0 <= args.max_errors <= 1:
+        raise UserError(f"--max-errors is {args.max_errors}: give a share such as 0.01")
+    settings = Settings(
+        size=args.size,
+        crop=args.crop,
+        encode=args.encode,
+        seed=args.seed,
+        max_errors=args.max_errors,
+    )
+    source = open_source(
+        args.src, layout=args.layout, val_fraction=args.val_fraction, seed=args.seed
+    )
+    return _write(source, args, settings)
+
+
+def _write(source: Source, args: argparse.Namespace, settings: Settings) -> int:
+    formats = FORMATS[args.format]
+    try:
+        if remote.is_remote(args.out):
+            summary = remote.prepare_and_upload(
+                source, args.out, formats, settings, workers=args.workers
+            )
+        else:
+            summary = prepare(source, Path(args.out), formats, settings, workers=args.workers)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED_EXIT_CODE
+    images = " and ".join(f"{n} {split}" for split, n in summary["images"].items())
+    shape = f"{settings.size}x{settings.size}x{source.channels} " if settings.size else ""
+    aside = f"; {summary['errors']} set aside, see errors.parquet" if summary["errors"] else ""
+    for form in formats:
+        print(
+            f"{args.out.rstrip('/')}/{form}: {images} images, {len(source.classes)} classes, "
+            f"{shape}{settings.encode}{aside}"
+        )
+    return 0
+
+
+def run(argv: list[str]) -> int | None:
+    """Runs a command, and returns its exit code."""
+    args = parser().parse_args(argv)
+    if not 0 <= getattr(args, "seed", 0) < 2**32:
+        raise UserError(f"--seed is {args.seed}: give a number from 0 to {2**32 - 1}")
+    if not 1 <= getattr(args, "workers", 1) <= MAX_WORKERS:
+        raise UserError(f"--workers is {args.workers}: give a number from 1 to {MAX_WORKERS}")
+    return args.run(args)

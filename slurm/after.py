@@ -1,0 +1,89 @@
+"""Decides, when the ranks of a job have ended, how it goes on: python -m slurm.after FOLDER CODE
+
+FOLDER is the job's, CODE what srun ended with. Runs in the batch script, and exits with 75 if that
+should requeue the job. Loads no torch.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from slurm.job import EXIT_INTERRUPTED, OUTCOME
+from slurm.records import STOP, Record, last_error
+from tarflow_dist.files import write_whole
+
+ENDS = "ends.jsonl"
+
+
+def main(argv: list[str]) -> int:
+    folder, code = Path(argv[0]), int(argv[1])
+    record = Record.read(folder)
+    outcome = _outcome(folder, code)
+    state, reason = outcome["state"], outcome["reason"]
+    end = {
+        "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        "checkpoint": record.newest_checkpoint(),
+        **outcome,
+    }
+    with (folder / ENDS).open("a") as file:
+        file.write(json.dumps(end) + "\n")
+    if state == "finished":
+        return 0
+    if state == "refused":
+        _note_failure(record.run, reason)
+        return 2
+    if (folder / STOP).exists():
+        print("stopped as asked; the same launch command goes on", file=sys.stderr)
+        return 1
+    without_progress = _ends_without_progress(folder, counts_interruptions=record.is_training)
+    if without_progress >= record.attempts:
+        at = f"checkpoint {end['checkpoint']}" if end["checkpoint"] else "no checkpoint yet"
+        _note_failure(
+            record.run,
+            f"ended {without_progress} times in a row without progress ({at}), last: "
+            f"{reason or state}",
+        )
+        return 1
+    print(f"{state}, to be requeued{': ' if reason else ''}{reason}", file=sys.stderr)
+    return EXIT_INTERRUPTED
+
+
+def _outcome(folder: Path, code: int) -> dict[str, str]:
+    """What the ranks noted, or what can be told of ranks that were killed before they could."""
+    try:
+        return json.loads((folder / OUTCOME).read_text())
+    except (OSError, ValueError):
+        killed = f" (signal {code - 128})" if code > 128 else ""
+        said = last_error(folder)
+        return {
+            "state": "crashed",
+            "reason": f"srun ended with {code}{killed}{': ' if said else ''}{said}",
+        }
+
+
+def _ends_without_progress(folder: Path, *, counts_interruptions: bool) -> int:
+    """How often in a row the job has ended at the checkpoint that it ended at now."""
+    ends: list[dict[str, Any]] = [
+        json.loads(line) for line in (folder / ENDS).read_text().splitlines()
+    ]
+    count = 0
+    for end in reversed(ends):
+        if end["checkpoint"] != ends[-1]["checkpoint"]:
+            break
+        count += counts_interruptions or end["state"] == "crashed"
+    return count
+
+
+def _note_failure(run: Path, reason: str) -> None:
+    """Adds state and reason to the run's status.json."""
+    file = run / "status.json"
+    status = json.loads(file.read_text()) if file.exists() else {}
+    with write_whole(file) as part:
+        part.write_text(json.dumps(status | {"state": "failed", "error": reason}) + "\n")
+    print(f"given up: {reason}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

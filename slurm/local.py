@@ -1,0 +1,94 @@
+"""--local: the same job through submitit's local executor."""
+
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import submitit
+from submitit.helpers import clean_env, environment_variables
+
+from slurm import submission
+from slurm.job import EXIT_INTERRUPTED, OUTCOME
+from slurm.resources import Resources
+from slurm.script import CODE
+from slurm.tasks import Task
+
+EXIT_CODES = {"finished": 0, "interrupted": EXIT_INTERRUPTED, "refused": 2, "crashed": 1}
+
+
+def run(chain: Sequence[Task], resources: Resources) -> int:
+    """Runs the tasks one after another and shows rank 0's log. Ctrl-C saves and ends.
+
+    Returns:
+        The exit code: 0 finished, 75 interrupted and saved, 2 a mistake of the user's, 1 a crash.
+    """
+    for task in chain:
+        state = _run(task, resources)
+        if state != "finished":
+            return EXIT_CODES[state]
+    return 0
+
+
+def _run(task: Task, resources: Resources) -> str:
+    folder = submission.new_folder(task)
+    job = submission.prepare(task, resources, folder)
+    python = shlex.quote(resources.python or sys.executable)
+    executor = submitit.LocalExecutor(folder, python=f"{python} -P")
+    executor.update_parameters(
+        tasks_per_node=1 if task.one_rank else resources.ranks_per_node,
+        gpus_per_node=resources.gpus_per_node,
+        timeout_min=resources.minutes,
+        signal_delay_s=resources.signal_delay,
+        setup=resources.setup,
+        stderr_to_stdout=True,
+    )
+    path = [str(folder / CODE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"OMP_NUM_THREADS": "1", **resources.env, "PYTHONPATH": os.pathsep.join(path)}
+    with clean_env(), environment_variables(**environment), _ctrl_c_ignored():
+        submitted = executor.submit(job)
+    print(f"logs in {folder}", flush=True)
+    shown = 0
+    while True:
+        ended = submitted.done()
+        shown = _show_log(submitted.paths.stdout, shown)
+        if ended:
+            return _outcome(folder)
+        try:
+            time.sleep(0.2)
+        except KeyboardInterrupt:
+            os.kill(int(submitted.job_id), signal.SIGTERM)  # its controller tells the ranks
+
+
+@contextmanager
+def _ctrl_c_ignored() -> Iterator[None]:
+    """Processes that start meanwhile leave Ctrl-C alone: submitit's controller would kill the ranks
+    a second after it, in the middle of their checkpoint."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _show_log(log: Path, shown: int) -> int:
+    """Prints what was written past `shown` characters, and returns how many there are now."""
+    text = log.read_text(errors="replace") if log.exists() else ""
+    print(text[shown:], end="", flush=True)
+    return len(text)
+
+
+def _outcome(folder: Path) -> str:
+    file = folder / OUTCOME
+    if not file.exists():
+        print(f"the ranks were killed; their logs are in {folder}", file=sys.stderr)
+        return "crashed"
+    outcome = json.loads(file.read_text())
+    if outcome["reason"]:  # of whichever rank was first, and the log that was shown is rank 0's
+        print(f"{outcome['state']}: {outcome['reason']}", file=sys.stderr)
+    return str(outcome["state"])

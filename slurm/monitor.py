@@ -1,0 +1,98 @@
+"""`launch.py status RUN` and `launch.py stop RUN`."""
+
+import argparse
+import datetime
+import json
+import time
+from pathlib import Path
+
+from slurm import states
+from slurm.records import STOP, Record, last_error, records
+from tarflow_dist import config as configs
+from tarflow_dist.errors import UserError
+from tarflow_dist.telemetry.metrics import read_metrics
+
+SHOWN = 4  # submissions
+SECONDS_BETWEEN_LOOKS = 1.0
+
+
+def status(argv: list[str]) -> int:
+    """Prints how a run and its jobs stand, as Slurm and the run's files have it."""
+    run = _parse("status", "how a run and its jobs stand", argv)
+    known = _records(run)
+    rows = [("run", str(run)), *_progress(run)]
+    for record in known[-SHOWN:]:
+        state = states.job_state(record.job_id)
+        restarts = f", {state.restarts} restarts" if state.restarts else ""
+        detail = f" ({state.detail})" if state.detail else ""
+        rows.append((record.task, f"job {record.job_id} {state.state}{detail}{restarts}"))
+        if error := last_error(record.folder):
+            rows.append(("  last error", error))
+        rows.append(("  logs", f"{record.folder}/{record.job_id}_*_log.{{out,err}}"))
+    print("\n".join(f"{name:<16}{text}" for name, text in rows))
+    return 0
+
+
+def stop(argv: list[str]) -> int:
+    """Ends a run's jobs: a running one saves first, a waiting one is taken from the states."""
+    run = _parse("stop", "ends a run's jobs, with a checkpoint", argv)
+    signalled: set[str] = set()
+    stopped = False
+    for record in _records(run):
+        while (state := states.job_state(record.job_id)).active:
+            stopped = True
+            (record.folder / STOP).touch()
+            if state.state == "PENDING":
+                states.ask("scancel", record.job_id)
+            elif state.state == "RUNNING" and record.job_id not in signalled:
+                print(f"job {record.job_id}: told to save and end", flush=True)
+                states.ask("scancel", "--signal=USR2", record.job_id)
+                signalled.add(record.job_id)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        if record.job_id in signalled:
+            print(f"job {record.job_id}: {state.state}, {_saved(record)}")
+    if not stopped:
+        raise UserError(f"no job of {run} is running or waiting")
+    return 0
+
+
+def _saved(record: Record) -> str:
+    newest = record.newest_checkpoint()
+    return f"saved at {int(newest):,} images" if newest else "nothing to save"
+
+
+def _parse(name: str, description: str, argv: list[str]) -> Path:
+    parser = argparse.ArgumentParser(prog=f"python slurm/launch.py {name}", description=description)
+    parser.add_argument("run", type=Path, metavar="RUN", help="its folder, such as runs/in256")
+    run: Path = parser.parse_args(argv).run
+    return run
+
+
+def _records(run: Path) -> list[Record]:
+    if known := [record for record in records(run) if record.job_id]:
+        return known
+    raise UserError(f"no job was submitted for {run}: name a run's folder, such as runs/in256")
+
+
+def _progress(run: Path) -> list[tuple[str, str]]:
+    """What the run's own files say."""
+    if not (run / "config.yaml").exists():
+        return []
+    total = configs.load(run / "config.yaml").train.images
+    told = json.loads((run / "status.json").read_text()) if (run / "status.json").exists() else {}
+    metrics = read_metrics(run) if (run / "metrics.jsonl").exists() else []
+    images = int(metrics[-1]["images"]) if metrics else int(told.get("images", 0))
+    rows = [("state", str(told.get("state", "not started")))]
+    if reason := told.get("error"):
+        rows.append(("reason", str(reason)))
+    rows.append(("images", f"{images:,} of {total:,} ({images / total:.1%})"))
+    if metrics and told.get("state") == "running":
+        rate = metrics[-1]["images_per_second"]
+        left = datetime.timedelta(seconds=round(max(total - images, 0) / rate))
+        end = datetime.datetime.now() + left
+        rows.append(("rate", f"{rate:,.1f} images/s"))
+        rows.append(("ETA", f"{left}, {end:%a %d %b %H:%M}"))
+    latest = run / "checkpoints" / "latest"
+    if latest.exists():
+        rows.append(("checkpoint", str(run / "checkpoints" / latest.read_text().strip())))
+    return rows

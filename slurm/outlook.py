@@ -1,0 +1,91 @@
+"""What a job will be, before it is submitted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from slurm.resources import Resources
+from slurm.tasks import Task
+from tarflow_dist.config import Config
+from tarflow_dist.cost.cards import card
+from tarflow_dist.cost.estimate import CHECKPOINT_COPIES, estimate
+from tarflow_dist.flow.counts import Counts
+
+MFU = 0.4  # assumed for the images an hour
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """`text` is the plan; `problem` a sentence on what seems not to fit, empty if nothing."""
+
+    text: str
+    problem: str
+
+
+def describe(chain: Sequence[Task], resources: Resources) -> Outlook:
+    """The plan of the tasks.
+
+    Raises:
+        UserError: the batch can't be cut over the ranks.
+    """
+    task = chain[0]
+    rows = {"task": " then ".join(t.name for t in chain), "folder": str(task.folder)}
+    one_rank = task.one_rank
+    kind = "GPUs" if resources.gpus_per_node else "CPU ranks"
+    if one_rank:
+        rows["nodes"] = "1, 1 process with its own workers"
+    else:
+        rows["nodes"] = (
+            f"{resources.nodes} x {resources.ranks_per_node} {kind}, {resources.world_size} ranks"
+        )
+    rows["cores"] = f"{resources.cpus or task.workers + 2} a rank"
+    rows["time limit"] = f"{resources.time}, saved {resources.signal_delay} s before, then requeued"
+    problem = ""
+    if task.config is not None:
+        more, problem = _training_rows(task.config, resources)
+        rows |= more
+    if not problem and task.shards and "://" not in task.shards and not Path(task.shards).is_dir():
+        problem = f"there are no shards {task.shards} on this machine"
+    return Outlook("\n".join(f"{name:<16}{text}" for name, text in rows.items()), problem)
+
+
+def bytes_to_write(task: Task) -> int:
+    """What must be free on disk: two checkpoints of a training."""
+    if task.config is None:
+        return 0
+    parameters = Counts(**task.config.model.model_dump()).num_parameters
+    return 2 * CHECKPOINT_COPIES * 4 * parameters
+
+
+def _training_rows(config: Config, resources: Resources) -> tuple[dict[str, str], str]:
+    world_size, batch = resources.world_size, config.train.batch_size
+    micro = config.micro_batch(world_size)
+    passes = batch // (world_size * micro)
+    latest = config.run / "checkpoints" / "latest"
+    start = int(latest.read_text()) if latest.exists() else 0
+    steps = -(-config.train.images // batch)
+    rows = {
+        "batch": f"{batch} images: {batch // world_size} a rank, in {passes} passes of {micro}",
+        "length": f"{config.train.images:,} images, {steps:,} steps",
+        "starts": f"from its checkpoint at {start:,} images" if start else "new",
+        "precision": f"{config.train.precision}, ZeRO {config.train.zero_stage}",
+    }
+    if not resources.gpus_per_node:
+        return rows, ""
+    gpu = card(resources.gpu)
+    cost = estimate(config, gpu, world_size, mfu=MFU)
+    need, there = cost.chosen.memory.peak / 2**30, gpu.memory / 2**30
+    speed = cost.checkpointed if config.train.activation_checkpointing else cost.plain
+    rows["memory"] = f"{need:.1f} GiB of {there:.0f} on each {resources.gpu}"
+    rows["speed"] = (
+        f"{speed.images_per_second * 3600:,.0f} images an hour, {speed.days:,.1f} days, at an MFU "
+        f"of {MFU:.0%}"
+    )
+    rows["checkpoint"] = f"{cost.checkpoint_bytes / 1e9:.1f} GB"
+    if cost.chosen.fits:
+        return rows, ""
+    return rows, (
+        f"training needs about {need:.1f} GiB on each {resources.gpu}, which has {there:.0f}: make "
+        f"train.micro_batch_size smaller ({cost.chosen.largest_micro_batch} may fit), recompute "
+        "with train.activation_checkpointing=1, or name another card with --gpu"
+    )

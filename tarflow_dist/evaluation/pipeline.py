@@ -1,0 +1,217 @@
+"""The stages of `sample_fid`: draw, measure, compare, report. All ranks call `run`."""
+
+import argparse
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tarflow_dist import distributed
+from tarflow_dist.evaluation import metrics, result, sweep
+from tarflow_dist.evaluation.export import WRITERS
+from tarflow_dist.evaluation.feature_set import FeatureSet
+from tarflow_dist.evaluation.features import FeatureExtractor, make_extractor
+from tarflow_dist.evaluation.grid import write_grid
+from tarflow_dist.evaluation.measure import describe_extractor, measure, sample_batches
+from tarflow_dist.evaluation.neighbours import Neighbours, NeighboursOf, show_neighbours
+from tarflow_dist.evaluation.reference_set import ShardsReference, open_reference
+from tarflow_dist.evaluation.report import write_report
+from tarflow_dist.evaluation.result import Stages
+from tarflow_dist.evaluation.sampling import Drawn, draw_missing_chunks, make_draw
+from tarflow_dist.evaluation.settings import hash_weights, sweep_settings
+from tarflow_dist.evaluation.store import SampleStore
+from tarflow_dist.evaluation.wandb_log import TrainingRun, log_to_run
+from tarflow_dist.pretrained import TarFlow
+from tarflow_dist.telemetry.environment import describe_environment
+
+SHOWN_NEIGHBOURS = (8, 6)  # samples, and training images for each
+FEATURES_FILE = "features.npz"
+
+
+@dataclass
+class Point:
+    """One point of a sweep, or the only one."""
+
+    name: str
+    store: SampleStore
+    drawn: Drawn | None = None
+    stages: Stages = field(default_factory=Stages)
+    first_features: torch.Tensor | None = None
+    """Of the samples whose neighbours are looked for."""
+
+    @property
+    def features_file(self) -> Path:
+        return self.store.folder / FEATURES_FILE
+
+
+def run(args: argparse.Namespace, training_run: TrainingRun | None) -> None:
+    """`args` are those of `sample_fid`; `training_run` is where the result is logged besides."""
+    # rank 0 compares and reports alone, for minutes, and the others wait
+    device = distributed.init(timeout=timedelta(days=1))
+    stages = Stages()
+    with stages.stage("loading"):
+        flow = TarFlow.from_pretrained(args.model).requires_grad_(False).to(device)
+        extractor = make_extractor(
+            args.features,
+            image_shape=flow.image_shape,
+            inception_weights=args.inception_weights,
+            device=device,
+        )
+        reference = open_reference(
+            args.reference, args.split, image_shape=flow.image_shape, extractor=extractor
+        )
+        weights = distributed.from_main(hash_weights(args.model) if distributed.is_main() else "")
+        settings = sweep_settings(args, flow, weights)
+        points = [Point(name, SampleStore(args.out / name, s)) for name, s in settings.items()]
+        if distributed.is_main():
+            for point in points:
+                point.store.begin()
+    for point in points:
+        with point.stages.stage("sampling"):
+            point.drawn = draw_missing_chunks(
+                point.store,
+                make_draw(flow, point.store.settings),
+                f"sampling {point.name}".strip(),
+                result.device_name(device),
+            )
+    for point in points:
+        with point.stages.stage("sample_features"):
+            _measure_samples(point, extractor, device)
+    neighbours = None
+    with stages.stage("reference_features"):
+        if isinstance(reference, ShardsReference):
+            queries = torch.cat([p.first_features for p in points if p.first_features is not None])
+            neighbours = Neighbours(queries.to(device), SHOWN_NEIGHBOURS[1])
+            real = reference.measure(
+                extractor, batch_size=args.batch_size, device=device, neighbours=neighbours
+            )
+        else:
+            real = reference.measure(extractor, batch_size=args.batch_size, device=device)
+    facts = {
+        "model": str(args.model),
+        **describe_extractor(extractor),
+        **reference.describe(),
+        **result.describe_machine(device),
+        "command": args.command,
+    }
+    if real is not None:
+        results = [_compare(point, real, facts, device) for point in points]
+        best = min(range(len(results)), key=lambda i: results[i]["frechet_distance"])
+        found: list[NeighboursOf] = []
+        if neighbours is not None and isinstance(reference, ShardsReference):
+            first = best * len(neighbours.indexes) // len(points)
+            found = show_neighbours(
+                neighbours,
+                first,
+                len(neighbours.indexes) // len(points),
+                points[best].store,
+                reference.images,
+                extractor,
+            )
+        with stages.stage("outputs"):
+            _write_outputs(args, points, results, best, reference.class_names, found)
+        for one in results:
+            one["seconds"] |= stages.seconds
+        _write_results(args, training_run, points, results, best)
+    distributed.shutdown()
+
+
+def _measure_samples(point: Point, extractor: FeatureExtractor, device: torch.device) -> None:
+    """Leaves the features of the point's samples in its folder. Collective."""
+    file, who = point.features_file, {}
+    if distributed.is_main():
+        who = {"samples_sha256": point.store.sha256(), **describe_extractor(extractor)}
+    if not distributed.from_main(distributed.is_main() and _is_measured(file, who)):
+        measured = measure(
+            sample_batches(point.store),
+            extractor,
+            label=f"features {point.name}".strip(),
+            total=point.store.num_samples,
+            keep=point.store.num_samples,
+            device=device,
+        )
+        if measured is not None:
+            measured.about.update(who)
+            measured.save(file)
+    first = None
+    if distributed.is_main():
+        features = FeatureSet.load(file).features
+        assert features is not None
+        first = torch.from_numpy(features[: SHOWN_NEIGHBOURS[0]].copy())
+    point.first_features = distributed.from_main(first)
+
+
+def _is_measured(file: Path, who: dict[str, Any]) -> bool:
+    return file.exists() and FeatureSet.load(file).about.items() >= who.items()
+
+
+def _compare(
+    point: Point, real: FeatureSet, facts: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """The result of one point."""
+    assert point.drawn is not None
+    dim = len(real.pooled.mean)
+    with point.stages.stage("metrics", f"comparing {dim} features {point.name}".rstrip()):
+        samples = FeatureSet.load(point.features_file)
+        figures = metrics.compare(samples, real, device)
+    return {
+        **figures,
+        "warnings": metrics.warnings(figures, samples, real),
+        **facts,
+        **point.store.settings,
+        "samples_sha256": point.store.sha256(),
+        "sample_devices": point.store.devices(),
+        **result.describe_drawing(point.drawn),
+        "seconds": point.stages.seconds,
+        "environment": describe_environment(),
+    }
+
+
+def _write_outputs(
+    args: argparse.Namespace,
+    points: list[Point],
+    results: list[dict[str, Any]],
+    best: int,
+    class_names: list[str] | None,
+    neighbours: list[NeighboursOf],
+) -> None:
+    for point in points:
+        for form in args.write:
+            WRITERS[form](point.store)
+        write_grid(point.store, point.store.folder / "grid.png", class_names)
+    plot = None
+    if len(points) > 1:
+        plot = args.out / "sweep.png"
+        sweep.write_csv(results, args.out / "sweep.csv")
+        sweep.plot(results, plot)
+    write_report(
+        args.out / "report.html",
+        results,
+        best,
+        store=points[best].store,
+        class_names=class_names,
+        neighbours=neighbours,
+        sweep_plot=plot,
+    )
+
+
+def _write_results(
+    args: argparse.Namespace,
+    training_run: TrainingRun | None,
+    points: list[Point],
+    results: list[dict[str, Any]],
+    best: int,
+) -> None:
+    for point, one in zip(points, results, strict=True):
+        result.write_result(one, point.store.folder / "result.json")
+    if len(points) > 1:
+        by_name = {point.name: one for point, one in zip(points, results, strict=True)}
+        result.write_result(
+            {"best": points[best].name, "points": by_name}, args.out / "result.json"
+        )
+    if training_run is not None:
+        folders = {point.store.folder: one for point, one in zip(points, results, strict=True)}
+        log_to_run(training_run, folders)
+    result.show(results[best], args.out)

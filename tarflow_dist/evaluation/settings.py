@@ -1,0 +1,93 @@
+"""What samples depend on: the settings that a sample store is kept by."""
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from tarflow_dist.errors import UserError
+from tarflow_dist.evaluation.reference_set import sha256
+from tarflow_dist.flow.guidance import Guidance
+from tarflow_dist.pretrained import TarFlow
+
+UINT8_RULES = {  # flow/noise.py, to_pixels
+    "gaussian": "round((x + 1) * 127.5), clipped",
+    "uniform": "floor((x + 1) * 128), clipped",
+}
+
+
+def sweep_settings(
+    args: argparse.Namespace, flow: TarFlow, weights_sha256: str
+) -> dict[str, dict[str, Any]]:
+    """The settings of each point of the sweep over --guidance and --denoise, as JSON values, under
+    the name of the point: "" for a single one.
+
+    Raises:
+        UserError: guidance, denoising or labels that this model can't have.
+    """
+    denoise = args.denoise or [flow.sigma is not None]
+    if flow.sigma is None and any(denoise):
+        raise UserError(
+            f"{args.model} was trained with uniform noise, which leaves nothing to denoise: leave "
+            "--denoise out"
+        )
+    pairs = [(weight, score_step) for weight in args.guidance for score_step in denoise]
+    common = {
+        "weights_sha256": weights_sha256,
+        "config_sha256": hashlib.sha256(json.dumps(flow.config).encode()).hexdigest(),
+        "dtype": str(next(flow.parameters()).dtype).removeprefix("torch."),
+        "num_samples": args.num_samples,
+        "chunk_size": args.batch_size,
+        "seed": args.seed,
+        "labels": label_rule(args, flow),
+        "uint8_rule": UINT8_RULES[flow.noise],
+    }
+    points = {}
+    for weight, score_step in pairs:
+        # without guidance there is no second pass for the temperature to shape
+        attn_temp = 1.0 if weight == 0 and len(args.guidance) > 1 else args.attn_temp
+        try:
+            guidance = Guidance(weight, args.annealed, args.guide, attn_temp)
+            guidance.check(
+                conditional=flow.num_classes > 0, volume_preserving=flow.volume_preserving
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        name = f"guidance-{weight:g}-denoise-{int(score_step)}" if len(pairs) > 1 else ""
+        points[name] = {
+            **common,
+            "sampler": flow.sampler(args.batch_size, guidance),
+            "guidance": guidance.weight,
+            "annealed": guidance.annealed,
+            "guide": guidance.guide,
+            "attn_temp": guidance.attn_temp,
+            "denoise": score_step,
+        }
+    return points
+
+
+def label_rule(args: argparse.Namespace, flow: TarFlow) -> str | None:
+    """The rule of `sample_labels`, or None for an unconditional model."""
+    if not flow.num_classes:
+        if args.labels:
+            raise UserError(
+                f"{args.model} is unconditional and takes no labels: leave --labels out"
+            )
+        return None
+    rule = args.labels or "random"
+    if rule in ("random", "balanced"):
+        return rule
+    try:
+        given = [int(label) for label in rule.split(",")]
+    except ValueError as error:
+        raise UserError(
+            f"--labels is random, balanced or class ids such as 3,7, and not {rule}"
+        ) from error
+    if not 0 <= min(given) <= max(given) < flow.num_classes:
+        raise UserError(f"--labels {rule}: the model's classes are 0 to {flow.num_classes - 1}")
+    return ",".join(map(str, given))
+
+
+def hash_weights(model: Path) -> str:
+    return sha256(*sorted(model.glob("*.safetensors")))

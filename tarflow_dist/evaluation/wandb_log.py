@@ -1,0 +1,33 @@
+"""A result at Weights & Biases, with the training run that the model came from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tarflow_dist.config import LogConfig
+from tarflow_dist.evaluation.sweep import FIGURES
+from tarflow_dist.telemetry.metrics import end_wandb, start_wandb
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """Where a run logs, and the images it has seen."""
+
+    folder: Path
+    log: LogConfig
+    wandb_id: str
+    images: int
+
+
+def log_to_run(run: TrainingRun, results: dict[Path, dict[str, Any]]) -> None:
+    """Logs the figures and the grid of each result, by its folder, under evaluation/, against the
+    images that the run has seen."""
+    import wandb
+
+    started = start_wandb(run.folder, run.log, None, run.wandb_id)
+    for folder, result in results.items():
+        prefix = "evaluation" if len(results) == 1 else f"evaluation/{folder.name}"
+        figures = {f"{prefix}/{name}": result[name] for name in FIGURES if result[name] is not None}
+        grid = {f"{prefix}/samples": wandb.Image(str(folder / "grid.png"))}
+        started.log({"images": run.images, **figures, **grid})
+    end_wandb(started)

@@ -1,0 +1,280 @@
+"""Draws images from a model, or sends given images through it and back.
+
+    python -m tarflow_dist.sample MODEL --labels 1,2,3 --guidance 2 --out grid.png
+    python -m tarflow_dist.sample MODEL --labels 1,2,3 --trace --out trace.png
+    python -m tarflow_dist.sample MODEL --reconstruct a.png b.png --out there-and-back.png
+    python -m tarflow_dist.sample MODEL --interpolate a.png b.png --out between.png
+
+A flow is exactly invertible: what is encoded comes back.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tarflow_dist.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tarflow_dist.flow.guidance import Guidance
+    from tarflow_dist.pretrained import TarFlow
+
+GAP = 4
+SHOWN_SIDE = 64
+"""Pixels of an image in the grid: smaller ones are magnified as far as they go in whole steps."""
+
+
+def main(argv: list[str]) -> None:
+    args = parse_arguments(argv)
+    flow = load(args.model, args.device)
+    guidance = guidance_of(args, flow)
+    y = labels_of(args, flow)
+    try:
+        if args.reconstruct:
+            rows = reconstruct(flow, read_images(flow, args.reconstruct), y)
+        elif args.interpolate:
+            rows = interpolate(flow, read_images(flow, args.interpolate), y, args.steps)
+        elif args.trace:
+            rows = trace(flow, y, guidance, count=args.count, seed=args.seed)
+        else:
+            rows = sample(flow, y, guidance, args)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    write_grid(rows, args.out)
+    print(f"{args.out}: {len(rows)} x {rows.shape[1]} images")
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tarflow_dist.sample",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", type=Path, metavar="MODEL", help="folder of model.safetensors and config.json")
+    add("--labels", type=whole_numbers, help="class ids with commas between; -1 for none")
+    add("--count", type=int, help="images of each label, or of an unconditional model")
+    add("--seed", type=int, default=0)
+    add("--no-denoise", action="store_true", help="leave the score step out")
+    add("--out", type=Path, default=Path("samples.png"), help="a PNG")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--trace", action="store_true", help="show what each block makes of the noise"
+    )
+    what.add_argument("--reconstruct", type=Path, nargs="+", metavar="IMAGE")
+    what.add_argument("--interpolate", type=Path, nargs=2, metavar="IMAGE")
+    add("--steps", type=int, default=8, help="images from one to the other, with --interpolate")
+    add_guidance_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.count is not None and args.count < 1:
+        raise UserError("--count must be 1 or more")
+    if args.steps < 2:
+        raise UserError("--steps must be 2 or more")
+    if args.out.suffix.lower() != ".png":
+        raise UserError(f"--out {args.out} should end in .png")
+    if not args.out.resolve().parent.is_dir():
+        raise UserError(f"--out {args.out}: there is no folder {args.out.resolve().parent}")
+    return args
+
+
+def whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas") from None
+
+
+def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that `guidance_of` and `load` read."""
+    add = parser.add_argument
+    add("--guidance", type=float, default=0.0, help="w; 0 is no guidance")
+    add("--annealed", action="store_true", help="let w grow along the sequence, as published")
+    add("--guide", default="both", choices=("both", "mu", "alpha"), help="what is guided")
+    add("--attn-temp", type=float, default=1.0, help="guides an unconditional model")
+    add("--rule", default="linear", choices=("linear", "gaussian"), help="of guidance")
+    add("--guide-blocks", type=whole_numbers, help="blocks that are guided, 0 the first; all")
+    add("--device", help="default cuda if there is one, else cpu")
+
+
+def guidance_of(args: argparse.Namespace, flow: "TarFlow") -> "Guidance":
+    """Raises `UserError` for a guidance that this model can't have."""
+    from tarflow_dist.flow.guidance import Guidance
+
+    blocks = None if args.guide_blocks is None else tuple(sorted(set(args.guide_blocks)))
+    try:
+        guidance = Guidance(
+            args.guidance, args.annealed, args.guide, args.attn_temp, args.rule, blocks
+        )
+        guidance.check(conditional=flow.num_classes > 0, volume_preserving=flow.volume_preserving)
+        guidance.per_block(len(flow.blocks))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return guidance
+
+
+def load(model: Path, device: str | None) -> "TarFlow":
+    import torch
+
+    from tarflow_dist.pretrained import TarFlow
+
+    flow = TarFlow.from_pretrained(model).requires_grad_(False)
+    try:
+        return flow.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, AssertionError) as error:  # what torch says of a device it lacks
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
+
+
+def labels_of(args: argparse.Namespace, flow: "TarFlow") -> "Tensor | None":
+    """The labels asked for, each `--count` times; those of given images one an image, or one for
+    all, or none.
+
+    Raises:
+        UserError: labels that don't fit the model or the images.
+    """
+    import torch
+
+    if args.labels is not None and not flow.num_classes:
+        raise UserError(f"{args.model} is unconditional and takes no labels: leave --labels out")
+    if not flow.num_classes:
+        return None
+    if given := args.reconstruct or args.interpolate:
+        labels = args.labels or [-1]
+        labels = labels * len(given) if len(labels) == 1 else labels
+        if len(labels) != len(given):
+            raise UserError(f"{len(labels)} labels were given for {len(given)} images")
+    else:
+        labels = list(range(min(flow.num_classes, 10))) if args.labels is None else args.labels
+        labels = [label for label in labels for _ in range(args.count or 1)]
+    return torch.tensor(labels, device=flow.device)
+
+
+def sample(
+    flow: "TarFlow", y: "Tensor | None", guidance: "Guidance", args: argparse.Namespace
+) -> "Tensor":
+    """uint8 (rows, columns, H, W, C): a row a label."""
+    import torch
+
+    count = args.count or (1 if flow.num_classes else 10)
+    batch = count if y is None else len(y)
+    print(f"sampler: {flow.sampler(batch, guidance)}")
+    images = flow.sample(
+        y,
+        **guidance.arguments(),
+        denoise=not args.no_denoise,
+        seed=args.seed,
+        index=torch.arange(batch),
+        progress=True,
+    )
+    if flow.redrawn:
+        print(f"{flow.redrawn} samples ran away and were drawn again")
+    columns = args.count or batch
+    return images.unflatten(0, (-1, columns))
+
+
+def trace(
+    flow: "TarFlow", y: "Tensor | None", guidance: "Guidance", *, count: int | None, seed: int
+) -> "Tensor":
+    """A row a sample: its noise, what each block makes of it, and the image denoised."""
+    import torch
+
+    from tarflow_dist.flow.patches import unpatchify
+
+    batch = count or 4 if y is None else len(y)
+    z = flow.noise_of(torch.arange(batch), seed=seed)
+    steps = [z]
+    x = flow.decode(z, y, **guidance.arguments(), on_block=steps.append)
+    images = [unpatchify(step, flow.patch_size, flow.image_size) for step in steps]
+    if flow.sigma is not None:
+        images.append(flow.denoise(x, y))
+    return shown(flow, torch.stack(images, dim=1))
+
+
+def reconstruct(flow: "TarFlow", x: "Tensor", y: "Tensor | None") -> "Tensor":
+    """A row an image: itself, its latents, and their way back."""
+    import torch
+
+    from tarflow_dist.flow.patches import unpatchify
+
+    z = flow.encode(x, y)
+    back = flow.decode(z, y)
+    print(f"largest difference after encode and decode: {float((back - x).abs().max()):.2g}")
+    latents = unpatchify(z, flow.patch_size, flow.image_size) / 3  # ±3 standard deviations
+    return shown(flow, torch.stack([x, latents, back], dim=1))
+
+
+def interpolate(flow: "TarFlow", x: "Tensor", y: "Tensor | None", steps: int) -> "Tensor":
+    """One row from the first image to the second, along the great circle of their latents."""
+    import torch
+
+    z = flow.encode(x, y)
+    start, end = z[:1], z[1:]
+    angle = torch.arccos(torch.cosine_similarity(start.flatten(), end.flatten(), dim=0))
+    along = torch.linspace(0, 1, steps, dtype=z.dtype, device=z.device)[:, None, None]
+    if angle > 1e-3:
+        z = (torch.sin((1 - along) * angle) * start + torch.sin(along * angle) * end) / angle.sin()
+    else:
+        z = (1 - along) * start + along * end
+    # the label changes half way, where there are two
+    labels = None if y is None else torch.where(along.flatten() < 0.5, y[0], y[1])
+    return shown(flow, flow.decode(z, labels)[None])
+
+
+def shown(flow: "TarFlow", images: "Tensor") -> "Tensor":
+    """(rows, columns, C, H, W) in the model's range → uint8 (rows, columns, H, W, C)."""
+    from tarflow_dist.flow.noise import to_pixels
+
+    return to_pixels(images, flow.noise).permute(0, 1, 3, 4, 2)
+
+
+def read_images(flow: "TarFlow", files: Sequence[Path]) -> "Tensor":
+    """Images in the model's range (B, C, H, W), the middle of each in the model's size.
+
+    Raises:
+        UserError: a file can't be read.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps
+
+    from tarflow_dist.flow.noise import dequantise, scale_pixels
+
+    pixels = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                fitted = ImageOps.fit(
+                    image.convert("L" if flow.in_channels == 1 else "RGB"),
+                    (flow.image_size, flow.image_size),
+                )
+        except OSError as error:
+            raise UserError(f"{file} is no image that can be read: {error}") from error
+        pixels.append(np.asarray(fitted).reshape(flow.image_size, flow.image_size, -1))
+    k = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(flow.device)
+    if flow.noise == "gaussian":
+        return scale_pixels(k, flow.dtype)
+    return dequantise(k, torch.full(k.shape, 0.5, dtype=flow.dtype, device=k.device))
+
+
+def write_grid(images: "Tensor", file: Path) -> None:
+    """uint8 (rows, columns, H, W, C) as one PNG with white gaps."""
+    from PIL import Image
+
+    from tarflow_dist.files import write_whole
+
+    rows, columns, H, W, C = images.shape
+    scale = max(1, SHOWN_SIDE // H)
+    images = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    height, width = H * scale + GAP, W * scale + GAP
+    grid = images.new_full((rows, columns, height, width, C), 255)
+    grid[:, :, GAP:, GAP:] = images
+    sheet = grid.permute(0, 2, 1, 3, 4).reshape(rows * height, columns * width, C)
+    with write_whole(file) as part:
+        Image.fromarray(sheet.squeeze(2).numpy() if C == 1 else sheet.numpy()).save(part, "PNG")
+
+
+if __name__ == "__main__":
+    run_command(main)

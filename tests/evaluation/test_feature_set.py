@@ -1,0 +1,186 @@
+"""Files of statistics: ours, ADM's, pytorch-fid's, and what is no such thing."""
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tarflow_dist.errors import UserError
+from tarflow_dist.evaluation.feature_set import FeatureSet, image_batches, image_shape
+from tarflow_dist.evaluation.features import Features, PixelFeatures
+from tarflow_dist.evaluation.reference_set import FileReference, sha256
+from tarflow_dist.evaluation.statistics import Gaussian
+
+SHAPE = (3, 2, 2)
+DIM = 12
+
+
+def moments(dim: int = DIM) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {"mu": rng.normal(size=dim), "sigma": np.cov(rng.normal(size=(40, dim)), rowvar=False)}
+
+
+def images(count: int = 25) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (count, 2, 2, 3), dtype=np.uint8)
+
+
+def measured(file: Path, extractor: Any = None) -> FeatureSet:
+    extractor = extractor or PixelFeatures(SHAPE)
+    reference = FileReference(file, image_shape=SHAPE, extractor=extractor)
+    found = reference.measure(extractor, batch_size=10, device=torch.device("cpu"))
+    assert found is not None
+    return found
+
+
+def test_ours_comes_back_as_it_was(tmp_path: Path) -> None:
+    pooled = Gaussian(*moments().values())
+    features = np.ones((3, DIM), np.float32)
+    about = {"count": 7, "features": "pixels", "features_sha256": None, "class_names": ["a", "ü"]}
+    FeatureSet(pooled, pooled, features, [1.0, 2.5], about).save(tmp_path / "a.npz")
+    there = FeatureSet.load(tmp_path / "a.npz")
+    np.testing.assert_array_equal(there.pooled.covariance, pooled.covariance)
+    np.testing.assert_array_equal(there.spatial.mean, pooled.mean)  # type: ignore[union-attr]
+    np.testing.assert_array_equal(there.features, features)  # type: ignore[arg-type]
+    assert (there.split_scores, there.about) == ([1.0, 2.5], about)
+
+
+def test_pytorch_fids_file(tmp_path: Path) -> None:
+    np.savez(tmp_path / "fid.npz", **moments())
+    there = measured(tmp_path / "fid.npz")
+    np.testing.assert_array_equal(there.pooled.mean, moments()["mu"])
+    assert (there.spatial, there.features, there.about["count"]) == (None, None, None)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_adms_file(tmp_path: Path, save: Any) -> None:
+    """Moments of the training set for the distances, images for precision and recall."""
+    file = tmp_path / "VIRTUAL.npz"
+    spatial = {f"{name}_s": value for name, value in moments(5).items()}
+    save(file, arr_0=images(), arr_1=np.zeros(25, np.int64), **moments(), **spatial)
+    there = measured(file)
+    np.testing.assert_array_equal(there.pooled.covariance, moments()["sigma"])
+    np.testing.assert_array_equal(there.spatial.mean, spatial["mu_s"])  # type: ignore[union-attr]
+    pixels = images().transpose(0, 3, 1, 2).reshape(25, -1) / 127.5 - 1
+    np.testing.assert_allclose(there.features, pixels, atol=1e-6)  # type: ignore[arg-type]
+    reference = FileReference(file, image_shape=SHAPE, extractor=PixelFeatures(SHAPE))
+    assert reference.describe() == {
+        "reference": str(file),
+        "reference_split": None,
+        "reference_images": None,
+        "reference_sha256": sha256(file),
+    }
+
+
+def test_images_alone_are_measured(tmp_path: Path) -> None:
+    np.savez(tmp_path / "samples.npz", arr_0=images())
+    there = measured(tmp_path / "samples.npz")
+    pixels = images().transpose(0, 3, 1, 2).reshape(25, -1) / 127.5 - 1
+    np.testing.assert_allclose(there.pooled.mean, pixels.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(there.pooled.covariance, np.cov(pixels, rowvar=False), rtol=1e-9)
+    assert there.about["count"] == 25
+
+
+def test_ranks_share_the_images(tmp_path: Path) -> None:
+    file = tmp_path / "a.npz"
+    np.savez(file, arr_0=images())
+    assert image_shape(file) == (25, 2, 2, 3)
+    found = [
+        batch for rank in range(3) for batch in image_batches(file, 4, rank=rank, world_size=3)
+    ]
+    assert sorted(np.concatenate([index for index, _ in found]).tolist()) == list(range(25))
+    for index, batch in found:
+        np.testing.assert_array_equal(batch, images()[index])
+
+
+class Trap:
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_pickles_are_not_opened(tmp_path: Path, whole: bool) -> None:
+    file, mark = tmp_path / "trap.npz", tmp_path / "sprung"
+    if whole:
+        file.write_bytes(pickle.dumps({"mu": Trap(mark)}))
+    else:
+        np.savez(file, mu=np.array([Trap(mark)], object), sigma=np.eye(1))
+    with pytest.raises(UserError, match="holds pickled objects and is not opened"):
+        measured(file)
+    assert not mark.exists()
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", **moments())
+    data = (tmp_path / "a.npz").read_bytes()
+    file = tmp_path / "bad.npz"
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 1
+    for bad in (data[:300], b"", b"no zip", bytes(flipped)):
+        file.write_bytes(bad)
+        with pytest.raises(UserError, match=r"bad\.npz (is damaged|holds pickled objects)"):
+            measured(file)
+
+
+def test_files_of_something_else(tmp_path: Path) -> None:
+    file = tmp_path / "a.npz"
+    np.savez(file, weights=np.zeros(3))
+    with pytest.raises(UserError, match=r"holds weights and no statistics of features"):
+        measured(file)
+    np.savez(file, mu=np.zeros(3), sigma=np.zeros((4, 4)))
+    with pytest.raises(UserError, match=r"its mean is \(3,\) and its covariance \(4, 4\)"):
+        measured(file)
+    np.savez(file, mu=np.full(3, np.nan), sigma=np.eye(3))
+    with pytest.raises(UserError, match="not finite"):
+        measured(file)
+    np.savez(file, **moments(2048))
+    with pytest.raises(UserError, match=r"holds 2048 features .* with 12 \(pixels\)"):
+        measured(file)
+    np.savez(file, arr_0=np.zeros((5, 4, 4, 3), np.uint8), **moments())
+    with pytest.raises(UserError, match="3×4×4 and the model's are 3×2×2"):
+        measured(file)
+    np.savez(file, arr_0=np.zeros((5, 2, 2, 3)), **moments())
+    with pytest.raises(UserError, match="images are uint8"):
+        measured(file)
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"features": "others"}, "choose --features to match"),
+        ({"features": "pixels", "features_sha256": "abc"}, "other weights"),
+        ({"image_shape": [3, 4, 4]}, "3×4×4 and the model's are 3×2×2"),
+    ],
+)
+def test_ours_of_something_else(tmp_path: Path, about: dict, message: str) -> None:
+    pooled = Gaussian(*moments().values())
+    FeatureSet(pooled, about={"count": 3, **about}).save(tmp_path / "a.npz")
+    with pytest.raises(UserError, match=message):
+        measured(tmp_path / "a.npz")
+
+
+def test_a_new_extractor_is_a_small_class(tmp_path: Path) -> None:
+    class Means:
+        name = "means"
+        weights_sha256 = None
+        dim, spatial_dim, num_classes = 3, 0, 0
+
+        def __call__(self, images: torch.Tensor) -> Features:
+            return Features(images.double().mean(dim=(2, 3)))
+
+    np.savez(tmp_path / "a.npz", arr_0=images())
+    there = measured(tmp_path / "a.npz", Means())
+    np.testing.assert_allclose(there.pooled.mean, images().mean((0, 1, 2)))
+
+
+def test_the_file_is_a_plain_zip_of_arrays(tmp_path: Path) -> None:
+    pooled = Gaussian(*moments().values())
+    FeatureSet(pooled, about={"count": 3}).save(tmp_path / "a.npz")
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
+        assert sorted(archive.namelist()) == ["about.npy", "mu.npy", "sigma.npy"]

@@ -1,0 +1,201 @@
+"""Inversion in windows against the sequential one, and guidance against its definition."""
+
+import math
+import random
+
+import pytest
+import torch
+from torch.distributions import Normal
+
+from tarflow_dist.flow.guidance import Guidance
+from tarflow_dist.flow.inverse import Solver
+from tarflow_dist.flow.model import Flow
+
+
+def random_flow(chance: random.Random, **changes: object) -> Flow:
+    """A small float64 flow of random size, whose weights are all random."""
+    torch.manual_seed(chance.randrange(1000))
+    sizes = {
+        "image_size": 2 * chance.randint(2, 4),
+        "patch_size": 2,
+        "in_channels": chance.randint(1, 3),
+        "width": 16,
+        "head_dim": 8,
+        "num_blocks": chance.randint(1, 3),
+        "layers_per_block": chance.randint(1, 2),
+        "num_classes": chance.choice([0, 4]),
+        "volume_preserving": chance.random() < 0.25,
+        "sigma": 0.1,
+        **changes,
+    }
+    flow = Flow(**sizes).double()
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        flow.var.uniform_(0.5, 2.0)
+    return flow
+
+
+def random_solver(chance: random.Random, tolerance: float) -> Solver:
+    start = chance.choice(["latent", "zero", "previous"])
+    return Solver(chance.randint(1, 20), chance.choice([0.0, tolerance]), start)
+
+
+def random_case(seed: int) -> tuple[Flow, torch.Tensor, torch.Tensor | None, dict, list[Solver]]:
+    chance = random.Random(seed)
+    flow = random_flow(chance)
+    batch = chance.randint(1, 4)
+    z = torch.randn(batch, flow.num_patches, flow.patch_dim, dtype=torch.float64)
+    y = torch.randint(-1, 4, (batch,)) if flow.num_classes else None
+    arguments: dict = {}
+    if chance.random() < 0.75:
+        arguments = {
+            "guidance": chance.uniform(0.1, 2),
+            "annealed": chance.random() < 0.5,
+            "guide": chance.choice(["both", "mu"]),
+            "attn_temp": chance.choice([0.7, 1.5] if y is None else [1.0, 0.7, 1.5]),
+            "rule": chance.choice(["linear", "gaussian"]),
+            "guide_blocks": chance.choice([None, [0]]),
+        }
+    solvers = [random_solver(chance, 1e-10) for _ in flow.blocks]
+    return flow, z, y, arguments, solvers
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_windows_give_what_the_sequential_inverse_gives(seed: int) -> None:
+    flow, z, y, arguments, solvers = random_case(seed)
+    expected = flow.decode(z, y, **arguments)
+    x = flow.decode(z, y, **arguments, solvers=solvers)
+    scale = max(1.0, float(expected.abs().max()))
+    assert (x - expected).abs().max() < 1e-8 * scale
+
+
+def test_a_coarse_tolerance_stops_early_and_is_kept() -> None:
+    flow = random_flow(random.Random(3), image_size=16, num_blocks=1, layers_per_block=1)
+    block = flow.blocks[0]
+    tokens = []
+    block.attn_blocks[0].mlp.register_forward_hook(lambda m, a, out: tokens.append(out.shape[1]))
+    z = torch.randn(2, flow.num_patches, flow.patch_dim, dtype=torch.float64)
+    swept = {}
+    for tolerance in (0.0, 1e-9, 1e-4):
+        tokens.clear()
+        x = flow.decode(z, solvers=[Solver(64, tolerance)])
+        swept[tolerance] = sum(tokens)
+        assert (x - flow.decode(z)).abs().max() <= 10 * tolerance + 1e-12
+    assert swept[1e-4] < swept[1e-9] < swept[0.0] == 63 * 64 / 2
+
+
+def test_a_sample_stops_by_itself_alone() -> None:
+    """One that converges at once is the same beside one that needs many sweeps."""
+    flow = random_flow(random.Random(5), image_size=12, num_classes=0)
+    easy, hard = torch.randn(2, 1, flow.num_patches, flow.patch_dim, dtype=torch.float64)
+    solvers = [Solver(35, 1e-2)] * len(flow.blocks)
+    beside_itself = flow.decode(torch.cat([easy, easy]), solvers=solvers)
+    beside_another = flow.decode(torch.cat([easy, 5 * hard]), solvers=solvers)
+    assert (beside_another[0] - beside_itself[0]).abs().max() < 1e-12
+
+
+def test_guesses_that_overflow_do_not_reach_the_answer() -> None:
+    """α is so steep in x that the first sweeps overflow, where the answer itself is finite."""
+    flow = random_flow(random.Random(7), image_size=12, num_blocks=1, volume_preserving=False)
+    with torch.no_grad():
+        flow.blocks[0].proj_out.weight.mul_(4)
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, flow.num_patches, flow.patch_dim)
+    z = 0.3 * torch.randn(shape, dtype=torch.float64, generator=generator)
+    expected = flow.decode(z)
+    assert expected.isfinite().all()
+    for start in ("latent", "zero", "previous"):
+        x = flow.decode(z, solvers=[Solver(100, 1e-10, start)])
+        torch.testing.assert_close(x, expected, rtol=0, atol=1e-8)
+
+
+def test_the_gaussian_rule_multiplies_densities() -> None:
+    """p_c^(1+w) · p_u^(−w) up to a constant, wherever the unguided density is the wider."""
+    mu, alpha = torch.randn(2, 2, 5, 3, dtype=torch.float64)
+    alpha[1] = alpha[0] + alpha[1].abs()
+    guided_mu, guided_alpha = Guidance(1.7, rule="gaussian").combine(
+        mu.flatten(0, 0), alpha.flatten(0, 0), 1, 6
+    )
+    c, u = (Normal(mu[i], alpha[i].exp()) for i in (0, 1))
+    guided = Normal(guided_mu[0], guided_alpha[0].exp())
+    x = torch.randn(4, 5, 3, dtype=torch.float64)
+    constant = 2.7 * c.log_prob(x) - 1.7 * u.log_prob(x) - guided.log_prob(x)
+    assert (constant - constant[:1]).abs().max() < 1e-10
+
+
+def test_the_gaussian_rule_where_the_unguided_density_is_narrower() -> None:
+    """It is held to the conditional's width, and only the mean moves."""
+    mu = torch.tensor([[[1.0]], [[0.5]]])
+    alpha = torch.tensor([[[0.0]], [[-1.0]]])
+    guided_mu, guided_alpha = Guidance(2.0, rule="gaussian").combine(mu, alpha, 1, 2)
+    assert float(guided_mu) == pytest.approx(3 * 1.0 - 2 * 0.5)
+    assert float(guided_alpha) == pytest.approx(0.0)
+
+
+def test_only_the_blocks_named_are_guided() -> None:
+    flow = random_flow(random.Random(1), num_blocks=2, num_classes=4)
+    z = torch.randn(2, flow.num_patches, flow.patch_dim, dtype=torch.float64)
+    y = torch.tensor([0, 3])
+    steps: dict[str, list[torch.Tensor]] = {"guided": [], "none": [], "first": []}
+    flow.decode(z, y, guidance=1.0, on_block=steps["guided"].append)
+    flow.decode(z, y, on_block=steps["none"].append)
+    flow.decode(z, y, guidance=1.0, guide_blocks=[0], on_block=steps["first"].append)
+    assert torch.equal(steps["first"][0], steps["none"][0])  # block 1 comes first
+    assert not torch.equal(steps["first"][1], steps["none"][1])
+    assert not torch.equal(steps["first"][1], steps["guided"][1])
+
+
+def test_denoising_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = random_flow(random.Random(2), num_classes=4)
+    x = torch.rand(5, *flow.image_shape, dtype=torch.float64)
+    y = torch.tensor([0, 1, -1, 2, 3])
+    whole = flow.denoise(x, y)
+    monkeypatch.setattr("tarflow_dist.flow.model.DENOISE_MEMORY", 1)
+    torch.testing.assert_close(flow.denoise(x, y), whole, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"window": 0}, "window is 0"),
+        ({"window": 2.5}, "window is 2.5"),
+        ({"tolerance": -1.0}, "tolerance is -1.0"),
+        ({"tolerance": math.nan}, "tolerance is nan"),
+        ({"start": "random"}, "latent, zero, previous"),
+    ],
+)
+def test_solvers_that_cannot_be(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Solver(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("z_shape", "y", "arguments", "message"),
+    [
+        ((2, 9), None, {}, "latents have the shape"),
+        ((2, 9, 5), None, {}, "latents have the shape"),
+        ((2, 9, 4), [0], {}, "2 whole numbers, one a sample"),
+        ((2, 9, 4), [0.0, 1.0], {}, "whole numbers"),
+        ((2, 9, 4), [0, 4], {}, "labels must lie in"),
+        ((2, 9, 4), [0, 1], {"guidance": 1.0, "guide_blocks": [2]}, "0 to 1"),
+        ((2, 9, 4), [0, 1], {"guidance": 1.0, "rule": "cubic"}, "linear, gaussian"),
+        ((2, 9, 4), [0, 1], {"guide_blocks": [0]}, "guidance above 0"),
+        ((2, 9, 4), [0, 1], {"solvers": [Solver()]}, "1 solvers were given for 2 blocks"),
+    ],
+)
+def test_what_decode_refuses(z_shape: tuple, y: list | None, arguments: dict, message: str) -> None:
+    flow = random_flow(
+        random.Random(0), image_size=6, in_channels=1, num_blocks=2, num_classes=4
+    )  # fmt: skip
+    labels = None if y is None else torch.tensor(y)
+    with pytest.raises(ValueError, match=message):
+        flow.decode(torch.zeros(z_shape), labels, **arguments)
+
+
+def test_images_of_another_shape_are_refused() -> None:
+    flow = random_flow(random.Random(0), image_size=6, in_channels=1)
+    for shape in ((6, 6), (1, 3, 6, 6), (1, 1, 6, 8)):
+        for method in (flow.encode, flow.log_prob, flow.denoise):
+            with pytest.raises(ValueError, match=r"should have \(B, 1, 6, 6\)"):
+                method(torch.zeros(shape))
