@@ -57,10 +57,10 @@ def step(engine: Engine, config: configs.Config, micro: int) -> None:
 def measure(config: configs.Config) -> dict[str, int]:
     micro = config.micro_batch(distributed.world_size())
     before = live_bytes()
-    activities = [ProfilerActivity.CPU]
-    with profile(activities=activities, profile_memory=True) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         engine = Engine(Flow(**config.model.model_dump()), config, micro)
         step(engine, config, micro)
+        gc.collect()
         with record_function("second step"):
             step(engine, config, micro)
     return {
