@@ -1,6 +1,7 @@
 """What several rooms' tests need."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,9 @@ from pathlib import Path
 
 import pytest
 from commands import run
+
+# a job in the background starts with Ctrl-C ignored, and so would the commands under test
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
