@@ -15,9 +15,9 @@ from submitit.helpers import TorchDistributedEnvironment
 from slurm import preflight
 from slurm.tasks import MODULES, Task
 from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError
+from tarflow_dist.train import EXIT_INTERRUPTED
 
 OUTCOME = "outcome.json"
-EXIT_INTERRUPTED = 75
 
 
 @dataclass(frozen=True)
