@@ -110,10 +110,7 @@ class TarFlow(Flow):
         solvers = self.solvers_for(batch, guidance)
         if all(solver.window == 1 for solver in solvers):
             return "sequential"
-        shown = (
-            "1" if s.window == 1 else f"{s.window} (from {s.start}, to {s.tolerance:g})"
-            for s in solvers
-        )
+        shown = ("1" if s.window == 1 else f"{s.window} (to {s.tolerance:g})" for s in solvers)
         return f"windows of {', '.join(shown)} patches"
 
     def sample(

@@ -62,7 +62,7 @@ def test_it_is_used_where_it_was_measured_and_nowhere_else(tmp_path: Path) -> No
     assert windows(2) == windows(4) == [8, 1]
     assert flow.solvers_for(5, GUIDED) == sequential
     assert flow.solvers_for(1, Guidance(1.0)) == sequential
-    assert flow.sampler(4, GUIDED) == "windows of 8 (from latent, to 0.001), 1 patches"
+    assert flow.sampler(4, GUIDED) == "windows of 8 (to 0.001), 1 patches"
     assert flow.sampler(5, GUIDED) == "sequential"
     assert flow.double().solvers_for(1, GUIDED) == sequential
 

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
 Guide = Literal["both", "mu", "alpha"]
@@ -88,14 +87,14 @@ class Guidance:
         return [self if t in blocks else Guidance() for t in range(num_blocks)]
 
     def combine(
-        self, mu: Tensor, alpha: Tensor, first_patch: int, num_patches: int
+        self, mu: Tensor, alpha: Tensor, patch: int | Tensor, num_patches: int
     ) -> tuple[Tensor, Tensor]:
-        """μ and α of the S patches from `first_patch` out of (2B, S, D), first the conditional,
-        then the unguided half → (B, S, D)."""
+        """μ and α (2B, S, D), first the conditional, then the unguided half → (B, S, D). `patch`
+        says which ones of the sequence they are of: one, or (B, S)."""
         w: float | Tensor = self.weight
         if self.annealed:
-            patch = first_patch + torch.arange(mu.shape[1], dtype=mu.dtype, device=mu.device)
-            w = (self.weight * patch / (num_patches - 1))[:, None]
+            place = patch.to(mu.dtype)[..., None] if isinstance(patch, Tensor) else patch
+            w = self.weight * place / (num_patches - 1)
         (mu, mu_unguided), (alpha, alpha_unguided) = mu.chunk(2), alpha.chunk(2)
         if self.rule == "linear":
             guided_mu = (1 + w) * mu - w * mu_unguided

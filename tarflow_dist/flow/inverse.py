@@ -1,13 +1,13 @@
-"""Inverting a flow block: x_i = z_i · exp(α_i(x_<i)) + μ_i(x_<i), window after window of patches.
+"""Inverting a flow block: x_i = z_i · exp(α_i(x_<i)) + μ_i(x_<i), patch by patch or in windows.
 
-A window of one patch is the sequential inverse. In a longer window all patches are swept together,
-x ← z · exp(α(x)) + μ(x), with the keys and values of the patches before it frozen (Jacobi's
-iteration). Sweep k leaves the first k patches exact, so that a window's length bounds its sweeps.
+In a window the next patches are swept together, x ← z · exp(α(x)) + μ(x), with the keys and values
+of the patches before it kept (Jacobi's iteration). A sweep settles the first patch of its window,
+and each further one whose predecessors it left as they were; the window then slides on to the first
+that is not settled.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,9 +16,8 @@ from tarflow_dist.flow.block import FlowBlock
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.flow.transformer import TransformerLayer, accurate_dtype
 
-Start = Literal["latent", "zero", "previous"]
 SWEEPS_BETWEEN_CHECKS = 3
-"""On a GPU, where a check waits for all that is queued; a sweep too many changes no sample."""
+"""On a GPU, where a check waits for all that is queued."""
 WILD = 1e6
 """A guess further from 0 than this goes back to its latent value; answers stay as they are."""
 
@@ -28,14 +27,13 @@ class Solver:
     """How one block is inverted.
 
     Attributes:
-        window: patches solved together; 1 is the sequential inverse, exact.
-        tolerance: a sample's window is solved when a sweep changes none of its values by this much.
-        start: the first guess of a window: its latent values, zeros, or the patch before it.
+        window: patches swept together; 1 is the sequential inverse, exact.
+        tolerance: a patch is settled when its predecessors are and a sweep changed none of their
+            values by this much.
     """
 
     window: int = 1
     tolerance: float = 0.0
-    start: Start = "latent"
 
     def __post_init__(self) -> None:
         if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1:
@@ -43,8 +41,6 @@ class Solver:
         number = isinstance(self.tolerance, int | float) and not isinstance(self.tolerance, bool)
         if not number or not 0 <= self.tolerance < math.inf:
             raise ValueError(f"tolerance is {self.tolerance!r}, but must be a number, 0 or more")
-        if self.start not in get_args(Start):
-            raise ValueError(f"start is {self.start!r}, but must be {', '.join(get_args(Start))}")
 
 
 SEQUENTIAL = Solver()
@@ -60,8 +56,8 @@ def invert_block(
 ) -> Tensor:
     """Latent to data through one block.
 
-    When a sample is solved is decided by itself alone; the others of its batch change nothing but
-    the rounding of batch shapes.
+    Each sample has a window of its own; the others of its batch change nothing but the rounding of
+    batch shapes.
 
     Args:
         z: (B, N, D) in image order, at least float32.
@@ -71,16 +67,69 @@ def invert_block(
         x (B, N, D) in image order.
     """
     z = block.permute(z)
-    x = z.clone()
     predict = Predictor(block, y, len(z), guidance)
-    last = z.shape[1] - 1
-    for start in range(0, last, solver.window):
-        _solve_window(predict, x, z, start, min(start + solver.window, last), solver)
+    x = _in_sequence(predict, z) if solver.window == 1 else _in_windows(predict, z, solver)
     return block.permute(x)
 
 
+def _in_sequence(predict: "Predictor", z: Tensor) -> Tensor:
+    x = z.clone()
+    for i in range(z.shape[1] - 1):
+        mu, alpha = predict(x[:, i : i + 1], i, i + 1)
+        torch.addcmul(mu, z[:, i + 1 : i + 2], alpha.exp(), out=x[:, i + 1 : i + 2])
+    return x
+
+
+def _in_windows(predict: "Predictor", z: Tensor, solver: Solver) -> Tensor:
+    """The first guess is z itself. Solved samples leave the sweeps once they are half of them."""
+    last = z.shape[1] - 1
+    window = torch.arange(min(solver.window, last), device=z.device)
+    sweeps_between_checks = 1 if z.device.type == "cpu" else SWEEPS_BETWEEN_CHECKS
+    solved, x = z.clone(), z.clone()
+    samples = torch.arange(len(z), device=z.device)
+    settled = torch.zeros_like(samples)  # each sample's last such patch
+    furthest = 0  # of them, or later
+    while True:
+        for _ in range(sweeps_between_checks):
+            furthest += len(window)
+            _sweep(predict, x, z, settled, window, min(furthest, last), solver.tolerance)
+        furthest = int(settled.max())
+        going = settled < last
+        if 2 * int(going.sum()) <= len(going):
+            solved[samples[~going]] = x[~going]
+            if not going.any():
+                return solved
+            x, z, samples, settled = x[going], z[going], samples[going], settled[going]
+            predict.keep(going)
+
+
+def _sweep(
+    predict: "Predictor",
+    x: Tensor,
+    z: Tensor,
+    settled: Tensor,
+    window: Tensor,
+    stop: int,
+    tolerance: float,
+) -> None:
+    """Updates x (B, N, D) by one sweep over each sample's window, and settled (B,)."""
+    last = x.shape[1] - 1
+    going = settled < last
+    at = (settled[:, None] + window).clamp(max=last - 1)  # at the end, the last patch repeatedly
+    sample = torch.arange(len(x), device=x.device)[:, None]
+    mu, alpha = predict(x[sample, at], at, stop)
+    old, latent = x[sample, at + 1], z[sample, at + 1]
+    new = torch.addcmul(mu, latent, alpha.exp())
+    kept = ((new - old).abs().amax(dim=2) < tolerance)[:, :-1]
+    settles = torch.cat([torch.ones_like(going)[:, None], kept], dim=1).cumprod(dim=1)
+    # a guess that overflows would reach the patches before it, masked or not, as 0 · inf
+    use = settles.bool()[..., None] | (new.abs() < WILD)
+    x[sample, at + 1] = torch.where(going[:, None, None], torch.where(use, new, latent), old)
+    settled.copy_((settled + settles.sum(dim=1)).clamp(max=last))
+
+
 class Predictor:
-    """μ and α of a block, guided, for any patches that follow those it has been given before.
+    """μ and α of a block, guided, for patches whose predecessors it has been given before.
 
     The conditional and the unguided pass run as one batch of 2B.
     """
@@ -88,7 +137,6 @@ class Predictor:
     def __init__(self, block: FlowBlock, y: Tensor | None, batch: int, guidance: Guidance):
         self._block, self._guidance = block, guidance
         self._positions = block.permuted_positions()
-        self._num_patches = len(self._positions)
         self._temperature: Tensor | None = None
         rows = batch
         if guidance.active:
@@ -101,65 +149,39 @@ class Predictor:
                 self._temperature[batch:] = guidance.attn_temp
         self._class_vector = block.class_vector(y)
         self._caches = block.new_caches(rows)
-        self._lower_triangle: Tensor | None = None
 
-    def __call__(self, x: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """The S patches (B, S, D) from `start` → μ and α (B, S, D) of the patches from start + 1.
+    def __call__(self, x: Tensor, at: int | Tensor, stop: int) -> tuple[Tensor, Tensor]:
+        """The patches x (B, S, D) → μ and α (B, S, D) of those that come after each.
 
-        Their keys and values are kept; those of later patches, from calls before, are not read.
+        Their keys and values are kept, for calls with later patches.
+
+        Args:
+            at: where they stand in the sequence: the place of a single patch (S = 1), or (B, S)
+                ascending, each sample's own.
+            stop: above all of `at`.
         """
-        stop = start + x.shape[1]
-        mask = self._mask()[start:stop, :stop] if stop - start > 1 else None
+        places, mask = at, None
         if self._guidance.active:
             x = torch.cat([x, x])
-        h = self._block.embed(x, self._positions[start:stop], self._class_vector)
+            if isinstance(at, Tensor):
+                places = torch.cat([at, at])
+        if isinstance(places, Tensor):
+            mask = torch.arange(stop, device=x.device) <= places[:, None, :, None]
+        h = self._block.embed(x, self._positions[places], self._class_vector)
         for layer, cache in zip(self._block.attn_blocks, self._caches, strict=True):
             assert isinstance(layer, TransformerLayer)
-            h = layer.extend(h, cache, start, mask, self._temperature)
+            h = layer.extend(h, cache, places, stop, mask, self._temperature)
         mu, alpha = self._block.mu_alpha(h)
         if self._guidance.active:
-            mu, alpha = self._guidance.combine(mu, alpha, start + 1, self._num_patches)
+            mu, alpha = self._guidance.combine(mu, alpha, at + 1, len(self._positions))
         return mu, alpha
 
-    def _mask(self) -> Tensor:
-        if self._lower_triangle is None:
-            shape = (self._num_patches, self._num_patches)
-            ones = torch.ones(shape, dtype=torch.bool, device=self._positions.device)
-            self._lower_triangle = ones.tril()
-        return self._lower_triangle
-
-
-def _solve_window(
-    predict: Predictor, x: Tensor, z: Tensor, first: int, last: int, solver: Solver
-) -> None:
-    """Works out the patches first + 1 … last of x (B, N, D), in place; x holds those up to `first`.
-
-    Sweep k takes the patches from first + k, because those before are exact and so are their keys
-    and values. A solved sample keeps its inputs, whatever the others still need.
-    """
-    inputs = torch.cat([x[:, first : first + 1], _first_guess(x, z, first, last, solver)], dim=1)
-    solved = torch.zeros(len(x), 1, 1, dtype=torch.bool, device=x.device)
-    checks = 1 if x.device.type == "cpu" else SWEEPS_BETWEEN_CHECKS
-    for k in range(last - first):
-        latent = z[:, first + 1 + k : last + 1]
-        mu, alpha = predict(inputs[:, k:], first + k)
-        new = torch.addcmul(mu, latent, alpha.exp())
-        x[:, first + 1 + k : last + 1] = new
-        if first + k + 1 == last:
-            return
-        new, old = new[:, :-1], inputs[:, k + 1 :]
-        solved |= (new - old).abs().amax(dim=(1, 2), keepdim=True) < solver.tolerance
-        # a guess that overflows would reach the patches before it, masked or not, as 0 · inf
-        guess = torch.where(new.abs() < WILD, new, latent[:, :-1])
-        guess[:, 0] = new[:, 0]  # no guess: exact
-        inputs[:, k + 1 :] = torch.where(solved, old, guess)
-        if k % checks == checks - 1 and bool(solved.all()):
-            return
-
-
-def _first_guess(x: Tensor, z: Tensor, first: int, last: int, solver: Solver) -> Tensor:
-    """Of the patches first + 1 … last − 1."""
-    latent = z[:, first + 1 : last]
-    if solver.start == "zero":
-        return torch.zeros_like(latent)
-    return x[:, first : first + 1].expand_as(latent) if solver.start == "previous" else latent
+    def keep(self, samples: Tensor) -> None:
+        """Goes on with some of the samples: (B,) bool."""
+        rows = torch.cat([samples, samples]) if self._guidance.active else samples
+        for cache in self._caches:
+            cache.memory = cache.memory[:, rows]
+        if self._class_vector is not None and self._class_vector.ndim == 3:
+            self._class_vector = self._class_vector[rows]
+        if self._temperature is not None:
+            self._temperature = self._temperature[rows]

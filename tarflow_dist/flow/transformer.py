@@ -36,13 +36,20 @@ class KVCache:
     def __init__(
         self, shape: tuple[int, int, int, int], *, device: torch.device, dtype: torch.dtype
     ):
-        self.memory = torch.empty((2, *shape), device=device, dtype=dtype)
+        self.memory = torch.zeros((2, *shape), device=device, dtype=dtype)
 
-    def write(self, start: int, keys_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts the keys and values (2, B, heads, S, head_dim) of the S tokens from `start` in their
-        place, over what stood there, and returns views of those of all tokens up to them."""
-        stop = start + keys_values.shape[3]
-        self.memory[:, :, :, start:stop] = keys_values
+    def write(self, keys_values: Tensor, at: int | Tensor, stop: int) -> tuple[Tensor, Tensor]:
+        """Puts the keys and values (2, B, heads, S, head_dim) of the tokens `at` in their place,
+        and returns views of those of all tokens before `stop`; zeros where none were put.
+
+        Args:
+            at: the place of a single token (S = 1), or (B, S), each sequence's own.
+        """
+        if isinstance(at, int):
+            self.memory[:, :, :, at : at + 1] = keys_values
+        else:
+            sequence = torch.arange(len(at), device=at.device)[:, None]
+            self.memory[:, sequence, :, at] = keys_values.permute(1, 3, 0, 2, 4)
         keys, values = self.memory[:, :, :, :stop].unbind()
         return keys, values
 
@@ -67,7 +74,8 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         cache: KVCache,
-        start: int,
+        at: int | Tensor,
+        stop: int,
         mask: Tensor | None,
         temperature: Tensor | None,
     ) -> Tensor:
@@ -76,7 +84,8 @@ class Attention(nn.Module):
         q = heads[0]
         if temperature is not None:
             q = (q.to(temperature.dtype) / temperature).to(q.dtype)
-        out = F.scaled_dot_product_attention(q, *cache.write(start, heads[1:]), attn_mask=mask)
+        keys, values = cache.write(heads[1:], at, stop)
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         return self.proj(out.transpose(1, 2).reshape(x.shape))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -116,16 +125,19 @@ class TransformerLayer(nn.Module):
         self,
         x: Tensor,
         cache: KVCache,
-        start: int,
+        at: int | Tensor,
+        stop: int,
         mask: Tensor | None = None,
         temperature: Tensor | None = None,
     ) -> Tensor:
         """Some tokens after those in the cache: (B, S, width) → (B, S, width).
 
         Args:
-            x: the S tokens from `start`; their keys and values are written to the cache.
-            mask: (S, start + S) bool, the tokens that each may see; None for all, right for S = 1.
+            x: the S tokens; their keys and values are written to the cache.
+            at: the place of a single one (S = 1), or (B, S), each sequence's own.
+            stop: above all of `at`.
+            mask: (B, 1, S, stop) bool, the tokens that each may see; None for all before `stop`.
             temperature: (B, 1, 1, 1), at least float32, divides each sample's attention logits.
         """
-        x = x + self.attention.extend(x, cache, start, mask, temperature)
+        x = x + self.attention.extend(x, cache, at, stop, mask, temperature)
         return x + self.mlp(x)
