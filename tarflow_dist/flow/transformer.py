@@ -66,7 +66,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The whole sequence: (B, N, width) → (B, N, width)."""
-        q, k, v = self._heads(x).unbind()
+        # taken apart before they are transposed, so that backward puts them together in one copy
+        q, k, v = (heads.transpose(1, 2) for heads in self._heads(x).unbind(2))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.proj(out.transpose(1, 2).reshape(x.shape))
 
@@ -80,7 +81,7 @@ class Attention(nn.Module):
         temperature: Tensor | None,
     ) -> Tensor:
         """See `TransformerLayer.extend`."""
-        heads = self._heads(x)
+        heads = self._heads(x).permute(2, 0, 3, 1, 4)
         q = heads[0]
         if temperature is not None:
             q = (q.to(temperature.dtype) / temperature).to(q.dtype)
@@ -89,9 +90,8 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(x.shape))
 
     def _heads(self, x: Tensor) -> Tensor:
-        """(B, S, width) → q, k, v of the heads, (3, B, heads, S, head_dim)."""
-        B, S, _ = x.shape
-        return self.qkv(self.norm(x)).view(B, S, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        """(B, S, width) → q, k, v of the heads, (B, S, 3, heads, head_dim)."""
+        return self.qkv(self.norm(x)).unflatten(-1, (3, self.num_heads, -1))
 
 
 class MLP(nn.Module):
