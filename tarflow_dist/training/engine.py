@@ -59,6 +59,7 @@ class Engine:
             lr=config.optimizer.lr,
             betas=config.optimizer.betas,
             weight_decay=config.optimizer.weight_decay,
+            fused=True,
         )
         with redirect_stdout(StringIO()):  # it prints its memory there
             self._engine, zero, _, _ = deepspeed.initialize(

@@ -41,7 +41,7 @@ class ZeroState:
         loaded before the first step."""
         for partition in self._partitions():
             self._optimizer.state[partition] = {
-                "step": torch.tensor(0.0),
+                "step": torch.zeros((), device=partition.device),
                 "exp_avg": torch.zeros_like(partition),
                 "exp_avg_sq": torch.zeros_like(partition),
                 ema: partition.detach().clone(),
