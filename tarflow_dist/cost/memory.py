@@ -40,7 +40,7 @@ class Memory:
         buffers: to reduce gradients and assemble weights.
         activations: saved for the backward pass, and those at work.
         late: what grows while activations shrink, at its end: gradients on their way.
-        update: gradients and temporaries of the optimiser's step, beyond `gradients`.
+        update: gradients that the optimiser steps with, beyond `gradients`.
         host: on the host, a GPU (offload).
     """
 
@@ -93,31 +93,31 @@ def training_memory(
     if precision == "bf16_autocast":
         activations += 2 * P  # the weights' bf16 copies
 
-    adam_temporaries = 8 * own
-    held, buffers, late, update = 0.0, 0.0, 0.0, adam_temporaries
+    update: float
+    held, buffers, late = 0.0, 0.0, 0.0
     if stage == 0:
         held = FP32 * P if accumulating else 0
         reduced = FP32 * in_bucket if world_size > 1 else 0
         late = FP32 * P - held + reduced
-        update += FP32 * P - held
+        update = FP32 * P - held
     elif stage == 1 and bf16:  # fp32 sums of all gradients beside the bf16 ones
         held, late = FP32 * P, weight * P
-        update += weight * P
+        update = weight * P
     elif stage == 1:
         held = FP32 * P if accumulating else 0
         buffers, late = FP32 * bucket, FP32 * P - held
-        update += FP32 * own - held
+        update = FP32 * own - held
     elif stage == 2:  # reduced in fp32 out of a bucket of the weights' type
         held = FP32 * own if accumulating else 0
         reduced = (weight + FP32 if bf16 else FP32) * in_bucket
         buffers, late = weight * bucket, FP32 * own - held + reduced
-        update += FP32 * own - held
+        update = FP32 * own - held
     else:
         held = FP32 * own
         assembled = min(P, LIVE_WEIGHTS) + min(P, PREFETCHED_WEIGHTS)
         buffers = FP32 * bucket + weight * assembled
         late = (weight + FP32) * in_bucket
-        update += FP32 * own
+        update = FP32 * own
 
     weights: float = weight * P
     if stage == 3:
