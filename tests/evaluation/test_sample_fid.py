@@ -77,15 +77,21 @@ def test_a_folder_of_something_else_takes_no_samples(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [["--guidance", "1,x"], ["--guidance", "1,1.0"], ["--denoise", "2"], ["--write", "gif"]]
+    ("more", "message"),
+    [
+        (["--guidance", "1,x"], "can't read '1,x'"),
+        (["--guidance", "1,1.0"], "'1,1.0' names one twice"),
+        (["--denoise", "2"], "can't read '2'"),
+        (["--write", "gif"], "can't read 'gif'"),
+    ],
 )
 def test_lists_that_make_no_sense(
-    model: Path, more: list[str], capsys: pytest.CaptureFixture[str]
+    model: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         parse_arguments(arguments(model, *more))
     assert caught.value.code == 2
-    assert f"error: argument {more[0]}: invalid" in capsys.readouterr().err
+    assert f"error: argument {more[0]}: {message}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -95,7 +101,8 @@ def test_lists_that_make_no_sense(
         (10, ["--attn-temp", "0.9"], "give a guidance above 0"),
         (10, ["--guidance", "-1"], "must be a number, 0 or more"),
         (0, ["--labels", "balanced"], "leave --labels out"),
-        (10, ["--labels", "3,x"], "random, balanced or class ids such as 3,7, and not 3,x"),
+        (10, ["--labels", "3,x"], "random, balanced or class ids such as 3,7, and not '3,x'"),
+        (10, ["--labels", ""], "random, balanced or class ids such as 3,7, and not ''"),
         (10, ["--labels", "3,10"], "the model's classes are 0 to 9"),
     ],
 )

@@ -1,7 +1,5 @@
 """Filling the store: labels, resuming, any number of ranks, and errors that reach all of them."""
 
-import shutil
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -259,23 +257,15 @@ def test_any_number_of_threads_draws_the_same(tmp_path: Path) -> None:
         assert torch.get_num_threads() == 1
 
 
-def test_a_full_disk(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a small file system can't be mounted here")
-    try:
-        noise = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8)
-        store = SampleStore(disk / "samples", SETTINGS)
-        store.begin()
-        with pytest.raises(UserError, match=r"No space left on device\): 1 of 3 chunks"):
-            draw_missing_chunks([store], lambda index, places: (index, [Draws(noise, index < 0)]))
-        assert sorted(file.name for file in store.folder.iterdir()) == [
-            "samples-000000.parquet",
-            "samples-000001.parquet",
-            "settings.json",
-        ]
-        assert store.missing_chunks() == [2]
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+def test_a_full_disk(small_disk: Path) -> None:
+    noise = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8)
+    store = SampleStore(small_disk / "samples", SETTINGS)
+    store.begin()
+    with pytest.raises(UserError, match=r"No space left on device\): 1 of 3 chunks"):
+        draw_missing_chunks([store], lambda index, places: (index, [Draws(noise, index < 0)]))
+    assert sorted(file.name for file in store.folder.iterdir()) == [
+        "samples-000000.parquet",
+        "samples-000001.parquet",
+        "settings.json",
+    ]
+    assert store.missing_chunks() == [2]
