@@ -20,6 +20,9 @@ def write_whole(file: Path) -> Iterator[Path]:
         sync(part)
         os.replace(part, file)
         sync(file.parent)
+    except OSError as error:  # from a stream, it doesn't say where
+        error.filename = error.filename or str(file)
+        raise
     finally:
         part.unlink(missing_ok=True)
 

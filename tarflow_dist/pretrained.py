@@ -1,10 +1,10 @@
 """`TarFlow`: the flow with its files, and sampling from labels to uint8 images."""
 
 import json
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,15 @@ ATTEMPTS = 5
 """To draw a sample that is finite and in range."""
 RUNAWAY = 100.0
 """No image value, of pixels in [-1, 1], is that far from 0 unless the sample ran away."""
+
+
+class Draws(NamedTuple):
+    """A batch of samples."""
+
+    images: Tensor
+    """uint8 (B, H, W, C)."""
+    again: Tensor
+    """(B,) bool: was not finite or ran away at first."""
 
 
 class TarFlow(Flow):
@@ -158,34 +167,66 @@ class TarFlow(Flow):
             ValueError: labels or guidance that this model can't have, or samples that ran away each
                 time.
         """
-        if y is not None:
-            y = torch.as_tensor(y, device=self.device)
         if index is None:
             index = torch.arange(1 if y is None else len(y))
+        (drawn,) = self.draw(
+            y,
+            [denoise],
+            seed=seed,
+            index=index,
+            progress=progress,
+            guidance=guidance,
+            annealed=annealed,
+            guide=guide,
+            attn_temp=attn_temp,
+            rule=rule,
+            guide_blocks=guide_blocks,
+        )
+        self.redrawn += int(drawn.again.sum())
+        return drawn.images
+
+    def draw(
+        self,
+        y: Tensor | Sequence[int] | None,
+        denoise: Sequence[bool],
+        *,
+        seed: int,
+        index: Tensor,
+        progress: bool = False,
+        **guidance: Any,
+    ) -> list[Draws]:
+        """`sample` for each value of `denoise`: with and without the score step, both from one
+        decoding. `guidance` are the arguments of `Guidance`."""
+        if y is not None:
+            y = torch.as_tensor(y, device=self.device)
         index = index.cpu()
-        lost = torch.ones(len(index), dtype=torch.bool)
+
+        @cache
+        def decode(*attempts: int) -> Tensor:
+            z = self.noise_of(index, seed=seed, attempt=torch.tensor(attempts))
+            with Progress("sampling", len(self.blocks), unit="block", enabled=progress) as shown:
+                return self.decode(z, y, on_block=partial(_count_block, shown), **guidance)
+
+        return [self._until_finite(decode, y, index, score_step) for score_step in denoise]
+
+    def _until_finite(
+        self, decode: Callable[..., Tensor], y: Tensor | None, index: Tensor, denoise: bool
+    ) -> Draws:
+        """Samples `index`; `decode` takes the attempt that each of them is at."""
+        again = torch.zeros(len(index), dtype=torch.bool)
+        lost = ~again
         images = torch.empty(len(index), *self.image_shape, dtype=self.dtype, device=self.device)
         for attempt in range(ATTEMPTS):
-            self.redrawn += int(lost.sum()) if attempt else 0
-            with Progress("sampling", len(self.blocks), unit="block", enabled=progress) as shown:
-                x = self.decode(
-                    self.noise_of(index, seed=seed, attempt=lost * attempt),
-                    y,
-                    guidance=guidance,
-                    annealed=annealed,
-                    guide=guide,
-                    attn_temp=attn_temp,
-                    rule=rule,
-                    guide_blocks=guide_blocks,
-                    on_block=partial(_count_block, shown),
-                )
+            if attempt:
+                again |= lost
+            x = decode(*(lost * attempt).tolist())
             if denoise and self.sigma is not None:
                 x = self.denoise(x, y)
             kept = lost.to(x.device)[:, None, None, None]
             images = torch.where(kept, x, images)
-            lost &= ~(x.abs() < RUNAWAY).flatten(1).all(dim=1).cpu()
+            lost = lost & ~(x.abs() < RUNAWAY).flatten(1).all(dim=1).cpu()
             if not lost.any():
-                return to_pixels(images, self.noise).permute(0, 2, 3, 1)
+                return Draws(to_pixels(images, self.noise).permute(0, 2, 3, 1), again)
         bad = index[lost].tolist()
         named = f"{bad[:5]} and {len(bad) - 5} more" if len(bad) > 5 else bad
         raise ValueError(

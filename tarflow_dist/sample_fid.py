@@ -104,10 +104,13 @@ def formats(text: str) -> list[str]:
 
 
 def _parts(text: str, parse: Callable[[str], T]) -> list[T]:
-    """The parts of "a,b,c", no two of them equal; argparse makes a sentence of a `ValueError`."""
-    parts = [parse(part) for part in text.split(",")]
+    """The parts of "a,b,c", no two of them equal."""
+    try:
+        parts = [parse(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"can't read {text!r}") from error
     if len(set(parts)) < len(parts):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} names one twice")
     return parts
 
 

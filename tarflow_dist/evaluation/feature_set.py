@@ -48,8 +48,12 @@ class FeatureSet:
             arrays["features"] = self.features
         if self.split_scores is not None:
             arrays["split_scores"] = np.array(self.split_scores)
-        with write_whole(file) as part, part.open("wb") as stream:
-            np.savez(stream, about=np.array(json.dumps(self.about)), **arrays)
+        arrays["about"] = np.array(json.dumps(self.about))
+        # not np.savez, which leaves the file open when the disk is full
+        with write_whole(file) as part, zipfile.ZipFile(part, "w") as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
+                    np.lib.format.write_array(stream, array, allow_pickle=False)
 
     @classmethod
     def load(cls, file: Path) -> "FeatureSet":
@@ -101,9 +105,12 @@ def open_npz(file: Path) -> Iterator[Any]:
     except UserError:
         raise
     except (OSError, EOFError, LookupError, ValueError, zipfile.BadZipFile) as error:
-        reason = "holds pickled objects" if "pickle" in str(error).lower() else "is damaged"
+        if not zipfile.is_zipfile(file):
+            reason = "is no .npz, or damaged"
+        else:
+            reason = "holds pickled objects" if "pickle" in str(error).lower() else "is damaged"
         raise UserError(
-            f"{file} {reason} and is not opened: give an .npz of statistics, such as `python -m "
+            f"{file} {reason}, and is not opened: give an .npz of statistics, such as `python -m "
             "tarflow_dist.reference` writes or ADM's VIRTUAL_*.npz"
         ) from error
 

@@ -170,8 +170,15 @@ def shard_batches(shards: Shards, batch_size: int) -> Iterator[tuple[Tensor, Ten
     return ((batch.index, batch.images) for batch in batches)
 
 
-def npz_batches(file: Path, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of the images in an .npz of ADM's."""
+def npz_batches(file: Path, batch_size: int, channels: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's share of the images in an .npz of ADM's, which has grey ones in three channels;
+    of those, one is given if `channels` is 1.
+
+    Raises:
+        UserError: one is wanted, and they are not grey.
+    """
     parts = feature_set.image_batches(file, batch_size, rank=rank(), world_size=world_size())
     for index, images in parts:
-        yield torch.from_numpy(index), torch.tensor(images).permute(0, 3, 1, 2)
+        if channels == 1 and (images != images[..., :1]).any():
+            raise UserError(f"{file} holds colour images and the model's are grey")
+        yield torch.from_numpy(index), torch.tensor(images[..., :channels]).permute(0, 3, 1, 2)

@@ -1,8 +1,10 @@
 """The stages of `sample_fid`: draw, measure, compare, report. All ranks call `run`."""
 
 import argparse
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from tarflow_dist.evaluation.neighbours import Neighbours, NeighboursOf, show_ne
 from tarflow_dist.evaluation.reference_set import ShardsReference, open_reference
 from tarflow_dist.evaluation.report import write_report
 from tarflow_dist.evaluation.result import Stages
-from tarflow_dist.evaluation.sampling import Drawn, draw_missing_chunks, make_draw
+from tarflow_dist.evaluation.sampling import draw_missing_chunks, make_draw
 from tarflow_dist.evaluation.settings import hash_weights, sweep_settings
 from tarflow_dist.evaluation.store import SampleStore
 from tarflow_dist.evaluation.wandb_log import TrainingRun, log_to_run
@@ -36,7 +38,7 @@ class Point:
 
     name: str
     store: SampleStore
-    drawn: Drawn | None = None
+    drawn: dict[str, Any] = field(default_factory=dict)
     stages: Stages = field(default_factory=Stages)
     first_features: torch.Tensor | None = None
     """Of the samples whose neighbours are looked for."""
@@ -68,14 +70,8 @@ def run(args: argparse.Namespace, training_run: TrainingRun | None) -> None:
         if distributed.is_main():
             for point in points:
                 point.store.begin()
-    for point in points:
-        with point.stages.stage("sampling"):
-            point.drawn = draw_missing_chunks(
-                point.store,
-                make_draw(flow, point.store.settings),
-                f"sampling {point.name}".strip(),
-                result.device_name(device),
-            )
+    for _, group in groupby(points, lambda point: point.store.settings["guidance"]):
+        _draw_samples(flow, list(group), device)
     for point in points:
         with point.stages.stage("sample_features"):
             _measure_samples(point, extractor, device)
@@ -118,6 +114,23 @@ def run(args: argparse.Namespace, training_run: TrainingRun | None) -> None:
     distributed.shutdown()
 
 
+def _draw_samples(flow: TarFlow, points: list[Point], device: torch.device) -> None:
+    """Fills the points' stores. The points differ in the denoising step alone, so each has the
+    others' time too. Collective."""
+    stores = [point.store for point in points]
+    with ExitStack() as stages:
+        for point in points:
+            stages.enter_context(point.stages.stage("sampling"))
+        drawn = draw_missing_chunks(
+            stores,
+            make_draw(flow, [store.settings for store in stores]),
+            f"sampling {', '.join(point.name for point in points)}".strip(),
+            result.device_name(device),
+        )
+    for point, chunks in zip(points, drawn.chunks, strict=True):
+        point.drawn = result.describe_drawing(drawn, chunks)
+
+
 def _measure_samples(point: Point, extractor: FeatureExtractor, device: torch.device) -> None:
     """Leaves the features of the point's samples in its folder. Collective."""
     file, who = point.features_file, {}
@@ -151,7 +164,6 @@ def _compare(
     point: Point, real: FeatureSet, facts: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
     """The result of one point."""
-    assert point.drawn is not None
     dim = len(real.pooled.mean)
     with point.stages.stage("metrics", f"comparing {dim} features {point.name}".rstrip()):
         samples = FeatureSet.load(point.features_file)
@@ -163,7 +175,8 @@ def _compare(
         **point.store.settings,
         "samples_sha256": point.store.sha256(),
         "sample_devices": point.store.devices(),
-        **result.describe_drawing(point.drawn),
+        "redrawn_samples": point.store.redrawn(),
+        **point.drawn,
         "seconds": point.stages.seconds,
         "environment": describe_environment(),
     }

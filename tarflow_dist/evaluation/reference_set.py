@@ -97,7 +97,7 @@ class FileReference:
     for precision and recall; or images alone), or pytorch-fid's (moments)."""
 
     def __init__(self, file: Path, *, image_shape: ImageShape, extractor: FeatureExtractor):
-        self._file = file
+        self._file, self._channels = file, image_shape[0]
         with feature_set.open_npz(file) as npz:
             self._has_moments = "mu" in npz.files
             stored = feature_set.image_shape(file)
@@ -142,7 +142,7 @@ class FileReference:
         if not self._images:
             return self._stored
         measured = measure(
-            npz_batches(self._file, batch_size),
+            npz_batches(self._file, batch_size, self._channels),
             extractor,
             label="reference",
             total=self._images,

@@ -33,12 +33,13 @@ class Stages:
         self.seconds[name] = round(spent, 3)
 
 
-def describe_drawing(drawn: Drawn) -> dict[str, Any]:
-    """What this sitting drew. "sampling_overhead" is the share of the ranks' time in it that the
-    model did not have: labels, PNG, writing, waiting for the slowest."""
-    overhead = 1 - drawn.model_seconds / drawn.seconds if drawn.chunks else None
+def describe_drawing(drawn: Drawn, chunks: int) -> dict[str, Any]:
+    """What this sitting drew, `chunks` of it for the store in question. "sampling_overhead" is the
+    share of the ranks' time in it that the model did not have: waiting for the last chunk to be
+    written, and for the slowest rank."""
+    overhead = 1 - drawn.model_seconds / drawn.seconds if any(drawn.chunks) else None
     return {
-        "chunks_drawn": drawn.chunks,
+        "chunks_drawn": chunks,
         "sampling_overhead": None if overhead is None else round(overhead, 4),
     }
 
@@ -94,12 +95,13 @@ def figures(result: dict[str, Any]) -> dict[str, str]:
 
 def show(result: dict[str, Any], folder: Path) -> None:
     """Prints the gist."""
-    count = result["reference_images"]
+    count, redrawn = result["reference_images"], result["redrawn_samples"]
     guidance = f"{result['guidance']:g}{' annealed' if result['annealed'] else ''}"
     rows = figures(result) | {
         "features": result["features"],
         "samples": f"{result['num_samples']:,}, labels {result['labels'] or 'none'}, "
-        f"seed {result['seed']}, sha256 {result['samples_sha256'][:16]}…",
+        f"seed {result['seed']}, sha256 {result['samples_sha256'][:16]}…"
+        + (f", {redrawn:,} of them drawn again" if redrawn else ""),
         "guidance": f"{guidance}, guide {result['guide']}, attn_temp {result['attn_temp']}, "
         f"{'denoised' if result['denoise'] else 'not denoised'}",
         "reference": " ".join(filter(None, (result["reference"], result["reference_split"])))

@@ -2,10 +2,13 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,21 +17,23 @@ from tarflow_dist import rng
 from tarflow_dist.distributed import Counter, from_main, gather, is_main
 from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError
 from tarflow_dist.evaluation.store import NO_LABEL, SampleStore
-from tarflow_dist.pretrained import TarFlow
+from tarflow_dist.pretrained import Draws, TarFlow
 from tarflow_dist.telemetry.progress import Progress
 
 LOOK_EVERY_SECONDS = 0.2
 
-# Sample indexes (B,) → uint8 images (B, H, W, C) and labels (B,), −1 for none
-Draw = Callable[[Tensor], tuple[Tensor, Tensor]]
+T = TypeVar("T")
+# Sample indexes (B,) and the places of the stores to draw for → labels (B,), −1 for none, and
+# what each of those stores takes
+Draw = Callable[[Tensor, list[int]], tuple[Tensor, list[Draws]]]
 
 
 @dataclass(frozen=True)
 class Drawn:
     """What a sitting did, on all ranks."""
 
-    chunks: int
-    """Chunks it drew."""
+    chunks: list[int]
+    """Chunks it drew for each store."""
     seconds: float
     """Ranks' seconds spent in it, added up."""
     model_seconds: float
@@ -52,29 +57,33 @@ def sample_labels(rule: str, index: Tensor, *, num_classes: int, seed: int) -> T
     return given[index % len(given)]
 
 
-def make_draw(flow: TarFlow, settings: dict[str, Any]) -> Draw:
-    """The function from sample indexes to images that `settings` describe: "labels" is a rule of
-    `sample_labels`, or None for an unconditional model; the others are `TarFlow.sample`'s own."""
-    options = ("seed", "guidance", "annealed", "guide", "attn_temp", "denoise")
-    chosen = {name: settings[name] for name in options}
-    rule, seed = settings["labels"], settings["seed"]
+def make_draw(flow: TarFlow, settings: Sequence[dict[str, Any]]) -> Draw:
+    """Draws for stores of these `settings`, which differ in "denoise" alone: "labels" is a rule of
+    `sample_labels`, or None for an unconditional model; the others are `TarFlow.draw`'s own."""
+    options = ("seed", "guidance", "annealed", "guide", "attn_temp")
+    chosen = {name: settings[0][name] for name in options}
+    rule, seed = settings[0]["labels"], settings[0]["seed"]
 
-    def draw(index: Tensor) -> tuple[Tensor, Tensor]:
-        if rule is None:
-            return flow.sample(index=index, **chosen), torch.full_like(index, NO_LABEL)
-        y = sample_labels(rule, index, num_classes=flow.num_classes, seed=seed)
-        return flow.sample(y, index=index, **chosen), y
+    def draw(index: Tensor, places: list[int]) -> tuple[Tensor, list[Draws]]:
+        denoise = [settings[place]["denoise"] for place in places]
+        y = None
+        if rule is not None:
+            y = sample_labels(rule, index, num_classes=flow.num_classes, seed=seed)
+        drawn = flow.draw(y, denoise, index=index, **chosen)
+        return torch.full_like(index, NO_LABEL) if y is None else y, drawn
 
     return draw
 
 
 def draw_missing_chunks(
-    store: SampleStore, draw: Draw, label: str = "sampling", device: str = "cpu"
+    stores: Sequence[SampleStore], draw: Draw, label: str = "sampling", device: str = "cpu"
 ) -> Drawn:
-    """Draws the chunks that `store` lacks. Each rank takes the next one when it is done with its
-    last, so that a slow rank holds up nobody; which rank draws a chunk changes nothing in it.
+    """Draws the chunks that `stores` lack, those of one number together. Each rank takes the next
+    one when it is done with its last, so that a slow rank holds up nobody; which rank draws a chunk
+    changes nothing in it. One chunk is written while the next is drawn.
 
     Args:
+        stores: of as many samples and chunks each.
         label: says in the progress, which is over all ranks, what is drawn.
         device: the kind of device that draws, noted with the samples.
 
@@ -83,24 +92,38 @@ def draw_missing_chunks(
     """
     # as rank 0 sees them: ranks may see a network folder at different times, and would remember
     # for a while that a file was not there
-    missing = from_main(store.missing_chunks() if is_main() else [])
+    missing = from_main(_missing_chunks(stores) if is_main() else [])
     taken, drawn, failed = Counter(), Counter(), Counter()
-    lacking = sum(len(store.chunk_indexes(chunk)) for chunk in missing)
-    done = store.num_samples - lacking
+    lacking = sum(len(stores[0].chunk_indexes(c)) * len(places) for c, places in missing)
+    total = stores[0].num_samples * len(stores)
     began, model_seconds, problem = time.monotonic(), 0.0, None
+
+    def drawn_chunks() -> Iterator[Callable[[], int]]:
+        nonlocal model_seconds
+        while not failed.add(0) and (turn := taken.add(1) - 1) < len(missing):
+            chunk, places = missing[turn]
+            start = chunk * stores[0].chunk_size
+            before = time.monotonic()
+            # the last chunk too is drawn at full size, and then cut: another batch shape can take
+            # other kernels, and with them other last bits
+            labels, found = draw(torch.arange(start, start + stores[0].chunk_size), places)
+            arrays = [Draws(draws.images.cpu(), draws.again.cpu()) for draws in found]
+            model_seconds += time.monotonic() - before
+            there = [stores[place] for place in places]
+            yield partial(_write_chunk, there, chunk, labels, arrays, device)
+
     with (
         one_thread(),
-        Progress(label, store.num_samples, start=done, enabled=is_main()) as progress,
+        Progress(label, total, start=total - lacking, enabled=is_main()) as progress,
     ):
         shown = 0
-        while not failed.add(0) and (place := taken.add(1) - 1) < len(missing):
-            seconds, problem = _draw_chunk(store, missing[place], draw, device)
-            model_seconds += seconds
-            if problem is not None:
-                failed.add(1)
-                break
-            before, shown = shown, drawn.add(len(store.chunk_indexes(missing[place])))
-            progress.update(shown - before)
+        try:
+            for count in _run_behind(drawn_chunks()):
+                before, shown = shown, drawn.add(count)
+                progress.update(shown - before)
+        except (ValueError, OSError) as error:
+            problem = _in_words(error, stores)
+            failed.add(1)
         while is_main() and shown < lacking and not failed.add(0):  # the others' last chunks
             time.sleep(LOOK_EVERY_SECONDS)
             before, shown = shown, drawn.add(0)
@@ -109,36 +132,59 @@ def draw_missing_chunks(
         raise UserError(message)
     seconds = time.monotonic() - began  # with the wait for the slowest
     sums = torch.tensor(gather((seconds, model_seconds)), dtype=torch.float64).sum(dim=0)
-    return Drawn(len(missing), *sums.tolist())
+    chunks = [sum(place in places for _, places in missing) for place in range(len(stores))]
+    return Drawn(chunks, *sums.tolist())
 
 
-def _draw_chunk(
-    store: SampleStore, chunk: int, draw: Draw, device: str
-) -> tuple[float, str | None]:
-    """Draws and writes one chunk; returns the seconds that `draw` took, and what was wrong, if
-    anything.
+def _missing_chunks(stores: Sequence[SampleStore]) -> list[tuple[int, list[int]]]:
+    """Each chunk that is missing somewhere, and the places of the stores that lack it."""
+    lacking: dict[int, list[int]] = defaultdict(list)
+    for place, store in enumerate(stores):
+        for chunk in store.missing_chunks():
+            lacking[chunk].append(place)
+    return sorted(lacking.items())
 
-    The last chunk is drawn at full size too and cut: another batch shape can take other kernels,
-    and with them other last bits.
-    """
-    indexes = store.chunk_indexes(chunk)
-    began = time.monotonic()
-    try:
-        images, labels = draw(torch.arange(indexes.start, indexes.start + store.chunk_size))
-        pixels, ids = images[: len(indexes)].cpu().numpy(), labels[: len(indexes)].cpu().numpy()
-        seconds = time.monotonic() - began
-        store.write_chunk(chunk, pixels, ids, device)
-    except ValueError as error:
-        return 0.0, str(error)
-    except OSError as error:
-        if error.errno not in REFUSED_BY_MACHINE:
-            raise
-        left = len(store.missing_chunks())
-        return 0.0, (
-            f"{store.folder} can't take more samples ({os.strerror(error.errno)}): {left} of "
-            f"{store.num_chunks} chunks are missing; make room, and run the same command again"
+
+def _run_behind(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """The tasks' results, in order: each task runs in a thread while the next is being made."""
+    running: Future[T] | None = None
+    with ThreadPoolExecutor(1) as thread:
+        for task in tasks:
+            before, running = running, thread.submit(task)
+            if before is not None:
+                yield before.result()
+        if running is not None:
+            yield running.result()
+
+
+def _write_chunk(
+    stores: list[SampleStore], chunk: int, labels: Tensor, drawn: list[Draws], device: str
+) -> int:
+    """Returns the number of samples written."""
+    count = len(stores[0].chunk_indexes(chunk))
+    for store, draws in zip(stores, drawn, strict=True):
+        store.write_chunk(
+            chunk,
+            draws.images[:count].numpy(),
+            labels[:count].numpy(),
+            redrawn=int(draws.again[:count].sum()),
+            device=device,
         )
-    return seconds, None
+    return count * len(stores)
+
+
+def _in_words(error: ValueError | OSError, stores: Sequence[SampleStore]) -> str:
+    """What to tell the user; raises the error again if it is none of the user's."""
+    if isinstance(error, ValueError):
+        return str(error)
+    if error.errno not in REFUSED_BY_MACHINE:
+        raise error
+    left = sum(len(store.missing_chunks()) for store in stores)
+    return (
+        f"{stores[0].folder} can't take more samples ({os.strerror(error.errno)}): {left} of "
+        f"{sum(store.num_chunks for store in stores)} chunks are missing; make room, and run the "
+        "same command again"
+    )
 
 
 @contextmanager

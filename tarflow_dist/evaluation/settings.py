@@ -70,19 +70,19 @@ def sweep_settings(
 def label_rule(args: argparse.Namespace, flow: TarFlow) -> str | None:
     """The rule of `sample_labels`, or None for an unconditional model."""
     if not flow.num_classes:
-        if args.labels:
+        if args.labels is not None:
             raise UserError(
                 f"{args.model} is unconditional and takes no labels: leave --labels out"
             )
         return None
-    rule = args.labels or "random"
+    rule = "random" if args.labels is None else args.labels
     if rule in ("random", "balanced"):
         return rule
     try:
         given = [int(label) for label in rule.split(",")]
     except ValueError as error:
         raise UserError(
-            f"--labels is random, balanced or class ids such as 3,7, and not {rule}"
+            f"--labels is random, balanced or class ids such as 3,7, and not {rule!r}"
         ) from error
     if not 0 <= min(given) <= max(given) < flow.num_classes:
         raise UserError(f"--labels {rule}: the model's classes are 0 to {flow.num_classes - 1}")

@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +17,18 @@ NO_LABEL = -1
 SETTINGS_FILE = "settings.json"
 
 
+class Facts(NamedTuple):
+    """The metadata of a chunk."""
+
+    sha256: str
+    device: str
+    redrawn: int
+
+
 class SampleStore:
     """`num_samples` images, indexes 0, 1, 2, …, cut into chunks of `chunk_size`, one parquet each:
     columns index (int64), label (int64, −1 for none) and png (bytes); its metadata hold the SHA-256
-    of labels and pixels, and the device that drew them.
+    of labels and pixels, the device that drew them, and how many of them were drawn again.
 
     settings.json beside them holds everything the samples depend on, so that chunks made in several
     sittings always belong together. All files become visible whole or not at all.
@@ -83,9 +91,16 @@ class SampleStore:
         return [c for c in range(self.num_chunks) if not self.chunk_file(c).exists()]
 
     def write_chunk(
-        self, chunk: int, images: Pixels, labels: NDArray[np.int64], device: str = "cpu"
+        self,
+        chunk: int,
+        images: Pixels,
+        labels: NDArray[np.int64],
+        *,
+        redrawn: int = 0,
+        device: str = "cpu",
     ) -> None:
-        """Writes uint8 images (B, H, W, C) and labels (B,), drawn on `device`, as `chunk`."""
+        """Writes uint8 images (B, H, W, C) and labels (B,), drawn on `device`, `redrawn` of them
+        more than once, as `chunk`."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -94,7 +109,8 @@ class SampleStore:
             "label": pa.array(labels, pa.int64()),
             "png": pa.array([encode_png(image) for image in images], pa.binary()),
         }
-        metadata = {"sha256": _digest(images, labels), "device": device}
+        sha256 = _digest(images, labels)
+        metadata = {"sha256": sha256, "device": device, "redrawn": str(redrawn)}
         with write_whole(self.chunk_file(chunk)) as part:
             # PNG is compressed already
             pq.write_table(
@@ -131,26 +147,34 @@ class SampleStore:
             images = np.stack([decode_png(table["png"][row].as_py()) for row in chosen])
         except (OSError, SyntaxError, ValueError) as error:  # Pillow's
             raise self._damaged(chunk) from error
-        if rows is None and _digest(images, table["label"].to_numpy()) != self._facts(chunk)[0]:
+        if rows is None and _digest(images, table["label"].to_numpy()) != self._facts(chunk).sha256:
             raise self._damaged(chunk)
         return images
 
     def sha256(self) -> str:
         """One digest of all samples, the SHA-256 of the chunks' digests one after another. Equal
         wherever and in whatever sittings the same samples were drawn."""
-        digests = [self._facts(chunk)[0] for chunk in range(self.num_chunks)]
+        digests = [self._facts(chunk).sha256 for chunk in range(self.num_chunks)]
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
     def devices(self) -> list[str]:
         """The kinds of device that drew the samples."""
-        return sorted({self._facts(chunk)[1] for chunk in range(self.num_chunks)})
+        return sorted({self._facts(chunk).device for chunk in range(self.num_chunks)})
 
-    def _facts(self, chunk: int) -> tuple[str, str]:
-        """Digest and device of `chunk`."""
+    def redrawn(self) -> int:
+        """How many samples were not finite or ran away at first, and were drawn again."""
+        return sum(self._facts(chunk).redrawn for chunk in range(self.num_chunks))
+
+    def _facts(self, chunk: int) -> Facts:
         metadata = self._read(chunk, []).schema.metadata or {}
-        if not {b"sha256", b"device"} <= metadata.keys():
-            raise self._damaged(chunk)
-        return metadata[b"sha256"].decode(), metadata[b"device"].decode()
+        try:
+            return Facts(
+                metadata[b"sha256"].decode(),
+                metadata[b"device"].decode(),
+                int(metadata[b"redrawn"]),
+            )
+        except (KeyError, ValueError) as error:
+            raise self._damaged(chunk) from error
 
     def _read(self, chunk: int, columns: list[str]) -> Any:
         import pyarrow as pa

@@ -18,7 +18,7 @@ FIGURES = (
     "kernel_distance",
     "kernel_distance_std",
 )
-COLUMNS = ("guidance", "denoise", *FIGURES, "num_samples", "samples_sha256")
+COLUMNS = ("guidance", "denoise", *FIGURES, "num_samples", "redrawn_samples", "samples_sha256")
 
 
 def write_csv(results: list[dict[str, Any]], file: Path) -> None:

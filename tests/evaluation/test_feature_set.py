@@ -84,6 +84,30 @@ def test_images_alone_are_measured(tmp_path: Path) -> None:
     assert there.about["count"] == 25
 
 
+def test_grey_images_of_three_channels(tmp_path: Path) -> None:
+    """As ADM's files have them, our own samples.npz among them."""
+    file, grey, shape = tmp_path / "a.npz", images()[..., :1], (1, 2, 2)
+    device = torch.device("cpu")
+    np.savez(file, arr_0=grey.repeat(3, axis=3))
+    extractor = PixelFeatures(shape)
+    reference = FileReference(file, image_shape=shape, extractor=extractor)
+    there = reference.measure(extractor, batch_size=10, device=device)
+    assert there is not None
+    pixels = grey.reshape(25, 4) / 127.5 - 1
+    np.testing.assert_allclose(there.pooled.mean, pixels.mean(0), rtol=1e-12)
+    np.savez(file, arr_0=images())
+    reference = FileReference(file, image_shape=shape, extractor=extractor)
+    with pytest.raises(UserError, match="colour images and the model's are grey"):
+        reference.measure(extractor, batch_size=10, device=device)
+
+
+def test_a_full_disk_is_named(small_disk: Path) -> None:
+    pooled, many = Gaussian(*moments().values()), np.ones((10_000, DIM), np.float32)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/samples\.npz'"):
+        FeatureSet(pooled, features=many).save(small_disk / "samples.npz")
+    assert list(small_disk.iterdir()) == []
+
+
 def test_ranks_share_the_images(tmp_path: Path) -> None:
     file = tmp_path / "a.npz"
     np.savez(file, arr_0=images())
@@ -111,7 +135,7 @@ def test_pickles_are_not_opened(tmp_path: Path, whole: bool) -> None:
         file.write_bytes(pickle.dumps({"mu": Trap(mark)}))
     else:
         np.savez(file, mu=np.array([Trap(mark)], object), sigma=np.eye(1))
-    with pytest.raises(UserError, match="holds pickled objects and is not opened"):
+    with pytest.raises(UserError, match="is no .npz" if whole else "holds pickled objects, and"):
         measured(file)
     assert not mark.exists()
 
@@ -124,7 +148,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     flipped[len(data) // 2] ^= 1
     for bad in (data[:300], b"", b"no zip", bytes(flipped)):
         file.write_bytes(bad)
-        with pytest.raises(UserError, match=r"bad\.npz (is damaged|holds pickled objects)"):
+        with pytest.raises(UserError, match=r"bad\.npz (is no \.npz, or|is) damaged"):
             measured(file)
 
 

@@ -4,8 +4,8 @@ import math
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
-from commands import run
 from golden_model import golden_flow
 from safetensors.torch import load_file
 
@@ -111,7 +111,11 @@ def test_how_images_are_batched_does_not_matter() -> None:
 def test_the_command_on_any_number_of_ranks(digits: Path, tmp_path: Path) -> None:
     scaling_flow(0.2, -0.5, noise="uniform", sigma=None).save_pretrained(tmp_path)
     arguments = ["--model", tmp_path, "--data", digits / "mds", "--batch-size", 64]
-    one, two = (run("tarflow_dist.evaluate_bpd", *arguments, ranks=n).stdout for n in (1, 2))
+    one, two = (
+        ranks.run_command(tmp_path / "log", "tarflow_dist.evaluate_bpd", *arguments, ranks=n)
+        for n in (1, 2)
+    )
+    one, two = (text[text.index("297 images") :] for text in (one, two))
     assert "297 images" in one
     assert "bits per dim" in one
     assert one == two

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import run
+import ranks
 
 from tarflow_dist.data.shards import open_shards
 from tarflow_dist.errors import UserError
@@ -18,8 +18,8 @@ def test_every_image_once_as_it_is_stored(digits: Path, tmp_path: Path) -> None:
     """Held-out digits: 297 images, on 2 ranks."""
     file = tmp_path / "new" / "digits.npz"
     options = ("--split", "val", "--features", "pixels", "--batch-size", 20)
-    done = run("tarflow_dist.reference", digits / "wds", file, *options, "--keep", 100, ranks=2)
-    assert "297 images" in done.stdout
+    log, command = tmp_path / "log", ("tarflow_dist.reference", digits / "wds", file)
+    assert "297 images" in ranks.run_command(log, *command, *options, "--keep", 100, ranks=2)
 
     shards = open_shards(digits / "mds", "val")
     x = np.stack([shards[i][0].reshape(-1) / 127.5 - 1 for i in range(len(shards))])

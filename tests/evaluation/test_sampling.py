@@ -1,16 +1,15 @@
 """Filling the store: labels, resuming, any number of ranks, and errors that reach all of them."""
 
-import shutil
-import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ranks
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
+from tarflow_dist import distributed
 from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation.sampling import (
     draw_missing_chunks,
@@ -19,7 +18,7 @@ from tarflow_dist.evaluation.sampling import (
     sample_labels,
 )
 from tarflow_dist.evaluation.store import SampleStore
-from tarflow_dist.pretrained import TarFlow
+from tarflow_dist.pretrained import Draws, TarFlow
 
 SETTINGS = {"num_samples": 10, "chunk_size": 4}
 
@@ -30,10 +29,11 @@ def a_store(folder: Path) -> SampleStore:
     return store
 
 
-def draw_indexes(index: Tensor) -> tuple[Tensor, Tensor]:
-    """Images that show their own index."""
+def draw_indexes(index: Tensor, places: list[int]) -> tuple[Tensor, list[Draws]]:
+    """Images that show their own index, and the place of their store added to it."""
     assert len(index) == 4, "every chunk is drawn at full size"
-    return index.to(torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 2, 2, 1), index
+    images = index.to(torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 2, 2, 1)
+    return index, [Draws(images + place, torch.zeros(4, dtype=torch.bool)) for place in places]
 
 
 def shown(store: SampleStore) -> list[int]:
@@ -65,69 +65,160 @@ def test_random_labels_depend_on_seed_and_index_alone() -> None:
 
 def test_only_missing_chunks_are_drawn(tmp_path: Path) -> None:
     store = a_store(tmp_path)
-    assert draw_missing_chunks(store, draw_indexes).chunks == 3
+    assert draw_missing_chunks([store], draw_indexes).chunks == [3]
     assert shown(store) == list(range(10))
 
     before = store.chunk_file(0).stat().st_mtime_ns
     store.chunk_file(1).unlink()
-    assert draw_missing_chunks(store, draw_indexes).chunks == 1
+    assert draw_missing_chunks([store], draw_indexes).chunks == [1]
     assert shown(store) == list(range(10))
     assert store.chunk_file(0).stat().st_mtime_ns == before
 
 
-def test_a_flow_draws_the_same_image_in_any_batch() -> None:
+def test_stores_are_filled_together_or_each_where_it_lacks_chunks(tmp_path: Path) -> None:
+    stores = [a_store(tmp_path / name) for name in "ab"]
+    assert draw_missing_chunks(stores, draw_indexes).chunks == [3, 3]
+    stores[0].chunk_file(0).unlink()
+    for store in stores:
+        store.chunk_file(2).unlink()
+    asked = []
+
+    def draw(index: Tensor, places: list[int]) -> tuple[Tensor, list[Draws]]:
+        asked.append((int(index[0]), places))
+        return draw_indexes(index, places)
+
+    assert draw_missing_chunks(stores, draw).chunks == [2, 1]
+    assert asked == [(0, [0]), (8, [0, 1])]
+    assert [shown(store) for store in stores] == [list(range(10)), list(range(1, 11))]
+
+
+def a_flow() -> TarFlow:
     torch.manual_seed(0)
     flow = TarFlow(
         image_size=4, patch_size=2, in_channels=1, width=8, head_dim=8, num_blocks=2,
         layers_per_block=1, num_classes=3, sigma=0.1,
     )  # fmt: skip
-    draw = make_draw(
-        flow,
-        {"seed": 3, "labels": "random", "guidance": 1.0, "annealed": True, "guide": "both",
-         "attn_temp": 1.0, "denoise": True},
-    )  # fmt: skip
-    images, labels = draw(torch.arange(4))
-    again, labels_again = draw(torch.arange(2, 6))
-    assert images.shape == (4, 4, 4, 1)
-    torch.testing.assert_close(again[:2], images[2:], rtol=0, atol=0)
+    for block in flow.blocks:
+        torch.nn.init.normal_(block.proj_out.weight, std=0.1)
+    return flow.requires_grad_(False)
+
+
+def flow_settings(denoise: bool) -> dict:
+    return {
+        **{"seed": 3, "labels": "random", "guidance": 1.0, "annealed": True, "guide": "both"},
+        **{"attn_temp": 1.0, "denoise": denoise, "num_samples": 70, "chunk_size": 4},
+    }
+
+
+def test_a_flow_draws_the_same_image_in_any_batch() -> None:
+    draw = make_draw(a_flow(), [flow_settings(True)])
+    labels, (drawn,) = draw(torch.arange(4), [0])
+    labels_again, (again,) = draw(torch.arange(2, 6), [0])
+    assert drawn.images.shape == (4, 4, 4, 1)
+    torch.testing.assert_close(again.images[:2], drawn.images[2:], rtol=0, atol=0)
     torch.testing.assert_close(labels_again[:2], labels[2:])
 
 
-def _two_ranks(rank: int, folder: Path, failing: bool) -> None:
+def test_with_and_without_the_score_step_from_one_decoding() -> None:
+    flow = a_flow()
+    draw = make_draw(flow, [flow_settings(False), flow_settings(True)])
+    apart = [draw(torch.arange(4), [place])[1][0].images for place in (0, 1)]
+    decode, calls = flow.decode, []
+
+    def counted(*arguments: Any, **options: Any) -> Tensor:
+        calls.append(arguments)
+        return decode(*arguments, **options)
+
+    flow.decode = counted  # type: ignore[method-assign]
+    labels, together = draw(torch.arange(4), [0, 1])
+    assert len(calls) == 1
+    assert not torch.equal(*apart)
+    for images, drawn in zip(apart, together, strict=True):
+        torch.testing.assert_close(drawn.images, images, rtol=0, atol=0)
+    flow.decode = decode  # type: ignore[method-assign]
+    y = sample_labels("random", torch.arange(4), num_classes=3, seed=3)
+    assert labels.tolist() == y.tolist()
+    x = flow.decode(flow.noise_of(torch.arange(4), seed=3), y, guidance=1.0, annealed=True)
+    written_out = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    assert torch.equal(together[0].images, written_out)
+
+
+def runs_away(noise: Tensor) -> Tensor:
+    """Which latents (B, N, D) `draw_unstably`'s model makes no picture of."""
+    return noise[:, 0, 0] > 0.8
+
+
+def draw_unstably(folder: Path) -> None:
+    """On each rank: a model that some noise sends away."""
+    distributed.init()
+    flow = a_flow()
+    decode = flow.decode
+
+    def unstable(z: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        lost = runs_away(z)[:, None, None, None]
+        return decode(z, *arguments, **options).masked_fill(lost, torch.nan)
+
+    flow.decode = unstable  # type: ignore[method-assign]
+    settings = [flow_settings(False), flow_settings(True)]
+    stores = [SampleStore(folder / str(i), s) for i, s in enumerate(settings)]
+    draw_missing_chunks(stores, make_draw(flow, settings))
+    distributed.shutdown()
+
+
+def test_samples_drawn_again_are_counted_on_any_ranks_and_after_a_resume(tmp_path: Path) -> None:
+    """Each once, however often it was drawn; those that the last chunk leaves out not at all."""
+    lost = runs_away(a_flow().noise_of(torch.arange(72), seed=3))
+    twice = lost & runs_away(a_flow().noise_of(torch.arange(72), seed=3, attempt=1))
+    assert twice[:70].any()
+    assert lost[70:].any()
+    digests = []
+    for count in (1, 3):
+        folder = tmp_path / str(count)
+        stores = [SampleStore(folder / str(i), flow_settings(bool(i))) for i in (0, 1)]
+        for store in stores:
+            store.begin()
+        ranks.run(draw_unstably, folder, ranks=count)
+        assert [store.redrawn() for store in stores] == [int(lost[:70].sum())] * 2
+        stores[0].chunk_file(17).unlink()
+        stores[1].chunk_file(3).unlink()
+        ranks.run(draw_unstably, folder, ranks=4 - count)
+        assert [store.redrawn() for store in stores] == [int(lost[:70].sum())] * 2
+        digests.append([store.sha256() for store in stores])
+    assert digests[0] == digests[1]
+
+
+def _two_ranks(folder: Path, failing: bool) -> None:
     """Rank 1 is slow, or fails at its first chunk."""
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
+    distributed.init()
     mine = []
 
-    def draw(index: Tensor) -> tuple[Tensor, Tensor]:
-        if rank == 1:
+    def draw(index: Tensor, places: list[int]) -> tuple[Tensor, list[Draws]]:
+        if distributed.rank() == 1:
             time.sleep(0.5)
             if failing:
                 raise ValueError(f"sample {index[0]} is not finite")
         mine.append(int(index[0]) // 4)
         time.sleep(0.02)
-        return draw_indexes(index)
+        return draw_indexes(index, places)
 
     store = SampleStore(folder, SETTINGS | {"num_samples": 78})
     if failing:
         with pytest.raises(UserError, match="is not finite"):
-            draw_missing_chunks(store, draw)
+            draw_missing_chunks([store], draw)
     else:
-        drawn = draw_missing_chunks(store, draw)
-        assert drawn.chunks == 20
+        drawn = draw_missing_chunks([store], draw)
+        assert drawn.chunks == [20]
         assert 0 < drawn.model_seconds < drawn.seconds
-        shares: list[list[int]] = [[], []]
-        dist.all_gather_object(shares, mine)
+        shares = distributed.gather(mine)
         assert sorted(shares[0] + shares[1]) == list(range(20))
         assert len(shares[0]) > len(shares[1]) > 0
-    dist.destroy_process_group()
+    distributed.shutdown()
 
 
 def test_a_slow_rank_holds_up_nobody(tmp_path: Path) -> None:
     store = SampleStore(tmp_path, SETTINGS | {"num_samples": 78})
     store.begin()
-    mp.spawn(_two_ranks, (tmp_path, False), nprocs=2)
+    ranks.run(_two_ranks, tmp_path, False, ranks=2)
     assert shown(store) == list(range(78))
 
 
@@ -135,7 +226,7 @@ def test_an_error_on_one_rank_ends_all(tmp_path: Path) -> None:
     """Without waiting for the chunks that nobody has taken yet."""
     store = SampleStore(tmp_path, SETTINGS | {"num_samples": 4000})
     store.begin()
-    mp.spawn(_two_ranks, (tmp_path, True), nprocs=2)
+    ranks.run(_two_ranks, tmp_path, True, ranks=2)
     assert 1 < len(store.missing_chunks()) < store.num_chunks
 
 
@@ -144,10 +235,11 @@ def test_any_number_of_threads_draws_the_same(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     big = torch.randn(300_000, generator=generator)
 
-    def draw(index: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(index: Tensor, places: list[int]) -> tuple[Tensor, list[Draws]]:
         assert torch.get_num_threads() == 1
         pattern = big.sum().view(1).view(torch.uint8)
-        return pattern.expand(len(index), 1, 1, 4).permute(0, 1, 3, 2).contiguous(), index
+        images = pattern.expand(len(index), 1, 1, 4).permute(0, 1, 3, 2).contiguous()
+        return index, [Draws(images, torch.zeros(len(index), dtype=torch.bool))]
 
     before = torch.get_num_threads()
     digests = []
@@ -155,7 +247,7 @@ def test_any_number_of_threads_draws_the_same(tmp_path: Path) -> None:
         torch.set_num_threads(threads)
         try:
             store = a_store(tmp_path / str(threads))
-            draw_missing_chunks(store, draw)
+            draw_missing_chunks([store], draw)
             assert torch.get_num_threads() == threads
         finally:
             torch.set_num_threads(before)
@@ -165,23 +257,15 @@ def test_any_number_of_threads_draws_the_same(tmp_path: Path) -> None:
         assert torch.get_num_threads() == 1
 
 
-def test_a_full_disk(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a small file system can't be mounted here")
-    try:
-        noise = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8)
-        store = SampleStore(disk / "samples", SETTINGS)
-        store.begin()
-        with pytest.raises(UserError, match=r"No space left on device\): 1 of 3 chunks"):
-            draw_missing_chunks(store, lambda index: (noise, index))
-        assert sorted(file.name for file in store.folder.iterdir()) == [
-            "samples-000000.parquet",
-            "samples-000001.parquet",
-            "settings.json",
-        ]
-        assert store.missing_chunks() == [2]
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+def test_a_full_disk(small_disk: Path) -> None:
+    noise = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8)
+    store = SampleStore(small_disk / "samples", SETTINGS)
+    store.begin()
+    with pytest.raises(UserError, match=r"No space left on device\): 1 of 3 chunks"):
+        draw_missing_chunks([store], lambda index, places: (index, [Draws(noise, index < 0)]))
+    assert sorted(file.name for file in store.folder.iterdir()) == [
+        "samples-000000.parquet",
+        "samples-000001.parquet",
+        "settings.json",
+    ]
+    assert store.missing_chunks() == [2]

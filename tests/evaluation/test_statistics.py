@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 import scipy.linalg
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from tarflow_dist import distributed
 from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation.statistics import Statistics, frechet_distance
 
@@ -56,20 +56,19 @@ def test_too_few_images(count: int) -> None:
         statistics.covariance()
 
 
-def _two_ranks(rank: int, folder: Path, x: torch.Tensor) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
+def _two_ranks(folder: Path, x: np.ndarray) -> None:
+    distributed.init()
     statistics = Statistics(x.shape[1])
-    statistics.add(x[:10] if rank == 0 else x[10:])
+    rank = distributed.rank()
+    statistics.add(torch.from_numpy(x[:10] if rank == 0 else x[10:]))
     statistics.reduce()
     np.save(folder / f"{rank}.npy", statistics.covariance())
-    dist.destroy_process_group()
+    distributed.shutdown()
 
 
 def test_two_ranks_have_the_statistics_of_the_whole(tmp_path: Path) -> None:
     x = features(31, 5)
-    mp.spawn(_two_ranks, (tmp_path, torch.from_numpy(x)), nprocs=2)
+    ranks.run(_two_ranks, tmp_path, x, ranks=2)
     for rank in range(2):
         there = np.load(tmp_path / f"{rank}.npy")
         np.testing.assert_allclose(there, np.cov(x, rowvar=False), rtol=1e-10)

@@ -146,7 +146,7 @@ def test_the_digest_is_of_labels_and_pixels(tmp_path: Path) -> None:
     stores = [a_store(tmp_path / "a"), a_store(tmp_path / "b")]
     for store, order, device in zip(stores, ((0, 1, 2), (2, 0, 1)), ("cpu", "gpu"), strict=True):
         for chunk in order:
-            store.write_chunk(chunk, images[parts[chunk]], labels[parts[chunk]], device)
+            store.write_chunk(chunk, images[parts[chunk]], labels[parts[chunk]], device=device)
     chunks = [
         sha256(labels[part].astype("<i8").tobytes() + images[part].tobytes()).hexdigest()
         for part in parts
