@@ -58,9 +58,13 @@ def prepare(
         return json.loads((out / formats[0] / "summary.json").read_text())
     except OSError as error:
         raise UserError(f"can't write to {out}: {error.strerror or error}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{partial} is damaged: remove it to start over") from error
 
 
 def _refuse_finished(out: Path, formats: Sequence[str]) -> None:
+    if (out / "summary.json").exists():
+        raise UserError(f"{out} is a set already: choose another folder")
     for form in formats:
         if (out / form).exists():
             raise UserError(f"{out / form} already holds a set: remove it or choose another")

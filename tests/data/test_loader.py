@@ -160,6 +160,22 @@ raise RuntimeError("the trainer fails")
 """
 
 
+def test_little_shared_memory_is_one_sentence(digits: Path) -> None:
+    """Room for the batches, but not for the queues that bring them."""
+    mount = "mount -t tmpfs -o size=60k tmpfs /dev/shm"
+    if os.geteuid() or subprocess.run(["unshare", "-m", "sh", "-c", mount]).returncode:
+        pytest.skip("only root may make little shared memory")
+    command = [sys.executable, "-c", TRAINER, str(digits / "wds")]
+    trainer = subprocess.run(
+        ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh", *command],
+        capture_output=True,
+        text=True,
+    )
+    *_, said = trainer.stderr.splitlines()
+    assert "bytes of shared memory, but /dev/shm has 61440 left: lower data.num_workers" in said
+    assert "No space left" not in trainer.stderr
+
+
 def test_workers_outlive_signals_but_not_the_trainer(digits: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", TRAINER, str(digits / "wds")],

@@ -11,12 +11,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import FRESH
 from PIL import Image
 
 from data_prep import encode, pipeline, spool
@@ -27,8 +27,6 @@ from data_prep.sources import Folder
 from tarflow_dist.errors import UserError, run_command
 
 COUNT = 1200
-FRESH = get_context("forkserver")  # processes that need not import streaming again
-FRESH.set_forkserver_preload(["streaming", "data_prep.pipeline"])
 
 
 def run_apart(src: Path, out: Path, workers: int, said: Path, env: dict[str, str]) -> None:
@@ -242,12 +240,16 @@ def test_an_unfinished_run_with_other_settings_is_refused(few: Path, unfinished:
     main(command(few, unfinished, "--max-errors", "0.5"))
 
 
+@pytest.mark.parametrize("name", ["images.bin", "images.jsonl", "begun.json"])
 @pytest.mark.parametrize("damage", ["cut", "flip"])
-def test_a_damaged_unfinished_run_is_refused(few: Path, unfinished: Path, damage: str) -> None:
-    images = unfinished / ".partial" / "images.bin"
-    content = bytearray(images.read_bytes())
-    content[40] ^= 1
-    images.write_bytes(content[:-1] if damage == "cut" else content)
+def test_a_damaged_unfinished_run_is_refused(
+    few: Path, unfinished: Path, name: str, damage: str
+) -> None:
+    file = unfinished / ".partial" / name
+    content = bytearray(file.read_bytes())
+    content[40] ^= 0x81  # is no UTF-8
+    end = b"\n" if name == "images.jsonl" else b""  # a line without its end was never written
+    file.write_bytes(content[:-3] + end if damage == "cut" else content)
     with pytest.raises(UserError, match="is damaged: remove it to start over"):
         main(command(few, unfinished))
     assert not (unfinished / "mds").exists()
@@ -324,17 +326,6 @@ def test_a_killed_worker_is_one_sentence(
 
 def cmdline(process: str) -> str:
     return Path(f"/proc/{process}/cmdline").read_text()
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root may make a small disk")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("fill", [3.9, 2.8, 1.6])
