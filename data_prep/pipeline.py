@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from data_prep import spool
+from data_prep.arrange import cut_shards, place_images
 from data_prep.encode import Recipe, encode_items
-from data_prep.records import Settings, read_images, summarise, versions, write_records
+from data_prep.records import Settings, summarise, versions, write_records
 from data_prep.shards import WRITERS, Sample
-from data_prep.sources import SPLITS, Source, shuffle_key
+from data_prep.sources import SPLITS, Source
 from data_prep.spool import Journal, Spool
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import only_run, publish_folder
@@ -57,9 +58,13 @@ def prepare(
         return json.loads((out / formats[0] / "summary.json").read_text())
     except OSError as error:
         raise UserError(f"can't write to {out}: {error.strerror or error}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{partial} is damaged: remove it to start over") from error
 
 
 def _refuse_finished(out: Path, formats: Sequence[str]) -> None:
+    if (out / "summary.json").exists():
+        raise UserError(f"{out} is a set already: choose another folder")
     for form in formats:
         if (out / form).exists():
             raise UserError(f"{out / form} already holds a set: remove it or choose another")
@@ -87,17 +92,17 @@ def _write_sets(
     try:
         before = images.done
         _encode_all(source, settings, images, workers)
-        table = read_images(images.journal.file)
-        shards = {split: _arrange(table, split, settings) for split in SPLITS}
-        summary = summarise(source, settings, table)
+        placed = place_images(images, settings.seed)
+        shards = {split: cut_shards(placed, split, settings.shard_bytes) for split in SPLITS}
+        summary = summarise(source, settings, placed)
         for form in formats:
             part = partial / form
             part.mkdir(exist_ok=True)
             journals = {split: Journal(partial / f"{form}-{split}.jsonl") for split in SPLITS}
             for split, journal in journals.items():
-                _write_split(part, form, source, settings, images, table, shards[split], journal)
+                _write_split(part, form, source, settings, images, placed, shards[split], journal)
                 journal.close()
-            write_records(part, source, table, shards, journals, summary)
+            write_records(part, source, images, placed, shards, journals, summary)
             timing = {
                 "seconds": round(time.monotonic() - began, 1),
                 "workers": workers,
@@ -143,39 +148,13 @@ def _check_errors(images: Spool, allowed: int, total: int) -> None:
         )
 
 
-def _arrange(images: Any, split: str, settings: Settings) -> list[np.ndarray]:
-    """Shuffles the images of a split and cuts them into shards: the rows of `images` in each.
-
-    Raises:
-        UserError: there are none.
-    """
-    import pyarrow.compute as pc
-
-    chosen = pc.equal(images["split"], split).to_numpy() & ~images["reason"].is_valid().to_numpy()
-    rows = np.flatnonzero(chosen)
-    if not len(rows):
-        raise UserError(f"no image of {split} could be read")
-    keys = bytearray()
-    for name in images["source"].take(rows):
-        keys += shuffle_key(settings.seed, "order", name.as_py())
-    high, low = np.frombuffer(keys, ">u8").reshape(-1, 2).T
-    rows = rows[np.lexsort((low, high))]
-    ends = np.cumsum(images["bytes"].to_numpy()[rows])
-    cuts, end = [], 0
-    while end < len(rows):
-        room = settings.shard_bytes + (ends[end - 1] if end else 0)
-        end = max(end + 1, int(np.searchsorted(ends, room, side="right")))
-        cuts.append(end)
-    return np.split(rows, cuts[:-1])
-
-
 def _write_split(
     folder: Path,
     form: str,
     source: Source,
     settings: Settings,
     images: Spool,
-    table: Any,
+    placed: np.ndarray,
     shards: list[np.ndarray],
     journal: Journal,
 ) -> None:
@@ -187,22 +166,22 @@ def _write_split(
         name=source.name,
         encode=settings.encode,
         shape=(size, size, source.channels) if size else None,
-        done=list(journal),
+        done=journal,
     )
     done = journal.lines
     index = sum(map(len, shards[:done]))
     total = sum(map(len, shards))
     with Progress(f"write {form} {split}", total, start=index) as progress:
-        for rows in shards[done:]:
-            samples = _read_back(index, source, images, table.take(rows))
+        for chosen in shards[done:]:
+            samples = _read_back(index, source, images, placed[chosen])
             journal.append(writer.write(samples))
-            index += len(rows)
-            progress.update(len(rows))
+            index += len(chosen)
+            progress.update(len(chosen))
     writer.finish()
 
 
-def _read_back(index: int, source: Source, images: Spool, table: Any) -> Iterator[Sample]:
-    for row in table.to_pylist():
+def _read_back(index: int, source: Source, images: Spool, placed: np.ndarray) -> Iterator[Sample]:
+    for row in images.rows(placed):
         data = images.read(row["offset"], row["bytes"])
         if hashlib.sha256(data).hexdigest() != row["sha256"]:
             folder = images.journal.file.parent

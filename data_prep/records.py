@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.sources import SPLITS, Source
+from data_prep.spool import Spool
 
 ROWS_AT_A_TIME = 1 << 11
 
@@ -35,7 +36,6 @@ IMAGE = {
     "split": "string",
     "label": "int64",
     "source": "string",
-    "offset": "int64",
     "bytes": "int64",
     "reason": "string",
     "kind": "string",
@@ -69,30 +69,15 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in VERSIONS}
 
 
-def read_images(journal: Path) -> Any:
-    """The spool's lines as an Arrow table, about 190 bytes each."""
-    import pyarrow as pa
-    import pyarrow.json as pj
-
-    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in IMAGE.items()])
-    # one thread and the system's allocator: the others keep many times the table's size
-    pool = pa.system_memory_pool()
-    one_thread = pj.ReadOptions(use_threads=False)
-    parse = pj.ParseOptions(explicit_schema=schema)
-    return pj.read_json(journal, one_thread, parse, memory_pool=pool).combine_chunks(pool)
-
-
-def summarise(source: Source, settings: Settings, images: Any) -> dict[str, Any]:
-    import pyarrow.compute as pc
-
-    label = images["label"].to_numpy()
-    bad = images["reason"].is_valid().to_numpy()
+def summarise(source: Source, settings: Settings, placed: np.ndarray) -> dict[str, Any]:
+    """`placed` as `place_images` gives it."""
+    bad = placed["bad"]
 
     def per_class(which: np.ndarray) -> dict[str, list[int]]:
         counts = {}
-        for name in SPLITS:
-            chosen = label[which & pc.equal(images["split"], name).to_numpy()]
-            counts[name] = np.bincount(chosen, minlength=len(source.classes)).tolist()
+        for number, name in enumerate(SPLITS):
+            labels = placed["label"][which & (placed["split"] == number)]
+            counts[name] = np.bincount(labels, minlength=len(source.classes)).tolist()
         return counts
 
     counts = per_class(~bad)
@@ -115,23 +100,27 @@ def summarise(source: Source, settings: Settings, images: Any) -> dict[str, Any]
 def write_records(
     folder: Path,
     source: Source,
-    images: Any,
+    images: Spool,
+    placed: np.ndarray,
     shards: dict[str, list[np.ndarray]],
     entries: Mapping[str, Iterable[dict[str, Any]]],
     summary: dict[str, Any],
 ) -> None:
-    """`shards` holds each split's shards, the rows of `images` in them; `entries` what the writer
-    said of each."""
+    """`shards` holds each split's shards, the positions in `placed` of the images in them;
+    `entries` what the writer said of each."""
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    bad = images.filter(images["reason"].is_valid())
-    _write_table(folder / "errors.parquet", [_with_classes(bad, source)], ERRORS)
-    manifest = _manifest(source, images, shards, entries)
+    bad = placed[placed["bad"]]
+    parts = np.split(bad, range(ROWS_AT_A_TIME, len(bad), ROWS_AT_A_TIME))
+    errors = (_table(source, images, part) for part in parts)
+    _write_table(folder / "errors.parquet", errors, ERRORS)
+    manifest = _manifest(source, images, placed, shards, entries)
     _write_table(folder / "manifest.parquet", manifest, MANIFEST)
 
 
 def _manifest(
     source: Source,
-    images: Any,
+    images: Spool,
+    placed: np.ndarray,
     shards: dict[str, list[np.ndarray]],
     entries: Mapping[str, Iterable[dict[str, Any]]],
 ) -> Iterator[Any]:
@@ -140,18 +129,21 @@ def _manifest(
 
     for split in shards:
         index = 0
-        for rows, entry in zip(shards[split], entries[split], strict=True):
-            table = _with_classes(images.take(rows).drop_columns("offset"), source)
-            table = table.append_column("index", pa.array(np.arange(index, index + len(rows))))
+        for chosen, entry in zip(shards[split], entries[split], strict=True):
+            table = _table(source, images, placed[chosen])
+            table = table.append_column("index", pa.array(np.arange(index, index + len(chosen))))
             table = table.append_column("offset", pa.array(entry["offsets"], pa.int64()))
-            shard = pa.array([f"{split}/{entry['file']}"] * len(rows))
+            shard = pa.array([f"{split}/{entry['file']}"] * len(chosen))
             yield table.append_column("shard", shard)
-            index += len(rows)
+            index += len(chosen)
 
 
-def _with_classes(table: Any, source: Source) -> Any:
+def _table(source: Source, images: Spool, placed: np.ndarray) -> Any:
+    """What the spool says of these images, with their classes, as an Arrow table."""
     import pyarrow as pa
 
+    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in IMAGE.items()])
+    table = pa.Table.from_pylist(list(images.rows(placed)), schema=schema)
     labels = table["label"].combine_chunks()
     nameless = [None] * len(source.classes)
     for column, names in {"class": source.classes, "class_name": source.class_names}.items():

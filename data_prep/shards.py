@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -46,7 +46,7 @@ class ShardWriter(Protocol):
     """
 
     def __init__(
-        self, folder: Path, *, name: str, encode: str, shape: Shape | None, done: Sequence[Any]
+        self, folder: Path, *, name: str, encode: str, shape: Shape | None, done: Iterable[Any]
     ): ...
 
     def write(self, samples: Iterable[Sample]) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class MDSShardWriter:
     """
 
     def __init__(
-        self, folder: Path, *, name: str, encode: str, shape: Shape | None, done: Sequence[Any]
+        self, folder: Path, *, name: str, encode: str, shape: Shape | None, done: Iterable[Any]
     ):
         from streaming import MDSWriter
 
@@ -112,15 +112,15 @@ class TarShardWriter:
     lengths in timm's `_info.json` beside the splits. Headers hold no times or owners."""
 
     def __init__(
-        self, folder: Path, *, name: str, encode: str, shape: Shape | None, done: Sequence[Any]
+        self, folder: Path, *, name: str, encode: str, shape: Shape | None, done: Iterable[Any]
     ):
         folder.mkdir(exist_ok=True)
         self._folder, self._name = folder, name
-        self._done = list(done)
+        self._shards = [_summed_up(entry) for entry in done]
         self._npy_header = _npy_header(shape) if encode == "raw" and shape else b""
 
     def write(self, samples: Iterable[Sample]) -> dict[str, Any]:
-        file = f"{self._name}-{self._folder.name}-{len(self._done):04d}.tar"
+        file = f"{self._name}-{self._folder.name}-{len(self._shards):04d}.tar"
         offsets = []
         with (
             write_whole(self._folder / file) as part,
@@ -139,25 +139,30 @@ class TarShardWriter:
                 _add(tar, f"{key}.{suffix}", self._npy_header + sample.data)
                 _add(tar, f"{key}.cls", str(sample.label).encode())
                 _add(tar, f"{key}.json", json.dumps(about).encode())
-        size = (self._folder / file).stat().st_size
-        self._done.append({"file": file, "offsets": offsets, "size": size})
-        return self._done[-1]
+        entry = {"file": file, "offsets": offsets, "size": (self._folder / file).stat().st_size}
+        self._shards.append(_summed_up(entry))
+        return entry
 
     def finish(self) -> None:
         """timm's description of a set, so that timm reads it too; `shard_bytes` is ours."""
         split = self._folder.name
         info_file = self._folder.parent / "_info.json"
         info = json.loads(info_file.read_text()) if info_file.exists() else {"splits": {}}
-        lengths = [len(entry["offsets"]) for entry in self._done]
+        files, lengths, sizes = zip(*self._shards, strict=True)
         info["splits"][split] = {
             "name": split,
             "num_samples": sum(lengths),
-            "filenames": [f"{split}/{entry['file']}" for entry in self._done],
+            "filenames": [f"{split}/{file}" for file in files],
             "shard_lengths": lengths,
-            "shard_bytes": [entry["size"] for entry in self._done],
+            "shard_bytes": sizes,
         }
         with write_whole(info_file) as part:
             part.write_text(json.dumps(info, indent=1))
+
+
+def _summed_up(entry: dict[str, Any]) -> tuple[str, int, int]:
+    """A shard's file, its images and its bytes."""
+    return entry["file"], len(entry["offsets"]), entry["size"]
 
 
 def _npy_header(shape: Shape) -> bytes:

@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from data_prep.images import to_8bit
 from data_prep.read_back import decode
 from data_prep.sources import SPLITS
-from data_prep.verify import find_sets
-from tarflow_dist.errors import UserError
+from data_prep.verify import find_sets, on_disk
+from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError
 from tarflow_dist.files import write_whole
 
 ROWS, COLUMNS = 10, 10
@@ -22,7 +22,7 @@ GAP, NAMES = 4, 160
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", type=Path, help="a set, or a folder with mds/ or wds/ in it")
+    parser.add_argument("out", help="a set, or a folder with mds/ or wds/ in it")
     parser.add_argument(
         "--sheet", type=Path, help="where the pictures go (default OUT/contact-sheet.png)"
     )
@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import pyarrow.parquet as pq
 
-    folder = find_sets(args.out)[0]
+    out = on_disk(args.out)
+    folder = find_sets(out)[0]
     try:
         summary = json.loads((folder / "summary.json").read_text())
         manifest = pq.read_table(folder / "manifest.parquet")
@@ -39,13 +40,20 @@ def run(args: argparse.Namespace) -> None:
             print(f"{name:<14}{value}")
         sheet = contact_sheet(folder, summary, manifest)
     except Exception as error:  # whatever damage does to a parser
+        if isinstance(error, OSError) and error.errno in REFUSED_BY_MACHINE:
+            raise
         raise UserError(
             f"{folder} is damaged ({type(error).__name__}: {error}): see `python -m data_prep "
             f"verify {folder}`"
         ) from error
-    file = args.sheet or args.out / "contact-sheet.png"
-    with write_whole(file) as part:
-        sheet.save(part, "PNG")
+    file = args.sheet or out / "contact-sheet.png"
+    try:
+        with write_whole(file) as part:
+            sheet.save(part, "PNG")
+    except OSError as error:
+        raise UserError(
+            f"can't write {file} ({error.strerror}): choose another place with --sheet"
+        ) from error
     print(f"{'pictures':<14}{file}")
 
 

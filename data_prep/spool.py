@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_prep.encode import Rejected, Result
 from data_prep.sources import Item
 from tarflow_dist.errors import UserError
@@ -39,8 +41,18 @@ class Journal:
         truncate(self._descriptor, end)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (row for _, _, row in self.places())
+
+    def places(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """Where each line begins, its length, and what it says."""
+        begin = 0
         with self.file.open("rb") as there:
-            yield from map(json.loads, there)
+            for line in there:
+                yield begin, len(line), json.loads(line)
+                begin += len(line)
+
+    def read(self, begin: int, length: int) -> dict[str, Any]:
+        return json.loads(os.pread(self._descriptor, length, begin))
 
     def append(self, *rows: dict[str, Any]) -> None:
         """They are on disk when it returns."""
@@ -99,6 +111,10 @@ class Spool:
             os.fsync(self._images)
             self.journal.append(*self._waiting)
             self._waiting = []
+
+    def rows(self, placed: np.ndarray) -> Iterator[dict[str, Any]]:
+        """The lines of the images that `place_images` gave these places."""
+        return map(self.journal.read, placed["line"].tolist(), placed["length"].tolist())
 
     def read(self, offset: int, size: int) -> bytes:
         return os.pread(self._images, size, offset)

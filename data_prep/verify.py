@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.read_back import READERS, Listed, Stored, decode, digest, read_index
+from data_prep.remote import is_remote
 from data_prep.sources import SPLITS
 from data_prep.workers import map_in_order
 from tarflow_dist.errors import UserError
@@ -22,14 +23,14 @@ COLUMNS = ["split", "index", "source", "class", "label", "shard", "offset", "byt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("out", type=Path, help="a set, or a folder with mds/ or wds/ in it")
+    parser.add_argument("out", help="a set, or a folder with mds/ or wds/ in it")
     parser.add_argument("--workers", type=int, default=1, help="processes (default %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints a line for each shard or file that is wrong, and returns the exit code."""
     count = 0
-    for line in verify(args.out, workers=args.workers):
+    for line in verify(on_disk(args.out), workers=args.workers):
         count += 1
         if count <= MAX_LINES:
             print(line, flush=True)
@@ -40,6 +41,13 @@ def run(args: argparse.Namespace) -> int:
         return 1
     print(f"{args.out}: whole")
     return 0
+
+
+def on_disk(out: str) -> Path:
+    """Raises `UserError` if `out` is an object store's address."""
+    if is_remote(out):
+        raise UserError(f"{out} is in an object store: copy it to a disk, and give that folder")
+    return Path(out)
 
 
 def find_sets(out: Path) -> list[Path]:

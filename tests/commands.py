@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+FRESH = get_context("forkserver")  # processes that need not import streaming again
+FRESH.set_forkserver_preload(["streaming", "data_prep.commands"])
 
 
 def run(

@@ -1,7 +1,6 @@
 """Shards to batches, read and decoded in worker processes, from an exact position in the run."""
 
 import atexit
-import math
 import multiprocessing
 import os
 import shutil
@@ -23,6 +22,8 @@ from tarflow_dist.data.shards import Shards
 from tarflow_dist.errors import UserError
 
 PREFETCH = 2  # batches that a worker is ahead
+SHARED_MEMORY = Path("/dev/shm")  # where Linux has it; a container's is small
+QUEUES = 1 << 16  # bytes of it that a worker's queues and events take, a page a semaphore
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,10 @@ def _load(
     channels, height, width = shards.image_shape
     # for the batches that workers are ahead, and the one that is handed out
     shape = (PREFETCH * num_workers + 1, batch_size, height, width, channels)
-    slots = _shared(shape) if num_workers else torch.empty(shape, dtype=torch.uint8)
+    slots = torch.empty(shape, dtype=torch.uint8)
+    if num_workers:
+        _check_shared_memory(slots.nbytes + (1 + num_workers) * QUEUES)
+        slots.share_memory_()
     loader = DataLoader(
         _Decoder(shards, slots),
         batch_size=None,
@@ -114,18 +118,14 @@ def _load(
     return map(partial(_take_out, slots), iter(loader))
 
 
-def _shared(shape: tuple[int, ...]) -> Tensor:
-    """uint8, in memory that other processes write to."""
-    needed, folder = (
-        math.prod(shape),
-        Path("/dev/shm"),
-    )  # where Linux has it; a container's is small
-    if folder.exists() and (free := shutil.disk_usage(folder).free) < needed:
+def _check_shared_memory(needed: int) -> None:
+    """Before it is used: a process that writes more of it than there is dies of SIGBUS."""
+    if SHARED_MEMORY.exists() and (free := shutil.disk_usage(SHARED_MEMORY).free) < needed:
         raise UserError(
-            f"the loader's workers need {needed} bytes of shared memory, but {folder} has {free} "
-            "left: lower data.num_workers, or give the container more (docker run --shm-size)"
+            f"the loader's workers need {needed} bytes of shared memory, but {SHARED_MEMORY} has "
+            f"{free} left: lower data.num_workers, or give the container more (docker run "
+            "--shm-size)"
         )
-    return torch.empty(shape, dtype=torch.uint8).share_memory_()
 
 
 @dataclass(frozen=True)

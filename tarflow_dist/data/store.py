@@ -56,7 +56,7 @@ class ObjectStore:
         limit: bytes that `cache` may hold, besides what is being downloaded.
 
     Raises:
-        UserError: there is no set at `url`, or it can't be reached.
+        UserError: there is no set at `url`, it can't be reached, or `cache` not be written to.
     """
 
     def __init__(self, url: str, *, cache: Path, limit: int):
@@ -112,7 +112,10 @@ class ObjectStore:
             _downloader(self._url, os.getpid()).download(url, str(local))
         except Exception as error:  # each kind of store has its own errors
             if isinstance(error, OSError) and error.errno in REFUSED_BY_MACHINE:
-                raise
+                raise UserError(
+                    f"can't keep {url} in {self._cache} ({error.strerror}): make room there, or "
+                    "name another folder with data.cache"
+                ) from error
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(
                 f"can't read {url} ({reason}): check the address, the credentials and, for a store "

@@ -150,7 +150,8 @@ batches = train_batches(
     shards, ImageOrder(shards.sizes, seed=0, window=2), position=0, batch_size=8,
     micro_batch_size=8, rank=0, world_size=1, num_workers=2,
 )
-next(batches)
+for _ in range(2):
+    next(batches)  # the first of each worker: both are up
 print("up", flush=True)
 for line in sys.stdin:
     for _ in range(20):
@@ -158,6 +159,22 @@ for line in sys.stdin:
     print("read", flush=True)
 raise RuntimeError("the trainer fails")
 """
+
+
+def test_little_shared_memory_is_one_sentence(digits: Path) -> None:
+    """Room for the batches, but not for the queues that bring them."""
+    mount = "mount -t tmpfs -o size=60k tmpfs /dev/shm"
+    if os.geteuid() or subprocess.run(["unshare", "-m", "sh", "-c", mount]).returncode:
+        pytest.skip("only root may make little shared memory")
+    command = [sys.executable, "-c", TRAINER, str(digits / "wds")]
+    trainer = subprocess.run(
+        ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh", *command],
+        capture_output=True,
+        text=True,
+    )
+    *_, said = trainer.stderr.splitlines()
+    assert "bytes of shared memory, but /dev/shm has 61440 left: lower data.num_workers" in said
+    assert "No space left" not in trainer.stderr
 
 
 def test_workers_outlive_signals_but_not_the_trainer(digits: Path) -> None:

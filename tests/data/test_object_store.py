@@ -197,6 +197,15 @@ def test_user_errors_are_one_sentence(
     assert "Could not connect" in refused("s3://bucket/elsewhere/mds", cache=tmp_path)
 
 
+def test_a_full_cache_is_one_sentence(remote: str, small_disk: Path) -> None:
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(4_080_000))
+    said = refused(f"{remote}/mds", cache=small_disk / "cache")
+    assert f" in {small_disk}/cache (No space left on device): make room there, or name" in said
+    ballast.unlink()
+    assert open_shards(f"{remote}/mds", "train", cache=small_disk / "cache")[0]
+
+
 def test_a_shard_that_is_gone_is_named(digits: Path, s3: object, tmp_path: Path) -> None:
     copy = shutil.copytree(digits / "mds", tmp_path / "up" / "mds")
     upload(copy, "s3://bucket/gone/mds")

@@ -11,35 +11,37 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import FRESH
 from PIL import Image
 
 from data_prep import encode, pipeline, spool
 from data_prep.__main__ import main
-from tarflow_dist.errors import UserError
-
-COUNT = 1200
-# shards of a few images, so that writing them takes a while, too
-SCRIPT = """
-import sys
-from pathlib import Path
 from data_prep.pipeline import prepare
 from data_prep.records import Settings
 from data_prep.sources import Folder
-from tarflow_dist.errors import run_command
+from tarflow_dist.errors import UserError, run_command
 
-def main(argv):
-    src, out, workers = argv
-    source = Folder(Path(src), val_fraction=0.1, seed=0)
-    settings = Settings(size=32, shard_bytes=40_000)
-    prepare(source, Path(out), ["mds", "wds"], settings, workers=int(workers))
+COUNT = 1200
 
-if __name__ == "__main__":
-    run_command(main)
-"""
+
+def run_apart(src: Path, out: Path, workers: int, said: Path, env: dict[str, str]) -> None:
+    """A preparation as a command of its own, what it says in the file `said`."""
+    with said.open("w") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    os.environ |= env
+
+    def command(_: list[str]) -> None:
+        source = Folder(src, val_fraction=0.1, seed=0)
+        # shards of a few images, so that writing them takes a while, too
+        settings = Settings(size=32, shard_bytes=40_000)
+        prepare(source, out, ["mds", "wds"], settings, workers=workers)
+
+    run_command(command)
 
 
 @pytest.fixture(scope="module")
@@ -70,24 +72,26 @@ def contents(out: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def unbroken(src: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What one worker makes of it, in one go."""
-    out = tmp_path_factory.mktemp("unbroken")
-    subprocess.run([sys.executable, "-c", SCRIPT, src, out, "1"], check=True, capture_output=True)
+    out = tmp_path_factory.mktemp("unbroken") / "out"
+    with started(src, out, 1) as process:
+        process.join()
+    assert process.exitcode == 0
     found = contents(out)
     assert sum(name.endswith((".mds", ".tar")) for name in found) > 60
     return found
 
 
 @contextmanager
-def started(
-    src: Path, out: Path, workers: int, env: dict[str, str]
-) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-c", SCRIPT, str(src), str(out), str(workers)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | env
-    )
-    with process:
-        yield process
-        process.wait()
+def started(src: Path, out: Path, workers: int, **env: str) -> Iterator[BaseProcess]:
+    arguments = (src, out, workers, out.with_suffix(".said"), env)
+    process = FRESH.Process(target=run_apart, args=arguments)
+    process.start()
+    yield process
+    process.join()
+
+
+def last_words(out: Path) -> str:
+    return out.with_suffix(".said").read_text().splitlines()[-1]
 
 
 def progress(out: Path) -> tuple[int, int]:
@@ -124,15 +128,15 @@ def test_killed_at_ten_random_moments(
     out = tmp_path / "out"
     history = [(0, 0)]
     for target in targets:
-        with started(src, out, 2, {marker: "1"}) as process:
-            while progress(out) < target and process.poll() is None:
+        with started(src, out, 2, **{marker: "1"}) as process:
+            while progress(out) < target and process.is_alive():
                 time.sleep(0.002)
             time.sleep(draw.uniform(0, 0.02))
             process.kill()
-        assert process.returncode == -signal.SIGKILL, f"seed {seed}: {history}"
+        assert process.exitcode == -signal.SIGKILL, f"seed {seed}: {history}"
         history.append(progress(out))
     assert history == sorted(history), f"seed {seed}"  # nothing is done again
-    with started(src, out, 2, {marker: "1"}):
+    with started(src, out, 2, **{marker: "1"}):
         pass
     assert contents(out) == unbroken, f"seed {seed}: {history}"
     deadline = time.monotonic() + 30
@@ -163,7 +167,7 @@ def test_ctrl_c_is_one_sentence(there: str, src: Path, tmp_path: Path) -> None:
 
 
 def test_workers_change_no_byte(src: Path, tmp_path: Path, unbroken: dict[str, bytes]) -> None:
-    with started(src, tmp_path / "out", 3, {}):
+    with started(src, tmp_path / "out", 3):
         pass
     assert contents(tmp_path / "out") == unbroken
 
@@ -198,7 +202,7 @@ def unfinished(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_arrange", interrupt)
+        patch.setattr(pipeline, "cut_shards", interrupt)
         assert main(command(few, tmp_path / "out")) == 130
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == [".partial"]
     return tmp_path / "out"
@@ -236,12 +240,16 @@ def test_an_unfinished_run_with_other_settings_is_refused(few: Path, unfinished:
     main(command(few, unfinished, "--max-errors", "0.5"))
 
 
+@pytest.mark.parametrize("name", ["images.bin", "images.jsonl", "begun.json"])
 @pytest.mark.parametrize("damage", ["cut", "flip"])
-def test_a_damaged_unfinished_run_is_refused(few: Path, unfinished: Path, damage: str) -> None:
-    images = unfinished / ".partial" / "images.bin"
-    content = bytearray(images.read_bytes())
-    content[40] ^= 1
-    images.write_bytes(content[:-1] if damage == "cut" else content)
+def test_a_damaged_unfinished_run_is_refused(
+    few: Path, unfinished: Path, name: str, damage: str
+) -> None:
+    file = unfinished / ".partial" / name
+    content = bytearray(file.read_bytes())
+    content[40] ^= 0x81  # is no UTF-8
+    end = b"\n" if name == "images.jsonl" else b""  # a line without its end was never written
+    file.write_bytes(content[:-3] + end if damage == "cut" else content)
     with pytest.raises(UserError, match="is damaged: remove it to start over"):
         main(command(few, unfinished))
     assert not (unfinished / "mds").exists()
@@ -287,15 +295,15 @@ def test_a_second_run_is_refused(few: Path, unfinished: Path) -> None:
 
 def test_two_runs_at_once(src: Path, tmp_path: Path, unbroken: dict[str, bytes]) -> None:
     out = tmp_path / "out"
-    with started(src, out, 1, {}) as first:
+    with started(src, out, 1) as first:
         while not progress(out)[0]:
-            assert first.poll() is None
+            assert first.is_alive()
             time.sleep(0.01)
-        with started(src, out, 1, {}) as second:
-            assert second.stderr is not None
-            assert b"another run is writing to" in second.stderr.read()
-        assert second.returncode == 2
-    assert first.returncode == 0
+        with started(src, out, 1) as second:
+            pass
+        assert second.exitcode == 2
+        assert "another run is writing to" in last_words(out)
+    assert first.exitcode == 0
     assert contents(out) == unbroken
 
 
@@ -303,34 +311,21 @@ def test_a_killed_worker_is_one_sentence(
     src: Path, tmp_path: Path, unbroken: dict[str, bytes]
 ) -> None:
     out = tmp_path / "out"
-    with started(src, out, 2, {}) as process:
+    with started(src, out, 2) as process:
         while not progress(out)[0]:
             time.sleep(0.01)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         workers = [child for child in children if "spawn_main" in cmdline(child)]
         os.kill(int(workers[0]), signal.SIGKILL)
-        assert process.stderr is not None
-        said = process.stderr.read().decode().splitlines()[-1]
-    assert process.returncode == 2
-    assert said.startswith("error: a worker process was killed")
-    with started(src, out, 2, {}):
+    assert process.exitcode == 2
+    assert last_words(out).startswith("error: a worker process was killed")
+    with started(src, out, 2):
         pass
     assert contents(out) == unbroken
 
 
 def cmdline(process: str) -> str:
     return Path(f"/proc/{process}/cmdline").read_text()
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root may make a small disk")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.mark.parametrize("fill", [3.9, 2.8, 1.6])

@@ -20,6 +20,7 @@ from data_prep.__main__ import main
 from data_prep.pipeline import prepare
 from data_prep.records import Settings
 from data_prep.sources import Digits
+from tarflow_dist.errors import UserError
 
 SPLITS = {"train": 1500, "val": 297}
 
@@ -197,4 +198,6 @@ def test_a_finished_set_is_not_overwritten(digits: Path) -> None:
     assert result.stderr == (
         f"error: {digits}/wds already holds a set: remove it or choose another\n"
     )
+    with pytest.raises(UserError, match=f"^{digits}/mds is a set already: choose another folder$"):
+        main(["digits", str(digits / "mds")])
     assert contents(digits) == before

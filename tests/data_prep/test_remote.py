@@ -2,17 +2,18 @@
 
 import json
 import os
-import random
-import subprocess
-import sys
+import tempfile
 import time
 from pathlib import Path
 
 import boto3
 import pytest
-from commands import run
+from commands import FRESH
+from streaming.base.storage.upload import S3Uploader
 
+from data_prep.__main__ import main
 from data_prep.remote import LAST, prepare_and_upload
+from tarflow_dist.errors import UserError
 
 
 def objects(prefix: str) -> dict[str, bytes]:
@@ -40,54 +41,64 @@ def but_for_times(files: dict[str, bytes]) -> dict[str, bytes]:
 def staging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "tmp"
     folder.mkdir()
-    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
     return folder
 
 
-def test_the_store_gets_what_a_folder_would(s3: object, digits: Path, staging: Path) -> None:
-    done = run("data_prep", "digits", "s3://bucket/up/")
-    assert done.stdout.splitlines() == [
+def test_the_store_gets_what_a_folder_would(
+    s3: object, digits: Path, staging: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["digits", "s3://bucket/up/"])
+    assert capsys.readouterr().out.splitlines() == [
         f"s3://bucket/up/{form}: 1500 train and 297 val images, 10 classes, 8x8x1 png"
         for form in ("mds", "wds")
     ]
     assert but_for_times(objects("up")) == but_for_times(contents(digits))
     assert not list(staging.glob("data_prep-*"))
-
-    done = run("data_prep", "digits", "s3://bucket/up", check=False)
-    assert done.returncode == 2
-    assert done.stderr == (
-        "error: s3://bucket/up/mds already holds a set: remove it or choose another\n"
-    )
+    said = "^s3://bucket/up/mds already holds a set: remove it or choose another$"
+    with pytest.raises(UserError, match=said):
+        main(["digits", "s3://bucket/up"])
 
 
 def test_user_errors_come_before_the_work(s3: object, staging: Path) -> None:
     for out in ("s3://no-bucket/x", "what://is/this"):
-        done = run("data_prep", "digits", out, check=False)
-        assert done.returncode == 2
-        assert done.stderr.startswith(f"error: can't write to {out}/mds (")
-        assert done.stderr.count("\n") == 1
+        with pytest.raises(UserError, match=rf"^can't write to {out}/mds \(") as caught:
+            main(["digits", out])
+        assert "\n" not in str(caught.value)
     assert not list(staging.glob("data_prep-*"))
 
 
-def test_killed_at_any_moment_it_goes_on(s3: object, digits: Path, staging: Path) -> None:
-    command = [sys.executable, "-m", "data_prep", "digits", "s3://bucket/kill", "--format", "mds"]
-    rng = random.Random(0)
-    for _ in range(4):
-        started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        time.sleep(rng.uniform(1, 8))
-        started.kill()
-        started.communicate()
-        if LAST in objects("kill/mds"):
-            break
+def run_apart(arguments: list[str], tmp: str, env: dict[str, str]) -> None:
+    """With time for a kill between two files."""
+    os.environ |= env
+    tempfile.tempdir = tmp
+    upload = S3Uploader.upload_file
+
+    def slowly(self: S3Uploader, name: str) -> None:
+        time.sleep(0.2)
+        upload(self, name)
+
+    S3Uploader.upload_file = slowly
+    main(arguments)
+
+
+def test_killed_while_it_uploads_it_goes_on(s3: object, digits: Path, staging: Path) -> None:
+    command = ["digits", "s3://bucket/kill", "--format", "mds"]
+    env = {name: os.environ[name] for name in os.environ if name.startswith(("AWS", "S3"))}
+    for uploaded in (0, 1, 3, 5):
+        process = FRESH.Process(target=run_apart, args=(command, str(staging), env))
+        process.start()
+        while len(objects("kill/mds")) < uploaded or not any(staging.glob("data_prep-*")):
+            assert process.is_alive()
+            time.sleep(0.001)
+        process.kill()
+        process.join()
         assert LAST not in objects("kill/mds")
-    if LAST not in objects("kill/mds"):
-        run("data_prep", "digits", "s3://bucket/kill", "--format", "mds")
+    main(command)
     assert but_for_times(objects("kill/mds")) == but_for_times(contents(digits / "mds"))
 
 
 def test_the_summary_comes_last(s3: object, staging: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from streaming.base.storage.upload import S3Uploader
-
     from data_prep.records import Settings
     from data_prep.sources import Digits
 

@@ -7,10 +7,12 @@ import pytest
 from commands import run
 from PIL import Image
 
+from data_prep.__main__ import main
 from data_prep.pipeline import prepare
 from data_prep.records import Settings
 from data_prep.show import CELL, COLUMNS, GAP, NAMES
 from data_prep.sources import Folder
+from tarflow_dist.errors import UserError
 
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
 
@@ -50,6 +52,16 @@ def test_table_and_pictures(out: Path, form: str) -> None:
             expected = colour if column < 6 else (255, 255, 255)  # six of a class, 16 x 6 pixels
             assert (cell == expected).all()
         assert (sheet[row * step :, :NAMES][:step] < 128).any()  # a name
+
+
+def test_what_the_machine_refuses_is_a_sentence(out: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    sheet = tmp_path / "file" / "sheet.png"
+    with pytest.raises(UserError, match=f"can't write {sheet} .*: choose another place with --sh"):
+        main(["show", str(out), "--sheet", str(sheet)])
+    for command in ("show", "verify"):
+        with pytest.raises(UserError, match="is in an object store: copy it to a disk"):
+            main([command, "s3://b/x"])
 
 
 def test_a_damaged_set_is_a_sentence(out: Path) -> None:
