@@ -23,7 +23,7 @@ class Calibration:
     """What was best for one batch size and guidance on one device.
 
     Attributes:
-        device: the GPU's name, or cpu.
+        device: the GPU's name, or cpu and its number of threads.
         dtype: of the weights.
         solvers: one a block, in the order of the forward pass.
         measured: figures for people.
@@ -106,7 +106,9 @@ def fingerprint_of(weights: Mapping[str, Tensor]) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -31,9 +31,12 @@ def a_flow(**changes: object) -> TarFlow:
     return flow
 
 
+CPU = f"cpu, {torch.get_num_threads()} threads"
+
+
 def calibration(batch: int, *windows: int, **changes: object) -> Calibration:
     solvers = tuple(Solver(w, 1e-3 if w > 1 else 0.0) for w in windows)
-    settings = {"device": "cpu", "dtype": "float32", "guidance": GUIDED, **changes}
+    settings = {"device": CPU, "dtype": "float32", "guidance": GUIDED, **changes}
     return Calibration(batch=batch, solvers=solvers, **settings)
 
 
@@ -53,7 +56,7 @@ def test_a_policy_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 def test_it_is_used_where_it_was_measured_and_nowhere_else(tmp_path: Path) -> None:
     flow = saved(tmp_path, calibration(4, 8, 1), calibration(1, 4, 16))
-    sequential = [SEQUENTIAL] * 2
+    sequential, threads = [SEQUENTIAL] * 2, torch.get_num_threads()
 
     def windows(batch: int, guidance: Guidance = GUIDED) -> list[int]:
         return [solver.window for solver in flow.solvers_for(batch, guidance)]
@@ -64,6 +67,11 @@ def test_it_is_used_where_it_was_measured_and_nowhere_else(tmp_path: Path) -> No
     assert flow.solvers_for(1, Guidance(1.0)) == sequential
     assert flow.sampler(4, GUIDED) == "windows of 8 (to 0.001), 1 patches"
     assert flow.sampler(5, GUIDED) == "sequential"
+    torch.set_num_threads(threads + 1)
+    try:
+        assert flow.solvers_for(1, GUIDED) == sequential
+    finally:
+        torch.set_num_threads(threads)
     assert flow.double().solvers_for(1, GUIDED) == sequential
 
 
