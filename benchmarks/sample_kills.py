@@ -11,12 +11,13 @@ import argparse
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import psutil
 
 
 def main() -> None:
@@ -26,40 +27,45 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--reference", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=15)
-    parser.add_argument("--num-samples", type=int, default=3_000)
+    parser.add_argument("--num-samples", type=int, default=10_000)
     args = parser.parse_args()
     found = set()
     with tempfile.TemporaryDirectory() as folder:
         for ranks in (1, 2, 4):
             out = Path(folder, f"{ranks}-ranks")
-            start(args, out, ranks).wait()
+            finish(args, out, ranks)
             found.add(digest(out))
             print(f"{ranks} ranks, undisturbed            {digest(out)}", flush=True)
         out = Path(folder, "killed")
         for kill in range(args.kills):
             kill_once(args, out, kill)
-        start(args, out, ranks=2).wait()
+        finish(args, out, ranks=2)
         found.add(digest(out))
         print(f"1, 2 and 4 ranks, {args.kills} kills -9    {digest(out)}")
     sys.exit(len(found) != 1)
 
 
 def kill_once(args: argparse.Namespace, out: Path, kill: int) -> None:
-    """A sitting that is killed when it has drawn for up to two seconds."""
+    """A sitting that is killed when it has drawn for up to 0.7 s."""
     ranks = (1, 2, 4)[kill % 3]
     process = start(args, out, ranks)
     before = drawn(out)
     while process.poll() is None and drawn(out) == before:
         time.sleep(0.01)
-    time.sleep(random.Random(kill).uniform(0, 2))
-    if kill % 2:
-        one_rank = rank_of(process.pid) or process.pid
-        os.kill(one_rank, signal.SIGKILL)
-    else:
-        os.killpg(process.pid, signal.SIGKILL)
+    time.sleep(random.Random(kill).uniform(0, 0.7))
+    launcher = psutil.Process(process.pid)
+    ranks_alive = launcher.children(recursive=True)
+    for each in ranks_alive[-1:] or [launcher] if kill % 2 else [launcher, *ranks_alive]:
+        each.kill()
     code = process.wait()
+    psutil.wait_procs(ranks_alive)
     what = "one rank" if kill % 2 else "all at once"
     print(f"kill {kill + 1}: {what} of {ranks}, exit {code}, {drawn(out)} chunks there", flush=True)
+
+
+def finish(args: argparse.Namespace, out: Path, ranks: int) -> None:
+    if code := start(args, out, ranks).wait():
+        sys.exit(f"drawing on {ranks} ranks ended with exit code {code}")
 
 
 def start(args: argparse.Namespace, out: Path, ranks: int) -> subprocess.Popen:
@@ -78,12 +84,6 @@ def start(args: argparse.Namespace, out: Path, ranks: int) -> subprocess.Popen:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-
-
-def rank_of(launcher: int) -> int | None:
-    """One of the launcher's processes; None if it is the rank itself."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    return int(children[-1]) if children else None
 
 
 def drawn(out: Path) -> int:
