@@ -9,7 +9,6 @@ calibrated before, for the same guidance and batch sizes.
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tarflow_dist import TarFlow
+from tarflow_dist.calibrate import timed
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.flow.inverse import SEQUENTIAL
 from tarflow_dist.flow.noise import to_pixels
@@ -74,11 +74,13 @@ def compare(flow: TarFlow, batch: int, args: argparse.Namespace) -> None:
 
     times: dict[str, list[float]] = {name: [] for name in [*ways, "two forward passes"]}
     images = {}
+
+    def keep(name: str, way: Callable[[], Any]) -> None:
+        images[name] = way()
+
     for _ in range(args.rounds):
         for name, way in {**ways, "two forward passes": floor}.items():
-            took, result = timed(way, flow.device)
-            times[name].append(took)
-            images[name] = result
+            times[name].append(timed(partial(keep, name, way), flow.device))
     print(f"\nbatch {batch}, guidance {args.guidance}, {args.device}, N = {flow.num_patches}")
     print(f"{torch.get_num_threads()} threads; calibrated: {flow.sampler(batch, guidance)}")
     print("| way | seconds | times the sequential | largest error | uint8 equal |")
@@ -105,20 +107,6 @@ def load_peer(folder: Path, module: str, flow: TarFlow) -> Any:
     )  # fmt: skip
     peer.load_state_dict(flow.state_dict(), strict=False)  # but for its attention masks
     return peer.requires_grad_(False).to(flow.device)
-
-
-def timed(way: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Seconds, and what came out. With one thread, seconds of the processor: a machine that others
-    use too doesn't blur them."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    if device.type == "cuda":
-        clock = time.perf_counter
-        torch.cuda.synchronize(device)
-    began = clock()
-    result = way()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return clock() - began, result
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.sampling import load_peer, timed
+from benchmarks.sampling import load_peer
 from benchmarks.side_by_side import alternate, ratio
 from tarflow_dist import TarFlow
+from tarflow_dist.calibrate import timed
 from tarflow_dist.flow.counts import Counts
 
 SMALL = {"patch_size": 2, "width": 256, "layers_per_block": 4}
@@ -69,7 +70,7 @@ def row(
         ways["published"] = lambda: published.reverse(z.clone(), y, guidance=1.0)
         gap = float((ways["ours"]() - ways["published"]()).abs().max())
         assert gap < 1e-3, f"they differ by {gap}"
-    runs = {name: lambda way=way: timed(way, flow.device)[0] for name, way in ways.items()}
+    runs = {name: lambda way=way: timed(way, flow.device) for name, way in ways.items()}
     times = alternate(runs, rounds=args.rounds)
     ours = median(times["ours"])
     counts = Counts(**flow.config)
@@ -92,8 +93,8 @@ def machine(device: torch.device) -> tuple[float, float]:
     """Operations a second in a large fp32 matrix product, and bytes a second read; best of ten."""
     a = torch.randn(2048, 2048, device=device)
     much = torch.randn(2**26, device=device)
-    product = min(timed(lambda: a @ a, device)[0] for _ in range(10))
-    reading = min(timed(much.sum, device)[0] for _ in range(10))
+    product = min(timed(lambda: a @ a, device) for _ in range(10))
+    reading = min(timed(much.sum, device) for _ in range(10))
     return 2 * 2048**3 / product, 4 * 2**26 / reading
 
 
