@@ -4,13 +4,14 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from io import StringIO
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -89,6 +90,9 @@ class Engine:
                 },
             )
         self._optimizer = optimizer
+        # a single rank has nothing to sum: DeepSpeed would flatten its gradients and copy them back
+        alone = stage == 0 and world_size() == 1
+        self._reduced = self._engine.no_sync if alone else nullcontext
         # DeepSpeed casts buffers with the weights, but a running mean needs float32
         flow.var = flow.var.float()
         self._zero_state = ZeroState(stage, zero, optimizer)
@@ -101,7 +105,8 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of a pass's mean loss to the step's."""
-        self._engine.backward(loss)
+        with self._reduced():
+            self._engine.backward(loss)
 
     def step(self, *, lr: float, ema_decay: float) -> None:
         """Ends a pass; the last of a step's passes clips, updates the weights and their average."""
@@ -171,7 +176,11 @@ class _CheckedAdamW(torch.optim.AdamW):
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         parameters = [p for group in self.param_groups for p in group["params"]]
-        self._global_grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self._max_norm)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        self._global_grad_norm = get_total_norm(gradients)
         self.overflow = not self._global_grad_norm.isfinite()
-        if not self.overflow:
-            super().step()
+        if self.overflow:
+            return
+        if self._global_grad_norm > self._max_norm:
+            clip_grads_with_norm_(parameters, self._max_norm, self._global_grad_norm)
+        super().step()

@@ -30,8 +30,10 @@ class BlockMonitor:
         for t, block in enumerate(flow.blocks):
             assert isinstance(block, FlowBlock)
             block.register_forward_hook(self._see_output(t))
-            for parameter in block.parameters():
-                parameter.register_hook(self._see_gradient(t))
+            see_gradient = self._see_gradient(self._gradients[t])
+            for layer in block.modules():
+                if isinstance(layer, nn.Linear):  # what reaches another weight reaches these too
+                    layer.weight.register_hook(see_gradient)
 
     def reset(self) -> None:
         """Begins a step."""
@@ -44,9 +46,9 @@ class BlockMonitor:
 
         return hook
 
-    def _see_gradient(self, t: int) -> Any:
+    def _see_gradient(self, total: Tensor) -> Any:
         def hook(gradient: Tensor) -> None:
-            self._gradients[t] += torch.linalg.vector_norm(gradient, ord=1, dtype=torch.float32)
+            total.add_(torch.linalg.vector_norm(gradient, ord=1, dtype=torch.float32))
 
         return hook
 
