@@ -61,7 +61,6 @@ def row(
     torch.manual_seed(0)
     flow = TarFlow(**size, num_blocks=1, num_classes=10, sigma=0.1).requires_grad_(False)
     torch.nn.init.normal_(flow.blocks[0].proj_out.weight, std=0.02)
-    flow.store_for_few_rows()
     flow.to(args.device)
     z, y = flow.noise_of(torch.arange(batch), seed=1), torch.arange(batch, device=flow.device) % 10
     ways: dict[str, Callable[[], Tensor]] = {"ours": partial(flow.decode, z, y, guidance=1.0)}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tarflow_dist import rng
 from tarflow_dist.errors import UserError
@@ -68,7 +68,6 @@ class TarFlow(Flow):
         flow.provenance = saved.get("provenance", {})
         weights = _read_weights(path / WEIGHTS_FILE)
         flow.load_weights(weights, source=path / WEIGHTS_FILE)
-        flow.store_for_few_rows()
         flow.policy = read_policy(
             path, fingerprint=fingerprint_of(weights), num_blocks=len(flow.blocks)
         )
@@ -92,13 +91,6 @@ class TarFlow(Flow):
         if extra := sorted(weights.keys() - expected.keys()):
             raise UserError(f"{source} is of another model: it has {extra[0]} and this one has not")
         self.load_state_dict(weights, assign=True)
-
-    def store_for_few_rows(self) -> None:
-        """Lays out the linear layers' weights column by column, from where a CPU multiplies the few
-        rows of the sequential sampler faster; nothing else changes."""
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
-                layer.weight.data = layer.weight.data.t().contiguous().t()
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes model.safetensors and config.json into the folder `path`, each whole or not at

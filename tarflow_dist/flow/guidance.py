@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 Guide = Literal["both", "mu", "alpha"]
@@ -97,8 +98,8 @@ class Guidance:
             w = self.weight * place / (num_patches - 1)
         (mu, mu_unguided), (alpha, alpha_unguided) = mu.chunk(2), alpha.chunk(2)
         if self.rule == "linear":
-            guided_mu = (1 + w) * mu - w * mu_unguided
-            guided_alpha = (1 + w) * alpha - w * alpha_unguided
+            guided_mu = torch.lerp(mu_unguided, mu, 1 + w)
+            guided_alpha = torch.lerp(alpha_unguided, alpha, 1 + w)
         else:
             ws = w * (2 * (alpha - alpha_unguided).clamp(max=0)).exp()
             precision = 1 + w - ws  # of the guided density, in units of the conditional one's

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from tarflow_dist.flow.block import FlowBlock
+from tarflow_dist.flow.cached import cached_layers
 from tarflow_dist.flow.guidance import Guidance
-from tarflow_dist.flow.transformer import TransformerLayer, accurate_dtype
+from tarflow_dist.flow.transformer import accurate_dtype
 
 SWEEPS_BETWEEN_CHECKS = 3
 """On a GPU, where a check waits for all that is queued."""
@@ -137,7 +138,7 @@ class Predictor:
     def __init__(self, block: FlowBlock, y: Tensor | None, batch: int, guidance: Guidance):
         self._block, self._guidance = block, guidance
         self._positions = block.permuted_positions()
-        self._temperature: Tensor | None = None
+        temperature: Tensor | None = None
         rows = batch
         if guidance.active:
             rows = 2 * batch
@@ -145,10 +146,10 @@ class Predictor:
                 y = torch.cat([y, torch.full_like(y, -1)])
             if guidance.attn_temp != 1:
                 dtype = accurate_dtype(self._positions.dtype)
-                self._temperature = self._positions.new_ones(rows, 1, 1, 1, dtype=dtype)
-                self._temperature[batch:] = guidance.attn_temp
+                temperature = self._positions.new_ones(rows, 1, 1, 1, dtype=dtype)
+                temperature[batch:] = guidance.attn_temp
         self._class_vector = block.class_vector(y)
-        self._caches = block.new_caches(rows)
+        self._layers = cached_layers(block, rows, temperature)
 
     def __call__(self, x: Tensor, at: int | Tensor, stop: int) -> tuple[Tensor, Tensor]:
         """The patches x (B, S, D) → μ and α (B, S, D) of those that come after each.
@@ -160,17 +161,13 @@ class Predictor:
                 ascending, each sample's own.
             stop: above all of `at`.
         """
-        places, mask = at, None
+        places = at
         if self._guidance.active:
             x = torch.cat([x, x])
             if isinstance(at, Tensor):
                 places = torch.cat([at, at])
-        if isinstance(places, Tensor):
-            mask = torch.arange(stop, device=x.device) <= places[:, None, :, None]
         h = self._block.embed(x, self._positions[places], self._class_vector)
-        for layer, cache in zip(self._block.attn_blocks, self._caches, strict=True):
-            assert isinstance(layer, TransformerLayer)
-            h = layer.extend(h, cache, places, stop, mask, self._temperature)
+        h = self._layers(h, places, stop)
         mu, alpha = self._block.mu_alpha(h)
         if self._guidance.active:
             mu, alpha = self._guidance.combine(mu, alpha, at + 1, len(self._positions))
@@ -179,9 +176,6 @@ class Predictor:
     def keep(self, samples: Tensor) -> None:
         """Goes on with some of the samples: (B,) bool."""
         rows = torch.cat([samples, samples]) if self._guidance.active else samples
-        for cache in self._caches:
-            cache.memory = cache.memory[:, rows]
+        self._layers.keep(rows)
         if self._class_vector is not None and self._class_vector.ndim == 3:
             self._class_vector = self._class_vector[rows]
-        if self._temperature is not None:
-            self._temperature = self._temperature[rows]

@@ -1,0 +1,133 @@
+"""A block's transformer layers on a CPU: all of them in one call of layers.cpp."""
+
+import ctypes
+
+import torch
+from torch import Tensor, nn
+
+from tarflow_dist.flow.block import FlowBlock
+from tarflow_dist.flow.native.build import library
+from tarflow_dist.flow.transformer import TransformerLayer
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("ins", ctypes.c_int32),
+        ("outs", ctypes.c_int32),
+    )
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("eps", ctypes.c_float))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("attention_norm", _Norm),
+        ("qkv", _Linear),
+        ("proj", _Linear),
+        ("mlp_norm", _Norm),
+        ("up", _Linear),
+        ("down", _Linear),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+    )
+
+
+def can_run(weight: Tensor) -> bool:
+    """Whether `NativeLayers` takes layers with such weights: float32, on a CPU with a compiler."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and library() is not None
+
+
+class NativeLayers:
+    """The `flow.cached.CachedLayers` of a float32 model on a CPU. It has a copy of the weights."""
+
+    def __init__(self, block: FlowBlock, rows: int, temperature: Tensor | None):
+        found = library()
+        assert found is not None
+        self._library = found
+        self._threads = torch.get_num_threads()
+        self._pointed_at: list[Tensor] = []
+        layers = [self._layer(layer) for layer in block.attn_blocks]
+        self._layers = (_Layer * len(layers))(*layers)
+        self._num_patches, width = block.pos_embed.shape
+        self._heads = width // block.head_dim
+        self._scale = torch.full((rows,), block.head_dim**-0.5)
+        if temperature is not None:
+            self._scale /= temperature.flatten()
+        self._caches = [
+            torch.empty(rows, self._heads, size(self._num_patches, block.head_dim))
+            for _ in layers
+            for size in (found.keys_size, found.values_size)
+        ]
+        self._point_at_caches()
+
+    def __call__(self, h: Tensor, at: int | Tensor, stop: int) -> Tensor:
+        batch, tokens, width = h.shape
+        h = h.contiguous()
+        if isinstance(at, int):
+            place = torch.full((batch,), at, dtype=torch.int32)
+        else:
+            place = at.int().contiguous()
+        self._library.extend(
+            self._layers,
+            len(self._layers),
+            _pointer(h),
+            batch,
+            tokens,
+            width,
+            self._heads,
+            self._num_patches,
+            _pointer(place),
+            _pointer(self._scale),
+            self._threads,
+        )
+        return h
+
+    def keep(self, rows: Tensor) -> None:
+        self._caches = [cache[rows] for cache in self._caches]
+        self._scale = self._scale[rows]
+        self._point_at_caches()
+
+    def _point_at_caches(self) -> None:
+        for layer, keys, values in zip(
+            self._layers, self._caches[::2], self._caches[1::2], strict=True
+        ):
+            layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
+
+    def _layer(self, layer: nn.Module) -> _Layer:
+        assert isinstance(layer, TransformerLayer)
+        attention, mlp = layer.attention, layer.mlp
+        up, _, down = mlp.main
+        assert isinstance(up, nn.Linear)
+        assert isinstance(down, nn.Linear)
+        return _Layer(
+            attention_norm=self._norm(attention.norm),
+            qkv=self._linear(attention.qkv),
+            proj=self._linear(attention.proj),
+            mlp_norm=self._norm(mlp.norm),
+            up=self._linear(up),
+            down=self._linear(down),
+        )
+
+    def _linear(self, linear: nn.Linear) -> _Linear:
+        outs, ins = linear.weight.shape
+        weight = linear.weight.detach().contiguous()
+        packed = torch.empty(self._library.packed_size(outs, ins))
+        self._library.pack(_pointer(weight), outs, ins, _pointer(packed), self._threads)
+        return _Linear(self._keep(packed), self._keep(linear.bias), ins, outs)
+
+    def _norm(self, norm: nn.LayerNorm) -> _Norm:
+        return _Norm(self._keep(norm.weight), self._keep(norm.bias), norm.eps)
+
+    def _keep(self, tensor: Tensor) -> int:
+        """Its address, which stays valid as long as this object does."""
+        tensor = tensor.detach().contiguous()
+        self._pointed_at.append(tensor)
+        return tensor.data_ptr()
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())

@@ -1,0 +1,165 @@
+"""The CPU's kernel against torch's own operations in float64."""
+
+import random
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from tarflow_dist.flow import native
+from tarflow_dist.flow.block import FlowBlock
+from tarflow_dist.flow.cached import TorchLayers, cached_layers
+from tarflow_dist.flow.model import Flow
+from tarflow_dist.flow.native import NativeLayers, build
+
+INSTRUCTIONS = ("DEFAULT", "AVX2", "AVX512")
+
+
+@pytest.fixture(params=INSTRUCTIONS)
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each kind of CPU that this one can stand in for."""
+    here = torch.backends.cpu.get_cpu_capability()
+    if request.param not in INSTRUCTIONS[: INSTRUCTIONS.index(here) + 1]:
+        pytest.skip(f"this CPU has {here} only")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
+    found = build.library.__wrapped__()
+    assert found is not None
+    monkeypatch.setattr(native, "library", lambda: found)
+    return request.param
+
+
+def random_block(*, width: int, head_dim: int, num_layers: int = 2, places: int = 40) -> FlowBlock:
+    torch.manual_seed(width + head_dim)
+    block = FlowBlock(
+        num_patches=places,
+        patch_dim=3,
+        width=width,
+        num_layers=num_layers,
+        head_dim=head_dim,
+        num_classes=0,
+        reverse=False,
+        volume_preserving=False,
+    )
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return block.requires_grad_(False)
+
+
+def windows(chance: random.Random, rows: int, places: int) -> Iterator[Tensor]:
+    """Where tokens go, call by call, (rows, S): each sequence starts where it likes, goes back at
+    times, and has no gaps."""
+    reached = [0] * rows
+    while min(reached) < places:
+        size = chance.randint(1, 9)
+        starts = [max(0, min(r - chance.randint(0, 2), places - size)) for r in reached]
+        reached = [max(r, start + size) for r, start in zip(reached, starts, strict=True)]
+        yield torch.tensor([list(range(start, start + size)) for start in starts])
+
+
+@pytest.mark.parametrize(("width", "head_dim"), [(16, 8), (72, 24), (128, 64), (192, 96)])
+def test_tokens_come_out_as_from_torch(instructions: str, width: int, head_dim: int) -> None:
+    block, rows, places = random_block(width=width, head_dim=head_dim), 5, 40
+    temperature = torch.tensor([1.0, 1.0, 0.7, 1.5, 1.0]).view(rows, 1, 1, 1)
+    fast = NativeLayers(block, rows, temperature)
+    reference = TorchLayers(block.double(), rows, temperature.double())
+    for at in windows(random.Random(width), rows, places):
+        h = torch.randn(rows, at.shape[1], width)
+        expected = reference(h.double(), at, int(at.max()) + 1)
+        result = fast(h, at, int(at.max()) + 1)
+        torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=3e-5)
+
+
+def test_single_tokens_and_leaving_sequences() -> None:
+    block, places = random_block(width=64, head_dim=32), 40
+    fast = NativeLayers(block, 4, None)
+    reference = TorchLayers(block.double(), 4, None)
+    rows = 4
+    for i in range(places):
+        if i == 20:
+            going = torch.tensor([True, False, False, True])
+            fast.keep(going)
+            reference.keep(going)
+            rows = 2
+        h = torch.randn(rows, 1, 64)
+        expected = reference(h.double(), i, i + 1)
+        torch.testing.assert_close(fast(h, i, i + 1).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bits_depend_neither_on_batch_nor_window_nor_threads() -> None:
+    block, places = random_block(width=128, head_dim=64), 40
+    h = torch.randn(7, places, 128)
+    at = torch.arange(places).expand(7, places)
+    together = NativeLayers(block, 7, None)(h.clone(), at, places)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        alone = NativeLayers(block, 1, None)
+    finally:
+        torch.set_num_threads(threads)
+    one_by_one = [alone(h[3:4, i : i + 1].clone(), i, i + 1) for i in range(places)]
+    assert torch.equal(torch.cat(one_by_one, dim=1), together[3:4])
+
+
+def test_inputs_that_are_not_finite_stay_in_their_sequence() -> None:
+    block = random_block(width=64, head_dim=32)
+    h = torch.randn(3, 1, 64)
+    clean = NativeLayers(block, 3, None)(h.clone(), 0, 1)
+    h[1, 0, 5] = torch.nan
+    result = NativeLayers(block, 3, None)(h, 0, 1)
+    assert result[1].isnan().all()
+    assert torch.equal(result[::2], clean[::2])
+
+
+def test_large_activations() -> None:
+    """GELU far from 0 is 0 or its argument, and a softmax with one large logit is a choice."""
+    block = random_block(width=64, head_dim=32)
+    for parameter in block.parameters():
+        parameter.mul_(5)
+    h = 50 * torch.randn(2, 8, 64)
+    at = torch.arange(8).expand(2, 8)
+    result = NativeLayers(block, 2, None)(h.clone(), at, 8)
+    expected = TorchLayers(block.double(), 2, None)(h.double(), at, 8)
+    torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_only_float32_takes_the_kernel() -> None:
+    flow = Flow(
+        image_size=4,
+        patch_size=2,
+        width=16,
+        num_blocks=1,
+        layers_per_block=1,
+        head_dim=8,
+        sigma=0.1,
+    )
+    (block,) = flow.blocks
+    assert isinstance(block, FlowBlock)
+    assert isinstance(cached_layers(block, 1, None), NativeLayers)
+    for dtype in (torch.float64, torch.bfloat16):
+        assert isinstance(cached_layers(block.to(dtype), 1, None), TorchLayers)
+
+
+@pytest.mark.parametrize("compiler", ["false", "/no/such/compiler"])
+def test_a_cpu_without_a_compiler_says_so_and_samples(
+    compiler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.warns(UserWarning, match="samples several times slower"):
+        assert build.library.__wrapped__() is None
+    monkeypatch.setattr(native, "library", lambda: None)
+    flow = Flow(
+        image_size=4,
+        patch_size=2,
+        width=16,
+        num_blocks=1,
+        layers_per_block=1,
+        head_dim=8,
+        sigma=0.1,
+    )
+    x = torch.rand(2, 3, 4, 4) * 2 - 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(flow.decode(flow.encode(x).detach()), x, rtol=0, atol=1e-5)
