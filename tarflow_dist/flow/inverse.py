@@ -7,13 +7,16 @@ that is not settled.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from tarflow_dist.flow.block import FlowBlock
 from tarflow_dist.flow.cached import cached_layers
+from tarflow_dist.flow.graphs import Replay, has_graphs
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.flow.transformer import accurate_dtype
 
@@ -69,7 +72,8 @@ def invert_block(
     """
     z = block.permute(z)
     predict = Predictor(block, y, len(z), guidance)
-    x = _in_sequence(predict, z) if solver.window == 1 else _in_windows(predict, z, solver)
+    one_by_one = solver.window == 1 and not has_graphs(z.device)
+    x = _in_sequence(predict, z) if one_by_one else _in_windows(predict, z, solver)
     return block.permute(x)
 
 
@@ -82,18 +86,28 @@ def _in_sequence(predict: "Predictor", z: Tensor) -> Tensor:
 
 
 def _in_windows(predict: "Predictor", z: Tensor, solver: Solver) -> Tensor:
-    """The first guess is z itself. Solved samples leave the sweeps once they are half of them."""
+    """The first guess is z itself. Solved samples leave the sweeps once they are half of them.
+
+    A window of one patch settles it in each sweep, which a GPU then repeats by itself.
+    """
     last = z.shape[1] - 1
     window = torch.arange(min(solver.window, last), device=z.device)
     sweeps_between_checks = 1 if z.device.type == "cpu" else SWEEPS_BETWEEN_CHECKS
+    if len(window) == 1:
+        sweeps_between_checks = last
     solved, x = z.clone(), z.clone()
     samples = torch.arange(len(z), device=z.device)
     settled = torch.zeros_like(samples)  # each sample's last such patch
     furthest = 0  # of them, or later
     while True:
+        sweep: Callable[[int], None] = partial(
+            _sweep, predict, x, z, settled, window, solver.tolerance
+        )
+        if len(window) == 1 and has_graphs(z.device):
+            sweep = Replay(sweep, (x, settled), last)
         for _ in range(sweeps_between_checks):
             furthest += len(window)
-            _sweep(predict, x, z, settled, window, min(furthest, last), solver.tolerance)
+            sweep(min(furthest, last))
         furthest = int(settled.max())
         going = settled < last
         if 2 * int(going.sum()) <= len(going):
@@ -110,8 +124,8 @@ def _sweep(
     z: Tensor,
     settled: Tensor,
     window: Tensor,
-    stop: int,
     tolerance: float,
+    stop: int,
 ) -> None:
     """Updates x (B, N, D) by one sweep over each sample's window, and settled (B,)."""
     last = x.shape[1] - 1

@@ -2,11 +2,13 @@
 
 import math
 import random
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch.distributions import Normal
 
+from tarflow_dist.flow import graphs, inverse
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.flow.inverse import Solver
 from tarflow_dist.flow.model import Flow
@@ -67,6 +69,27 @@ def test_windows_give_what_the_sequential_inverse_gives(seed: int) -> None:
     x = flow.decode(z, y, **arguments, solvers=solvers)
     scale = max(1.0, float(expected.abs().max()))
     assert (x - expected).abs().max() < 1e-8 * scale
+
+
+@pytest.mark.parametrize("seed", range(30, 45))
+def test_what_a_gpu_repeats_is_the_sequential_inverse(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the recording, which needs one: sweeps of one patch that keep their place on the
+    device, over a stretch of keys and values that is longer than what is filled."""
+    flow, z, y, arguments, _ = random_case(seed)
+    expected = flow.decode(z, y, **arguments)
+    recorded = []
+
+    def record(work: Callable[[], None], changes: Sequence[torch.Tensor]) -> Callable[[], None]:
+        recorded.append(work)
+        return work
+
+    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(inverse, "has_graphs", lambda device: True)
+    x = flow.decode(z, y, **arguments)
+    assert (x - expected).abs().max() < 1e-10 * max(1.0, float(expected.abs().max()))
+    assert len(recorded) <= graphs.STRETCHES * len(flow.blocks)
 
 
 def test_a_coarse_tolerance_stops_early_and_is_kept() -> None:

@@ -1,0 +1,55 @@
+"""CUDA graphs: a GPU repeats what it was shown once, without Python launching each kernel."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+STRETCHES = 8
+
+
+def has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+class Replay:
+    """Calls `work(stop)` for a `stop` that grows up to `last`, as CUDA graphs.
+
+    `stop` is rounded up to the end of one of `STRETCHES` equal parts, with a graph each.
+
+    Args:
+        work: must find its tensors where they were, and copy nothing to the host.
+        changes: what it changes and depends on.
+    """
+
+    def __init__(self, work: Callable[[int], None], changes: Sequence[Tensor], last: int):
+        self._work, self._changes, self._last = work, changes, last
+        self._stretch = -(-last // STRETCHES)
+        self._end = 0
+        self._play: Callable[[], None] = lambda: None
+
+    def __call__(self, stop: int) -> None:
+        end = min(-(-stop // self._stretch) * self._stretch, self._last)
+        if end != self._end:
+            self._play, self._end = record(partial(self._work, end), self._changes), end
+        self._play()
+
+
+def record(work: Callable[[], None], changes: Sequence[Tensor]) -> Callable[[], None]:
+    """`work` as a graph; it has not been done when this returns."""
+    with torch.cuda.device(changes[0].device):
+        before = [tensor.clone() for tensor in changes]
+        # what its libraries set up at their first call must not be recorded
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                work()
+        torch.cuda.current_stream().wait_stream(stream)
+        for tensor, was in zip(changes, before, strict=True):
+            tensor.copy_(was)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+    return graph.replay
