@@ -30,7 +30,7 @@ from tarflow_dist import config as configs
 from tarflow_dist import distributed
 from tarflow_dist.config import Config
 from tarflow_dist.cost.cards import find_card
-from tarflow_dist.cost.memory import training_memory
+from tarflow_dist.cost.estimate import estimate
 from tarflow_dist.data.loader import Batch
 from tarflow_dist.flow.counts import Counts
 from tarflow_dist.flow.noise import scale_pixels
@@ -244,7 +244,7 @@ def report(
 ) -> Iterator[str]:
     train, ranks = config.train, distributed.world_size()
     counts = Counts(**config.model.model_dump())
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    name = distributed.device_name(device)
     card = find_card(name)
     yield (
         f"{ranks} x {name}, {counts.num_parameters / 1e6:.1f} M parameters, batch "
@@ -262,18 +262,11 @@ def report(
     if "published" in times:
         yield f"published / ours: {times['published'] / times['ours']:.3f}"
     if peak is not None:
-        micro_batch = config.micro_batch(ranks)
-        planned = training_memory(
-            counts,
-            stage=train.zero_stage,
-            precision=train.precision,
-            world_size=ranks,
-            micro_batch=micro_batch,
-            accumulating=micro_batch * ranks < train.batch_size,
-            checkpoint_every=train.activation_checkpointing,
-            offload=train.offload,
-        )
-        yield f"peak memory {peak / GIB:.2f} GiB, planned {planned.peak / GIB:.2f}"
+        planned = ""
+        if card:
+            memory = estimate(config, card, ranks, mfu=1.0).chosen.memory
+            planned = f", planned {memory.peak / GIB:.2f}"
+        yield f"peak memory {peak / GIB:.2f} GiB{planned}"
 
 
 if __name__ == "__main__":

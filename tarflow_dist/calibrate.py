@@ -77,7 +77,7 @@ def calibrate(
 ) -> "Calibration":
     """The fastest solver of each block for `batch` samples, proved on whole images in the end."""
     from tarflow_dist.flow.inverse import SEQUENTIAL
-    from tarflow_dist.policy import Calibration, device_name, dtype_name
+    from tarflow_dist.policy import Calibration, dtype_name, machine_name
 
     z, y = inputs(flow, batch, seed=seed)
     sequential = [SEQUENTIAL] * len(flow.blocks)
@@ -93,7 +93,7 @@ def calibrate(
         solvers, images, seconds = sequential, exact, sequential_seconds
     share_equal, largest = compare(images, exact)
     return Calibration(
-        device=device_name(flow.device),
+        device=machine_name(flow.device),
         dtype=dtype_name(next(flow.parameters()).dtype),
         batch=batch,
         guidance=guidance,

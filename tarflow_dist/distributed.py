@@ -49,6 +49,11 @@ def init(timeout: timedelta | None = None) -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    """A GPU's name, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def shutdown() -> None:
     """Leaves the process group; every rank has reached this point."""
     dist.barrier()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tarflow_dist.distributed import device_name
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import write_whole
 from tarflow_dist.flow.guidance import Guidance
@@ -53,7 +54,7 @@ class Policy:
     ) -> Calibration | None:
         """The calibration for the smallest batch that is not below `batch`: what pays in a large
         batch pays in a smaller one, and the reverse is not so."""
-        machine = (device_name(device), dtype_name(dtype), guidance)
+        machine = (machine_name(device), dtype_name(dtype), guidance)
         fitting = [
             c
             for c in self.calibrations
@@ -105,10 +106,10 @@ def fingerprint_of(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
+def machine_name(device: torch.device) -> str:
+    """The device, and a CPU's number of threads, which decides what is fast there."""
+    name = device_name(device)
+    return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name
 
 
 def dtype_name(dtype: torch.dtype) -> str:

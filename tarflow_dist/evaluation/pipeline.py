@@ -125,7 +125,7 @@ def _draw_samples(flow: TarFlow, points: list[Point], device: torch.device) -> N
             stores,
             make_draw(flow, [store.settings for store in stores]),
             f"sampling {', '.join(point.name for point in points)}".strip(),
-            result.device_name(device),
+            distributed.device_name(device),
         )
     for point, chunks in zip(points, drawn.chunks, strict=True):
         point.drawn = result.describe_drawing(drawn, chunks)

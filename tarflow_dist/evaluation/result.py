@@ -51,15 +51,11 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     cuda = torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else 0
     peaks = distributed.gather((host, cuda))
     return {
-        "device": device_name(device),
+        "device": distributed.device_name(device),
         "world_size": distributed.world_size(),
         "peak_memory_mb": round(max(host for host, _ in peaks)),
         "peak_device_memory_mb": round(max(cuda for _, cuda in peaks)),
     }
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def write_result(result: dict[str, Any], file: Path) -> None:

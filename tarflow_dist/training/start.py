@@ -4,6 +4,7 @@ import ctypes
 
 import torch
 
+from tarflow_dist import distributed
 from tarflow_dist.config import Config
 from tarflow_dist.cost.cards import find_card
 from tarflow_dist.data.shards import Shards, open_shards
@@ -90,7 +91,7 @@ def start_pace(config: Config, device: torch.device, images: int) -> Pace:
     """Measures the run's speed from `images` seen on, against the peak of the GPU if its data sheet
     is known."""
     peak = None
-    known = find_card(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    known = find_card(distributed.device_name(device))
     if known is not None:
         peak = known.fp32_flops if config.train.precision == "fp32" else known.bf16_flops
     flops = Counts(**config.model.model_dump()).training_flops
