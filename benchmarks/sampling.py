@@ -1,9 +1,9 @@
 """How long guided sampling takes, against the published samplers: same weights, same noise.
 
-    python benchmarks/sampling.py MODEL --published PATH --gs-jacobi PATH [--batch-sizes 1 4 16]
+    python -m benchmarks.sampling MODEL --published PATH --gs-jacobi PATH [--batch-sizes 1 4 16]
 
 PATH are checkouts of apple/ml-tarflow and encoreus/GS-Jacobi_for_TarFlow; what is absent is left
-out. The ways take turns within a round; the medians of the rounds are compared. MODEL should be
+out. The ways take turns within a round; ratios are medians of the rounds' ratios. MODEL should be
 calibrated before, for the same guidance and batch sizes.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.side_by_side import alternate, ratio
 from tarflow_dist import TarFlow
 from tarflow_dist.calibrate import timed
 from tarflow_dist.flow.guidance import Guidance
@@ -26,6 +27,9 @@ from tarflow_dist.flow.noise import to_pixels
 
 # (segments of each block, 0 for one patch at a time; sweeps a segment; stopping bound)
 GS_JACOBI = [(0, 1, 0.0), (1, 256, 1e-6), (8, 256, 1e-6), (16, 256, 1e-6), (8, 256, 1e-4)]
+
+
+PEERS = ("sequential", "published")
 
 
 def main() -> None:
@@ -70,29 +74,35 @@ def compare(flow: TarFlow, batch: int, args: argparse.Namespace) -> None:
                 max_jacobi_list=[sweeps] * blocks,
                 ebound=bound,
             )
-    floor = lambda: flow(torch.zeros(2 * batch, *flow.image_shape, device=flow.device))  # noqa: E731
+    images: dict[str, Tensor] = {}
+    runs = {name: partial(clock, name, way, images, flow.device) for name, way in ways.items()}
+    nothing = torch.zeros(2 * batch, *flow.image_shape, device=flow.device)
+    runs["two forward passes"] = lambda: timed(lambda: flow(nothing), flow.device)
+    times = alternate(runs, rounds=args.rounds)
 
-    times: dict[str, list[float]] = {name: [] for name in [*ways, "two forward passes"]}
-    images = {}
-
-    def keep(name: str, way: Callable[[], Any]) -> None:
-        images[name] = way()
-
-    for _ in range(args.rounds):
-        for name, way in {**ways, "two forward passes": floor}.items():
-            times[name].append(timed(partial(keep, name, way), flow.device))
     print(f"\nbatch {batch}, guidance {args.guidance}, {args.device}, N = {flow.num_patches}")
     print(f"{torch.get_num_threads()} threads; calibrated: {flow.sampler(batch, guidance)}")
-    print("| way | seconds | times the sequential | largest error | uint8 equal |")
-    print("|---|---|---|---|---|")
+    print("| way | seconds | sequential / it | published / it | largest error | uint8 equal |")
+    print("|---|---|---|---|---|---|")
     exact = images["sequential"]
     for name, took in times.items():
-        error = ""
-        if name in ways:
+        against = [f"{ratio(times[peer], took):.2f}" if peer in times else "" for peer in PEERS]
+        error = ["", ""]
+        if name in images:
             equal = to_pixels(images[name], flow.noise) == to_pixels(exact, flow.noise)
-            error = f"{(images[name] - exact).abs().max():.1e} | {equal.double().mean():.3%}"
-        ratio = median(took) / median(times["sequential"])
-        print(f"| {name} | {median(took):.3f} | {ratio:.2f} | {error or '|'} |", flush=True)
+            error = [f"{(images[name] - exact).abs().max():.1e}", f"{equal.double().mean():.3%}"]
+        print(f"| {' | '.join([name, f'{median(took):.3f}', *against, *error])} |", flush=True)
+
+
+def clock(
+    name: str, way: Callable[[], Tensor], images: dict[str, Tensor], device: torch.device
+) -> float:
+    """The seconds that `way` takes; what it draws is kept in `images`."""
+
+    def draw() -> None:
+        images[name] = way()
+
+    return timed(draw, device)
 
 
 def load_peer(folder: Path, module: str, flow: TarFlow) -> Any:
