@@ -36,6 +36,18 @@ class _Layer(ctypes.Structure):
     )
 
 
+class _Tokens(ctypes.Structure):
+    _fields_ = (
+        ("batch", ctypes.c_int32),
+        ("tokens", ctypes.c_int32),
+        ("width", ctypes.c_int32),
+        ("heads", ctypes.c_int32),
+        ("num_patches", ctypes.c_int32),
+        ("place", ctypes.c_void_p),
+        ("logit_scale", ctypes.c_void_p),
+    )
+
+
 def can_run(weight: Tensor) -> bool:
     """Whether `NativeLayers` takes layers with such weights: float32, on a CPU with a compiler."""
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and library() is not None
@@ -52,37 +64,30 @@ class NativeLayers:
         self._pointed_at: list[Tensor] = []
         layers = [self._layer(layer) for layer in block.attn_blocks]
         self._layers = (_Layer * len(layers))(*layers)
-        self._num_patches, width = block.pos_embed.shape
-        self._heads = width // block.head_dim
         self._scale = torch.full((rows,), block.head_dim**-0.5)
         if temperature is not None:
             self._scale /= temperature.flatten()
+        num_patches, width = block.pos_embed.shape
+        heads = width // block.head_dim
+        self._tokens = _Tokens(width=width, heads=heads, num_patches=num_patches)
         self._caches = [
-            torch.empty(rows, self._heads, size(self._num_patches, block.head_dim))
+            torch.empty(rows, heads, size(ctypes.byref(self._tokens)))
             for _ in layers
             for size in (found.keys_size, found.values_size)
         ]
         self._point_at_caches()
 
     def __call__(self, h: Tensor, at: int | Tensor, stop: int) -> Tensor:
-        batch, tokens, width = h.shape
+        tokens = self._tokens
+        tokens.batch, tokens.tokens = h.shape[:2]
         h = h.contiguous()
         if isinstance(at, int):
-            place = torch.full((batch,), at, dtype=torch.int32)
+            place = torch.full((len(h),), at, dtype=torch.int32)
         else:
             place = at.int().contiguous()
+        tokens.place, tokens.logit_scale = place.data_ptr(), self._scale.data_ptr()
         self._library.extend(
-            self._layers,
-            len(self._layers),
-            _pointer(h),
-            batch,
-            tokens,
-            width,
-            self._heads,
-            self._num_patches,
-            _pointer(place),
-            _pointer(self._scale),
-            self._threads,
+            self._layers, len(self._layers), ctypes.byref(tokens), _pointer(h), self._threads
         )
         return h
 

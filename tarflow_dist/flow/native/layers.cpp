@@ -139,15 +139,22 @@ void multiply(const Linear& linear, const float* x, float* out, int rows) {
     }
 }
 
-void normalize(const Norm& norm, const float* x, float* out, int width) {
-    float sum = 0, squares = 0;
+// out (rows, width) from x; to be called by all threads of a team
+void normalize(const Norm& norm, const float* x, float* out, int rows, int width) {
+#pragma omp for schedule(static)
+    for (int row = 0; row < rows; ++row) {
+        const float* from = x + int64_t(row) * width;
+        float* to = out + int64_t(row) * width;
+        float sum = 0, squares = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int i = 0; i < width; ++i) sum += x[i];
-    const float mean = sum / width;
+        for (int i = 0; i < width; ++i) sum += from[i];
+        const float mean = sum / width;
 #pragma omp simd reduction(+ : squares)
-    for (int i = 0; i < width; ++i) squares += (x[i] - mean) * (x[i] - mean);
-    const float scale = 1 / std::sqrt(squares / width + norm.eps);
-    for (int i = 0; i < width; ++i) out[i] = (x[i] - mean) * scale * norm.weight[i] + norm.bias[i];
+        for (int i = 0; i < width; ++i) squares += (from[i] - mean) * (from[i] - mean);
+        const float scale = 1 / std::sqrt(squares / width + norm.eps);
+        for (int i = 0; i < width; ++i)
+            to[i] = (from[i] - mean) * scale * norm.weight[i] + norm.bias[i];
+    }
 }
 
 // scores[0…count) → e^(scale · (score − largest)), 0 from there to `end`; returns their sum
@@ -172,51 +179,87 @@ float exponentials(float* scores, int count, int end, float scale) {
     return sum;
 }
 
-// The queries q (tokens, 3 · width apart) of one head of one sequence, each over the places up to
-// its own, `place`; the last of which is at `stop` − 1. `scores` has room for tokens · panels.
-void attend(const float* keys, const float* values, const float* q, const int32_t* place, int tokens,
-            int stop, int channels, int num_patches, int width, float scale, float* scores,
-            float* out) {
+// The tokens of a call. Token i of a sequence stands at place[sequence · tokens + i].
+struct Tokens {
+    int32_t batch, tokens, width, heads, num_patches;
+    const int32_t* place;      // ascending in each sequence
+    const float* logit_scale;  // (batch), multiplies the attention logits
+
+    int rows() const { return batch * tokens; }
+    int channels() const { return width / heads; }
+    int64_t keys_size() const { return int64_t(panels_of(num_patches)) * PANEL * channels(); }
+    int64_t values_size() const { return int64_t(panels_of(channels())) * PANEL * num_patches; }
+};
+
+// Puts one head's keys and values of one sequence where they belong; k and v lie 3 · width apart.
+void remember(const Tokens& t, const int32_t* place, const float* k, const float* v, float* keys,
+              float* values) {
+    for (int i = 0; i < t.tokens; ++i, k += 3 * t.width, v += 3 * t.width) {
+        float* key = keys + int64_t(place[i] / PANEL) * t.channels() * PANEL + place[i] % PANEL;
+        for (int c = 0; c < t.channels(); ++c) {
+            key[c * PANEL] = k[c];
+            values[(int64_t(c / PANEL) * t.num_patches + place[i]) * PANEL + c % PANEL] = v[c];
+        }
+    }
+}
+
+// One head of one sequence: each query, 3 · width apart, over the places up to its own.
+// `scores` has room for all places, in panels, of each token.
+void attend(const Tokens& t, const int32_t* place, const float* q, const float* keys,
+            const float* values, float scale, float* scores, float* out) {
+    const int channels = t.channels(), stop = place[t.tokens - 1] + 1;
     const int end = panels_of(stop) * PANEL;
     for (int panel = 0; panel < panels_of(stop); ++panel)
-        by_rows(0, tokens, [&](auto count, int first) {
+        by_rows(0, t.tokens, [&](auto count, int first) {
             Vec sums[count][VECTORS] = {};
             multiply_panel(keys + int64_t(panel) * channels * PANEL, channels,
-                           q + int64_t(first) * 3 * width, 3 * width, sums);
+                           q + int64_t(first) * 3 * t.width, 3 * t.width, sums);
             for (int r = 0; r < count; ++r)
                 for (int j = 0; j < VECTORS; ++j)
                     store(scores + int64_t(first + r) * end + panel * PANEL + j * LANES, sums[r][j]);
         });
-    std::vector<float> total(tokens);
-    for (int i = 0; i < tokens; ++i)
+    std::vector<float> total(t.tokens);
+    for (int i = 0; i < t.tokens; ++i)
         total[i] = exponentials(scores + int64_t(i) * end, place[i] + 1, end, scale);
     for (int panel = 0; panel < panels_of(channels); ++panel)
-        by_rows(0, tokens, [&](auto count, int first) {
+        by_rows(0, t.tokens, [&](auto count, int first) {
             Vec sums[count][VECTORS] = {};
-            multiply_panel(values + int64_t(panel) * num_patches * PANEL, stop,
+            multiply_panel(values + int64_t(panel) * t.num_patches * PANEL, stop,
                            scores + int64_t(first) * end, end, sums);
             for (int r = 0; r < count; ++r) {
                 float result[PANEL];
                 for (int j = 0; j < VECTORS; ++j)
                     store(result + j * LANES, sums[r][j] / total[first + r]);
                 std::copy_n(result, std::min(PANEL, channels - panel * PANEL),
-                            out + int64_t(first + r) * width + panel * PANEL);
+                            out + int64_t(first + r) * t.width + panel * PANEL);
             }
         });
+}
+
+// out (rows, width) from qkv (rows, 3 · width); to be called by all threads of a team
+void attention(const Tokens& t, const Layer& layer, const float* qkv, float* scores, float* out) {
+#pragma omp for schedule(static) collapse(2)
+    for (int sequence = 0; sequence < t.batch; ++sequence)
+        for (int head = 0; head < t.heads; ++head) {
+            const int64_t number = int64_t(sequence) * t.heads + head;
+            const int64_t row = int64_t(sequence) * t.tokens;
+            float* keys = layer.keys + number * t.keys_size();
+            float* values = layer.values + number * t.values_size();
+            const float* q = qkv + row * 3 * t.width + head * t.channels();
+            remember(t, t.place + row, q + t.width, q + 2 * t.width, keys, values);
+            attend(t, t.place + row, q, keys, values, t.logit_scale[sequence], scores,
+                   out + row * t.width + head * t.channels());
+        }
 }
 
 }  // namespace
 
 extern "C" {
 
-// The sizes of one head's keys and values.
-int64_t keys_size(int32_t num_patches, int32_t channels) {
-    return int64_t(panels_of(num_patches)) * PANEL * channels;
-}
+// The sizes of one head's keys and values in one sequence.
+int64_t keys_size(const Tokens* tokens) { return tokens->keys_size(); }
 
-int64_t values_size(int32_t num_patches, int32_t channels) {
-    return int64_t(panels_of(channels)) * PANEL * num_patches;
-}
+int64_t values_size(const Tokens* tokens) { return tokens->values_size(); }
 
 // The size of a weight (outs, ins) in panels.
 int64_t packed_size(int32_t outs, int32_t ins) { return int64_t(panels_of(outs)) * PANEL * ins; }
@@ -232,53 +275,25 @@ void pack(const float* weight, int32_t outs, int32_t ins, float* packed, int32_t
             }
 }
 
-// h (batch, tokens, width), in place. A token stands at `place` (batch, tokens) of its sequence and
-// sees what is kept of the places up to there, by earlier calls and by this one; the places are
-// ascending. logit_scale (batch) multiplies the attention logits.
-void extend(const Layer* layers, int32_t num_layers, float* h, int32_t batch, int32_t tokens,
-            int32_t width, int32_t heads, int32_t num_patches, const int32_t* place,
-            const float* logit_scale, int32_t threads) {
-    const int channels = width / heads, rows = batch * tokens;
-    std::vector<float> normed(int64_t(rows) * width);
-    std::vector<float> wide(int64_t(rows) * 4 * width);  // q, k, v, or the inside of the MLP
+// h (batch, tokens, width) through all layers, in place. A token sees what is kept of the places up
+// to its own, by earlier calls and by this one.
+void extend(const Layer* layers, int32_t num_layers, const Tokens* tokens, float* h,
+            int32_t threads) {
+    const Tokens& t = *tokens;
+    std::vector<float> normed(int64_t(t.rows()) * t.width);
+    std::vector<float> wide(int64_t(t.rows()) * 4 * t.width);  // q, k, v, or the MLP's inside
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> scores(int64_t(tokens) * panels_of(num_patches) * PANEL);
-        for (const Layer* layer = layers; layer < layers + num_layers; ++layer) {
-#pragma omp for schedule(static)
-            for (int i = 0; i < rows; ++i)
-                normalize(layer->attention_norm, &h[int64_t(i) * width],
-                          &normed[int64_t(i) * width], width);
-            multiply<Then::STORE>(layer->qkv, normed.data(), wide.data(), rows);
-#pragma omp for schedule(static) collapse(2)
-            for (int sequence = 0; sequence < batch; ++sequence)
-                for (int head = 0; head < heads; ++head) {
-                    const int64_t at = int64_t(sequence) * heads + head;
-                    float* keys = layer->keys + at * keys_size(num_patches, channels);
-                    float* values = layer->values + at * values_size(num_patches, channels);
-                    const int32_t* own = place + int64_t(sequence) * tokens;
-                    const int64_t first = int64_t(sequence) * tokens * width;
-                    const float* q = &wide[3 * first + head * channels];
-                    for (int i = 0; i < tokens; ++i) {
-                        const float* k = q + int64_t(i) * 3 * width + width;
-                        float* key = keys + int64_t(own[i] / PANEL) * channels * PANEL;
-                        for (int c = 0; c < channels; ++c) {
-                            key[c * PANEL + own[i] % PANEL] = k[c];
-                            values[(int64_t(c / PANEL) * num_patches + own[i]) * PANEL +
-                                   c % PANEL] = k[width + c];
-                        }
-                    }
-                    attend(keys, values, q, own, tokens, own[tokens - 1] + 1, channels, num_patches,
-                           width, logit_scale[sequence], scores.data(),
-                           &normed[first + head * channels]);
-                }
-            multiply<Then::ADD>(layer->proj, normed.data(), h, rows);
-#pragma omp for schedule(static)
-            for (int i = 0; i < rows; ++i)
-                normalize(layer->mlp_norm, &h[int64_t(i) * width], &normed[int64_t(i) * width],
-                          width);
-            multiply<Then::GELU>(layer->up, normed.data(), wide.data(), rows);
-            multiply<Then::ADD>(layer->down, wide.data(), h, rows);
+        std::vector<float> scores(int64_t(t.tokens) * panels_of(t.num_patches) * PANEL);
+        for (int l = 0; l < num_layers; ++l) {
+            const Layer& layer = layers[l];
+            normalize(layer.attention_norm, h, normed.data(), t.rows(), t.width);
+            multiply<Then::STORE>(layer.qkv, normed.data(), wide.data(), t.rows());
+            attention(t, layer, wide.data(), scores.data(), normed.data());
+            multiply<Then::ADD>(layer.proj, normed.data(), h, t.rows());
+            normalize(layer.mlp_norm, h, normed.data(), t.rows(), t.width);
+            multiply<Then::GELU>(layer.up, normed.data(), wide.data(), t.rows());
+            multiply<Then::ADD>(layer.down, wide.data(), h, t.rows());
         }
     }
 }
