@@ -195,7 +195,7 @@ class TarFlow(Flow):
 
         @cache
         def decode(*attempts: int) -> Tensor:
-            z = self.noise_of(index, seed=seed, attempt=torch.tensor(attempts))
+            z = self.noise_of(index, seed=seed, attempt=torch.tensor(attempts, dtype=torch.int64))
             with Progress("sampling", len(self.blocks), unit="block", enabled=progress) as shown:
                 return self.decode(z, y, on_block=partial(_count_block, shown), **guidance)
 

@@ -135,3 +135,9 @@ def test_only_samples_that_ran_away_are_drawn_again(monkeypatch: pytest.MonkeyPa
     faults = {0: 1}
     alone = flow.sample([1], index=torch.tensor([9]))
     assert torch.equal(alone[0], images[1])
+
+
+def test_no_samples_are_an_empty_batch() -> None:
+    """As a rank may draw of a grid that is smaller than the number of ranks."""
+    flow = small_flow()
+    assert flow.sample(torch.arange(0), seed=0).shape == (0, 8, 8, 1)

@@ -18,8 +18,9 @@ class CachedLayers(Protocol):
 
         Args:
             h: the layers' input, which may be overwritten.
-            at: where the tokens stand: the place of a single one (S = 1), or (B, S) ascending, each
-                sequence's own. Each sees the tokens up to itself, as they were given last.
+            at: where the tokens stand: the place of a single one (S = 1), or (B, S), each
+                sequence's own, never descending. Each sees the tokens up to itself, as they were
+                given last.
             stop: above all of `at`.
         """
 
@@ -29,7 +30,7 @@ class CachedLayers(Protocol):
 
 def cached_layers(block: FlowBlock, rows: int, temperature: Tensor | None) -> CachedLayers:
     """For `rows` sequences; `temperature` (rows, 1, 1, 1) divides their attention logits."""
-    kind = native.NativeLayers if native.can_run(block.pos_embed) else TorchLayers
+    kind = native.NativeLayers if native.can_run(block) else TorchLayers
     return kind(block, rows, temperature)
 
 

@@ -1,6 +1,7 @@
 """Tweedie's one-step denoising through the forward flow."""
 
 from collections.abc import Callable
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -21,10 +22,10 @@ def score_denoise(
         batch: images taken at once, which bounds the memory.
     """
     scores: list[Tensor] = []
-    for start in range(0, len(x), batch):
-        part = x[start : start + batch].detach().requires_grad_()
-        labels = None if y is None else y[start : start + batch]
+    labels = repeat(None) if y is None else y.split(batch)
+    for part, part_labels in zip(x.detach().split(batch), labels, strict=False):
+        part.requires_grad_()
         with torch.enable_grad():
-            log_prob = unit_prior_log_prob(part, labels).sum()
+            log_prob = unit_prior_log_prob(part, part_labels).sum()
         scores += torch.autograd.grad(log_prob, part)
     return x.detach() + sigma**2 * torch.cat(scores)

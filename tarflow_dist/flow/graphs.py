@@ -50,6 +50,6 @@ def record(work: Callable[[], None], changes: Sequence[Tensor]) -> Callable[[], 
         for tensor, was in zip(changes, before, strict=True):
             tensor.copy_(was)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             work()
     return graph.replay

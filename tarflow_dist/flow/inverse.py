@@ -70,6 +70,8 @@ def invert_block(
     Returns:
         x (B, N, D) in image order.
     """
+    if len(z) == 0:
+        return z
     z = block.permute(z)
     predict = Predictor(block, y, len(z), guidance)
     one_by_one = solver.window == 1 and not has_graphs(z.device)
@@ -171,8 +173,8 @@ class Predictor:
         Their keys and values are kept, for calls with later patches.
 
         Args:
-            at: where they stand in the sequence: the place of a single patch (S = 1), or (B, S)
-                ascending, each sample's own.
+            at: where they stand in the sequence: the place of a single patch (S = 1), or (B, S),
+                each sample's own, never descending.
             stop: above all of `at`.
         """
         places = at

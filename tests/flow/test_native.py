@@ -1,8 +1,14 @@
 """The CPU's kernel against torch's own operations in float64."""
 
+import ctypes
+import os
 import random
+import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,17 +20,33 @@ from tarflow_dist.flow.cached import TorchLayers, cached_layers
 from tarflow_dist.flow.model import Flow
 from tarflow_dist.flow.native import NativeLayers, build
 
+COMPILE = "from tarflow_dist.flow.native import build; assert build.library() is not None"
 INSTRUCTIONS = ("DEFAULT", "AVX2", "AVX512")
+pytestmark = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "c++")) is None, reason="there is no C++ compiler"
+)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "tarflow_dist"
+
+
+def compile_anew() -> ctypes.CDLL | None:
+    """As a new process would."""
+    return build.library.__wrapped__()
 
 
 @pytest.fixture(params=INSTRUCTIONS)
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each kind of CPU that this one can stand in for."""
     here = torch.backends.cpu.get_cpu_capability()
-    if request.param not in INSTRUCTIONS[: INSTRUCTIONS.index(here) + 1]:
+    known = INSTRUCTIONS[: INSTRUCTIONS.index(here) + 1] if here in INSTRUCTIONS else ("DEFAULT",)
+    if request.param not in known:
         pytest.skip(f"this CPU has {here} only")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
-    found = build.library.__wrapped__()
+    found = compile_anew()
     assert found is not None
     monkeypatch.setattr(native, "library", lambda: found)
     return request.param
@@ -125,41 +147,72 @@ def test_large_activations() -> None:
     torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-3)
 
 
+def small_flow() -> Flow:
+    torch.manual_seed(0)
+    sizes = {"image_size": 4, "patch_size": 2, "width": 16, "head_dim": 8, "sigma": 0.1}
+    flow = Flow(**sizes, num_blocks=1, layers_per_block=1).requires_grad_(False)
+    for parameter in flow.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    return flow
+
+
 def test_only_float32_takes_the_kernel() -> None:
-    flow = Flow(
-        image_size=4,
-        patch_size=2,
-        width=16,
-        num_blocks=1,
-        layers_per_block=1,
-        head_dim=8,
-        sigma=0.1,
-    )
-    (block,) = flow.blocks
+    (block,) = small_flow().blocks
     assert isinstance(block, FlowBlock)
     assert isinstance(cached_layers(block, 1, None), NativeLayers)
-    for dtype in (torch.float64, torch.bfloat16):
-        assert isinstance(cached_layers(block.to(dtype), 1, None), TorchLayers)
+    block.attn_blocks.double()
+    assert isinstance(cached_layers(block, 1, None), TorchLayers)
+    assert isinstance(cached_layers(block.bfloat16(), 1, None), TorchLayers)
 
 
-@pytest.mark.parametrize("compiler", ["false", "/no/such/compiler"])
+def test_torchs_defaults_for_new_tensors_change_nothing() -> None:
+    flow = small_flow()
+    z = torch.randn(3, 4, 12)
+    expected = flow.decode(z)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(flow.decode(z), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("compiler", ["false", "/no/such/compiler --at-all"])
 def test_a_cpu_without_a_compiler_says_so_and_samples(
     compiler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
-    with pytest.warns(UserWarning, match="samples several times slower"):
-        assert build.library.__wrapped__() is None
+    with pytest.warns(UserWarning, match="can't be compiled .* several times slower"):
+        assert compile_anew() is None
     monkeypatch.setattr(native, "library", lambda: None)
-    flow = Flow(
-        image_size=4,
-        patch_size=2,
-        width=16,
-        num_blocks=1,
-        layers_per_block=1,
-        head_dim=8,
-        sigma=0.1,
-    )
+    flow = small_flow()
     x = torch.rand(2, 3, 4, 4) * 2 - 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        torch.testing.assert_close(flow.decode(flow.encode(x).detach()), x, rtol=0, atol=1e-5)
+        torch.testing.assert_close(flow.decode(flow.encode(x)), x, rtol=0, atol=1e-5)
+
+
+def test_what_was_compiled_serves_later_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compile_anew() is not None
+    monkeypatch.setenv("CXX", "false")
+    assert compile_anew() is not None
+
+
+def test_a_damaged_library_is_named(own_cache: Path) -> None:
+    subprocess.run([sys.executable, "-c", COMPILE], check=True)
+    (file,) = own_cache.iterdir()
+    file.write_bytes(b"no library")
+    with pytest.warns(UserWarning, match=file.name):
+        assert compile_anew() is None
+
+
+def test_processes_that_compile_at_once_leave_one_library(own_cache: Path) -> None:
+    running = [subprocess.Popen([sys.executable, "-c", COMPILE]) for _ in range(3)]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    assert len(list(own_cache.iterdir())) == 1
+
+
+def test_a_cache_that_others_write_to_is_not_used(own_cache: Path) -> None:
+    own_cache.mkdir()
+    own_cache.chmod(0o777)
+    assert compile_anew() is not None
+    assert list(own_cache.iterdir()) == []

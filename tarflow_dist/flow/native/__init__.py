@@ -1,6 +1,7 @@
 """A block's transformer layers on a CPU: all of them in one call of layers.cpp."""
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,13 +49,18 @@ class _Tokens(ctypes.Structure):
     )
 
 
-def can_run(weight: Tensor) -> bool:
-    """Whether `NativeLayers` takes layers with such weights: float32, on a CPU with a compiler."""
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and library() is not None
+FLOAT32_ON_CPU: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+
+
+def can_run(block: FlowBlock) -> bool:
+    """Whether `NativeLayers` takes the block: float32, on a CPU that the kernel is compiled for."""
+    fits = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in block.parameters())
+    return fits and library() is not None
 
 
 class NativeLayers:
-    """The `flow.cached.CachedLayers` of a float32 model on a CPU. It has a copy of the weights."""
+    """The `flow.cached.CachedLayers` of a float32 model on a CPU. It has a copy of the matrices, so
+    the weights must stay as they are."""
 
     def __init__(self, block: FlowBlock, rows: int, temperature: Tensor | None):
         found = library()
@@ -64,14 +70,14 @@ class NativeLayers:
         self._pointed_at: list[Tensor] = []
         layers = [self._layer(layer) for layer in block.attn_blocks]
         self._layers = (_Layer * len(layers))(*layers)
-        self._scale = torch.full((rows,), block.head_dim**-0.5)
+        self._scale = torch.full((rows,), block.head_dim**-0.5, **FLOAT32_ON_CPU)
         if temperature is not None:
             self._scale /= temperature.flatten()
         num_patches, width = block.pos_embed.shape
         heads = width // block.head_dim
         self._tokens = _Tokens(width=width, heads=heads, num_patches=num_patches)
         self._caches = [
-            torch.empty(rows, heads, size(ctypes.byref(self._tokens)))
+            torch.empty(rows, heads, size(ctypes.byref(self._tokens)), **FLOAT32_ON_CPU)
             for _ in layers
             for size in (found.keys_size, found.values_size)
         ]
@@ -82,17 +88,18 @@ class NativeLayers:
         tokens.batch, tokens.tokens = h.shape[:2]
         h = h.contiguous()
         if isinstance(at, int):
-            place = torch.full((len(h),), at, dtype=torch.int32)
+            place = torch.full((len(h),), at, dtype=torch.int32, device="cpu")
         else:
             place = at.int().contiguous()
         tokens.place, tokens.logit_scale = place.data_ptr(), self._scale.data_ptr()
         self._library.extend(
-            self._layers, len(self._layers), ctypes.byref(tokens), _pointer(h), self._threads
+            self._layers, len(self._layers), ctypes.byref(tokens), h.data_ptr(), self._threads
         )
         return h
 
     def keep(self, rows: Tensor) -> None:
-        self._caches = [cache[rows] for cache in self._caches]
+        for number, cache in enumerate(self._caches):  # one at a time: they are large
+            self._caches[number] = cache[rows]
         self._scale = self._scale[rows]
         self._point_at_caches()
 
@@ -120,8 +127,8 @@ class NativeLayers:
     def _linear(self, linear: nn.Linear) -> _Linear:
         outs, ins = linear.weight.shape
         weight = linear.weight.detach().contiguous()
-        packed = torch.empty(self._library.packed_size(outs, ins))
-        self._library.pack(_pointer(weight), outs, ins, _pointer(packed), self._threads)
+        packed = torch.empty(self._library.packed_size(outs, ins), **FLOAT32_ON_CPU)
+        self._library.pack(weight.data_ptr(), outs, ins, packed.data_ptr(), self._threads)
         return _Linear(self._keep(packed), self._keep(linear.bias), ins, outs)
 
     def _norm(self, norm: nn.LayerNorm) -> _Norm:
@@ -132,7 +139,3 @@ class NativeLayers:
         tensor = tensor.detach().contiguous()
         self._pointed_at.append(tensor)
         return tensor.data_ptr()
-
-
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())

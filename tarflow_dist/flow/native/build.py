@@ -3,8 +3,11 @@
 import ctypes
 import hashlib
 import os
+import platform
+import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from functools import cache
@@ -13,7 +16,9 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("layers.cpp")
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC")
+THREADS = ("-fopenmp",) if sys.platform == "linux" else ()
+"""Elsewhere compilers come without OpenMP, and the kernel runs in one thread."""
 INSTRUCTIONS = {
     "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
     "AVX2": ("-mavx2", "-mfma"),
@@ -23,40 +28,61 @@ INSTRUCTIONS = {
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernel; None, after a warning, where there is no compiler that can make it."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        _warn("no C++ compiler was found ($CXX, or c++)")
+    """The compiled kernel; None, after a warning, where it can't be made."""
+    flags = (*FLAGS, *THREADS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ()))
+    key = repr((flags, platform.machine(), platform.libc_ver())).encode() + SOURCE.read_bytes()
+    name = f"layers-{hashlib.blake2b(key, digest_size=10).hexdigest()}.so"
+    try:
+        folder = _own_cache()
+        if folder is not None and (folder / name).exists():
+            return _open(folder / name)
+        # whole or not at all, whoever else compiles it meanwhile
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            file = _compile(flags, Path(work) / name)
+            found = _open(file)
+            if folder is not None:
+                file.replace(folder / name)
+        return found
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        lines = (getattr(error, "stderr", None) or str(error)).splitlines()
+        reason = next((line for line in lines if "error" in line), lines[0])
+        warnings.warn(
+            f"the kernel that samples on a CPU can't be compiled ({reason}): torch's own "
+            "operations, several times slower, do it",
+            stacklevel=2,
+        )
         return None
-    flags = (*FLAGS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ()))
-    key = hashlib.blake2b(repr((compiler, flags)).encode() + SOURCE.read_bytes(), digest_size=10)
-    file = _cache_folder() / f"layers-{key.hexdigest()}.so"
-    if not file.exists():
-        part = file.with_name(f"{file.name}.{os.getpid()}.part")
-        command = [compiler, *flags, str(SOURCE), "-o", str(part)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["without a word"])[0]
-            _warn(f"{compiler} can't compile {SOURCE.name} ({reason})")
-            return None
-        part.replace(file)  # whole or not at all, whoever else compiles it meanwhile
+
+
+def _compile(flags: tuple[str, ...], file: Path) -> Path:
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    if shutil.which(compiler[0]) is None:
+        raise RuntimeError(f"there is no C++ compiler {compiler[0]}")
+    command = [*compiler, *flags, str(SOURCE), "-o", str(file)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return file
+
+
+def _open(file: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(file))
+    pointer, number = ctypes.c_void_p, ctypes.c_int32
+    found.keys_size.argtypes = found.values_size.argtypes = [pointer]
+    found.packed_size.argtypes = [number, number]
     for size in (found.keys_size, found.values_size, found.packed_size):
         size.restype = ctypes.c_int64
+    found.pack.argtypes = [pointer, number, number, pointer, number]
+    found.extend.argtypes = [pointer, number, pointer, pointer, number]
+    found.pack.restype = found.extend.restype = None
     return found
 
 
-def _warn(what: str) -> None:
-    warnings.warn(f"{what}: this CPU samples several times slower without", stacklevel=3)
-
-
-def _cache_folder() -> Path:
-    """The user's own: what lies there is run."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tarflow_dist"
+def _own_cache() -> Path | None:
+    """A folder that nobody else writes to, because what lies there is run; None without one."""
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tarflow_dist"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="tarflow_dist-"))
+        status = folder.stat()
+    except (OSError, RuntimeError):  # also: a user without a home
+        return None
+    own = status.st_uid == os.geteuid() and not status.st_mode & 0o022
+    return folder if own and os.access(folder, os.W_OK) else None

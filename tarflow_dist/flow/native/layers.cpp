@@ -18,8 +18,10 @@ namespace {
 constexpr int LANES = 16, ROWS = 6;  // 24 sums, 4 weights and an input fill 32 registers
 #elif defined(__AVX2__)
 constexpr int LANES = 8, ROWS = 2;
-#else
+#elif defined(__ARM_NEON)
 constexpr int LANES = 4, ROWS = 6;
+#else
+constexpr int LANES = 4, ROWS = 2;
 #endif
 constexpr int VECTORS = 4, PANEL = VECTORS * LANES;
 
@@ -182,7 +184,7 @@ float exponentials(float* scores, int count, int end, float scale) {
 // The tokens of a call. Token i of a sequence stands at place[sequence · tokens + i].
 struct Tokens {
     int32_t batch, tokens, width, heads, num_patches;
-    const int32_t* place;      // ascending in each sequence
+    const int32_t* place;      // never descending in a sequence
     const float* logit_scale;  // (batch), multiplies the attention logits
 
     int rows() const { return batch * tokens; }
