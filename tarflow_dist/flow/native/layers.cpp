@@ -74,15 +74,20 @@ Vec gelu(Vec x) {
 }
 
 // All matrices that rows are multiplied with lie in panels of PANEL columns, [ins][PANEL] each.
-template <int COUNT>
+// FETCHED vectors of each row of another panel, `ahead`, are brought into the cache meanwhile.
+template <int COUNT, int FETCHED = 0>
 void multiply_panel(const float* panel, int ins, const float* x, int64_t x_stride,
-                    Vec (&sums)[COUNT][VECTORS]) {
-    for (int k = 0; k < ins; ++k, panel += PANEL) {
+                    Vec (&products)[COUNT][VECTORS], const float* ahead = nullptr) {
+    Vec sums[COUNT][VECTORS] = {};
+    for (int k = 0; k < ins; ++k, panel += PANEL, ahead += PANEL) {
+        for (int j = 0; j < FETCHED; ++j) __builtin_prefetch(ahead + j * LANES);
         Vec w[VECTORS];
         for (int j = 0; j < VECTORS; ++j) w[j] = load(panel + j * LANES);
         for (int r = 0; r < COUNT; ++r)
             for (int j = 0; j < VECTORS; ++j) sums[r][j] += x[r * x_stride + k] * w[j];
     }
+    for (int r = 0; r < COUNT; ++r)
+        for (int j = 0; j < VECTORS; ++j) products[r][j] = sums[r][j];
 }
 
 // Calls work(count, first row) for all rows, with a count that is known to the compiler.
@@ -114,6 +119,21 @@ struct Layer {
 
 enum class Then { STORE, GELU, ADD };
 
+// The same, for the rows from `first` of so many. Where several groups of rows take turns with one
+// panel, each brings in its share of the next, so that memory and arithmetic overlap.
+template <int COUNT>
+void multiply_group(const float* panel, int ins, const float* x, int first, int rows,
+                    Vec (&products)[COUNT][VECTORS]) {
+    const int groups = (rows + ROWS - 1) / ROWS, group = first / ROWS;
+    const int start = groups == 1 ? 0 : group * VECTORS / groups;
+    const int fetched = groups == 1 ? 0 : (group + 1) * VECTORS / groups - start;
+    const float* ahead = panel + int64_t(ins) * PANEL + start * LANES;
+    x += int64_t(first) * ins;
+    if (fetched == 0) multiply_panel<COUNT, 0>(panel, ins, x, ins, products, ahead);
+    if (fetched == 1) multiply_panel<COUNT, 1>(panel, ins, x, ins, products, ahead);
+    if (fetched == 2) multiply_panel<COUNT, 2>(panel, ins, x, ins, products, ahead);
+}
+
 // out (rows, outs) from x (rows, ins); to be called by all threads of a team
 template <Then THEN>
 void multiply(const Linear& linear, const float* x, float* out, int rows) {
@@ -124,8 +144,8 @@ void multiply(const Linear& linear, const float* x, float* out, int rows) {
         float bias[PANEL] = {};
         std::copy_n(linear.bias + column, columns, bias);
         by_rows(0, rows, [&](auto count, int first) {
-            Vec sums[count][VECTORS] = {};
-            multiply_panel(weight, linear.ins, x + int64_t(first) * linear.ins, linear.ins, sums);
+            Vec sums[count][VECTORS];
+            multiply_group(weight, linear.ins, x, first, rows, sums);
             for (int r = 0; r < count; ++r) {
                 float* to = out + int64_t(first + r) * linear.outs + column;
                 float result[PANEL] = {};
@@ -213,7 +233,7 @@ void attend(const Tokens& t, const int32_t* place, const float* q, const float* 
     const int end = panels_of(stop) * PANEL;
     for (int panel = 0; panel < panels_of(stop); ++panel)
         by_rows(0, t.tokens, [&](auto count, int first) {
-            Vec sums[count][VECTORS] = {};
+            Vec sums[count][VECTORS];
             multiply_panel(keys + int64_t(panel) * channels * PANEL, channels,
                            q + int64_t(first) * 3 * t.width, 3 * t.width, sums);
             for (int r = 0; r < count; ++r)
@@ -225,7 +245,7 @@ void attend(const Tokens& t, const int32_t* place, const float* q, const float* 
         total[i] = exponentials(scores + int64_t(i) * end, place[i] + 1, end, scale);
     for (int panel = 0; panel < panels_of(channels); ++panel)
         by_rows(0, t.tokens, [&](auto count, int first) {
-            Vec sums[count][VECTORS] = {};
+            Vec sums[count][VECTORS];
             multiply_panel(values + int64_t(panel) * t.num_patches * PANEL, stop,
                            scores + int64_t(first) * end, end, sums);
             for (int r = 0; r < count; ++r) {
@@ -269,11 +289,12 @@ int64_t packed_size(int32_t outs, int32_t ins) { return int64_t(panels_of(outs))
 void pack(const float* weight, int32_t outs, int32_t ins, float* packed, int32_t threads) {
 #pragma omp parallel for num_threads(threads)
     for (int panel = 0; panel < panels_of(outs); ++panel)
-        for (int k = 0; k < ins; ++k)
+        for (int start = 0; start < ins; start += 16)  // a cache line of each row at a time
             for (int j = 0; j < PANEL; ++j) {
                 const int row = panel * PANEL + j;
-                packed[(int64_t(panel) * ins + k) * PANEL + j] =
-                    row < outs ? weight[int64_t(row) * ins + k] : 0;
+                for (int k = start; k < std::min(start + 16, ins); ++k)
+                    packed[(int64_t(panel) * ins + k) * PANEL + j] =
+                        row < outs ? weight[int64_t(row) * ins + k] : 0;
             }
 }
 
