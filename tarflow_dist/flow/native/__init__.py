@@ -87,6 +87,7 @@ class NativeLayers:
         tokens = self._tokens
         tokens.batch, tokens.tokens = h.shape[:2]
         h = h.contiguous()
+        assert h.dtype == torch.float32
         if isinstance(at, int):
             place = torch.full((len(h),), at, dtype=torch.int32, device="cpu")
         else:
