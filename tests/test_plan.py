@@ -104,7 +104,7 @@ def test_flops_of_recomputation_are_exact() -> None:
 
 def test_cost_of_guided_samples_is_what_decoding_does() -> None:
     config = configs.load(DIGITS, ["model.width=128"])
-    flow = Flow(**config.model.model_dump())
+    flow = Flow(**config.model.model_dump()).double()  # by torch's operations, which are counted
     counted = Counts(**flow.config)
     sampling = estimate(config, card("h100"), 1, mfu=0.5).sampling
     z = torch.randn(BATCH, flow.num_patches, flow.patch_dim)

@@ -214,7 +214,7 @@ def test_killed_again_and_again_the_samples_are_the_same(
     """The whole is in benchmarks/sample_kills.py. Kills −9 while chunks are being written, on
     changing numbers of ranks."""
     whole, killed, log = tmp_path / "whole", tmp_path / "killed", tmp_path / "log"
-    more = ("--num-samples", 400, "--batch-size", 8)
+    more = ("--num-samples", 1600, "--batch-size", 8)
     ranks.run_command(log, COMMAND, *options(model, digits, whole, *more))
     found = []
     for count in (2, 1):
@@ -231,12 +231,12 @@ def test_killed_again_and_again_the_samples_are_the_same(
             process.join()
             assert process.exitcode == -signal.SIGKILL
         found.append(len(list(killed.glob("samples-*"))))
-    assert 0 < found[0] < found[1] < 50
+    assert 0 < found[0] < found[1] < 200
     ranks.run_command(log, COMMAND, *options(model, digits, killed, *more), ranks=2)
     result = outcome(killed)
     assert result["samples_sha256"] == outcome(whole)["samples_sha256"]
-    assert result["chunks_drawn"] == 50 - found[1]
-    assert result["redrawn_samples"] == times_lost(model, 400)
+    assert result["chunks_drawn"] == 200 - found[1]
+    assert result["redrawn_samples"] == times_lost(model, 1600)
 
 
 @pytest.mark.e2e
