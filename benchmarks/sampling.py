@@ -27,8 +27,7 @@ from tarflow_dist.flow.noise import to_pixels
 
 # (segments of each block, 0 for one patch at a time; sweeps a segment; stopping bound)
 GS_JACOBI = [(0, 1, 0.0), (1, 256, 1e-6), (8, 256, 1e-6), (16, 256, 1e-6), (8, 256, 1e-4)]
-
-
+# whose times are divided by each way's
 PEERS = ("sequential", "published")
 
 

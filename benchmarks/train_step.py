@@ -29,7 +29,7 @@ import torch
 from tarflow_dist import config as configs
 from tarflow_dist import distributed
 from tarflow_dist.config import Config
-from tarflow_dist.cost.cards import find_card
+from tarflow_dist.cost.cards import card, find_card
 from tarflow_dist.cost.estimate import estimate
 from tarflow_dist.data.loader import Batch
 from tarflow_dist.flow.counts import Counts
@@ -245,7 +245,7 @@ def report(
     train, ranks = config.train, distributed.world_size()
     counts = Counts(**config.model.model_dump())
     name = distributed.device_name(device)
-    card = find_card(name)
+    known = find_card(name)
     yield (
         f"{ranks} x {name}, {counts.num_parameters / 1e6:.1f} M parameters, batch "
         f"{train.batch_size}, {train.precision}, ZeRO {train.zero_stage}, "
@@ -254,7 +254,7 @@ def report(
     for side, step in times.items():
         rate = train.batch_size / step
         achieved = rate * counts.training_flops / ranks
-        share = f", MFU {achieved / card.bf16_flops:.1%}" if card else ""
+        share = f", MFU {achieved / known.bf16_flops:.1%}" if known else ""
         yield (
             f"{side:<10}{step * 1e3:9.1f} ms a step {rate:9.2f} images/s "
             f"{achieved / 1e12:9.4f} TFLOP/s{share}"
@@ -262,11 +262,9 @@ def report(
     if "published" in times:
         yield f"published / ours: {times['published'] / times['ours']:.3f}"
     if peak is not None:
-        planned = ""
-        if card:
-            memory = estimate(config, card, ranks, mfu=1.0).chosen.memory
-            planned = f", planned {memory.peak / GIB:.2f}"
-        yield f"peak memory {peak / GIB:.2f} GiB{planned}"
+        # which card it is decides nothing but the speed
+        planned = estimate(config, known or card("h100"), ranks, mfu=1.0).chosen.memory
+        yield f"peak memory {peak / GIB:.2f} GiB, planned {planned.peak / GIB:.2f}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The Debian packages that some tests need: Slurm for tests/slurm, Chromium to look at the report, g++ for
-# torch.compile and the sampler's kernel.
+# The Debian packages that some tests need: Slurm for tests/slurm, Chromium to look at the report,
+# g++ for torch.compile and the sampler's kernel.
 # Where they can't be installed (no root, another system) those tests skip, and say so.
 set -uo pipefail
 packages=(

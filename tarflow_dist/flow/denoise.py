@@ -1,7 +1,6 @@
 """Tweedie's one-step denoising through the forward flow."""
 
 from collections.abc import Callable
-from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -22,10 +21,10 @@ def score_denoise(
         batch: images taken at once, which bounds the memory.
     """
     scores: list[Tensor] = []
-    labels = repeat(None) if y is None else y.split(batch)
-    for part, part_labels in zip(x.detach().split(batch), labels, strict=False):
-        part.requires_grad_()
+    for start in range(0, max(len(x), 1), batch):  # no images are one part
+        part = x[start : start + batch].detach().requires_grad_()
+        labels = None if y is None else y[start : start + batch]
         with torch.enable_grad():
-            log_prob = unit_prior_log_prob(part, part_labels).sum()
+            log_prob = unit_prior_log_prob(part, labels).sum()
         scores += torch.autograd.grad(log_prob, part)
     return x.detach() + sigma**2 * torch.cat(scores)

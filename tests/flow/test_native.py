@@ -9,10 +9,11 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tarflow_dist.flow import native
 from tarflow_dist.flow.block import FlowBlock
@@ -20,6 +21,7 @@ from tarflow_dist.flow.cached import TorchLayers, cached_layers
 from tarflow_dist.flow.model import Flow
 from tarflow_dist.flow.native import NativeLayers, build
 
+Model = TypeVar("Model", bound=nn.Module)
 COMPILE = "from tarflow_dist.flow.native import build; assert build.library() is not None"
 INSTRUCTIONS = ("DEFAULT", "AVX2", "AVX512")
 pytestmark = pytest.mark.skipif(
@@ -52,22 +54,26 @@ def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     return request.param
 
 
+def randomized(model: Model) -> Model:
+    for parameter in model.requires_grad_(False).parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
 def random_block(*, width: int, head_dim: int, num_layers: int = 2, places: int = 40) -> FlowBlock:
     torch.manual_seed(width + head_dim)
-    block = FlowBlock(
-        num_patches=places,
-        patch_dim=3,
-        width=width,
-        num_layers=num_layers,
-        head_dim=head_dim,
-        num_classes=0,
-        reverse=False,
-        volume_preserving=False,
+    return randomized(
+        FlowBlock(
+            num_patches=places,
+            patch_dim=3,
+            width=width,
+            num_layers=num_layers,
+            head_dim=head_dim,
+            num_classes=0,
+            reverse=False,
+            volume_preserving=False,
+        )
     )
-    with torch.no_grad():
-        for parameter in block.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return block.requires_grad_(False)
 
 
 def windows(chance: random.Random, rows: int, places: int) -> Iterator[Tensor]:
@@ -150,10 +156,7 @@ def test_large_activations() -> None:
 def small_flow() -> Flow:
     torch.manual_seed(0)
     sizes = {"image_size": 4, "patch_size": 2, "width": 16, "head_dim": 8, "sigma": 0.1}
-    flow = Flow(**sizes, num_blocks=1, layers_per_block=1).requires_grad_(False)
-    for parameter in flow.parameters():
-        parameter.add_(0.1 * torch.randn_like(parameter))
-    return flow
+    return randomized(Flow(**sizes, num_blocks=1, layers_per_block=1))
 
 
 def test_only_float32_takes_the_kernel() -> None:

@@ -1,7 +1,6 @@
 """A block's transformer layers on a CPU: all of them in one call of layers.cpp."""
 
 import ctypes
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,9 +48,6 @@ class _Tokens(ctypes.Structure):
     )
 
 
-FLOAT32_ON_CPU: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-
-
 def can_run(block: FlowBlock) -> bool:
     """Whether `NativeLayers` takes the block: float32, on a CPU that the kernel is compiled for."""
     fits = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in block.parameters())
@@ -70,14 +66,14 @@ class NativeLayers:
         self._pointed_at: list[Tensor] = []
         layers = [self._layer(layer) for layer in block.attn_blocks]
         self._layers = (_Layer * len(layers))(*layers)
-        self._scale = torch.full((rows,), block.head_dim**-0.5, **FLOAT32_ON_CPU)
+        self._scale = block.pos_embed.new_full((rows,), block.head_dim**-0.5)
         if temperature is not None:
             self._scale /= temperature.flatten()
         num_patches, width = block.pos_embed.shape
         heads = width // block.head_dim
         self._tokens = _Tokens(width=width, heads=heads, num_patches=num_patches)
         self._caches = [
-            torch.empty(rows, heads, size(ctypes.byref(self._tokens)), **FLOAT32_ON_CPU)
+            block.pos_embed.new_empty(rows, heads, size(ctypes.byref(self._tokens)))
             for _ in layers
             for size in (found.keys_size, found.values_size)
         ]
@@ -128,7 +124,7 @@ class NativeLayers:
     def _linear(self, linear: nn.Linear) -> _Linear:
         outs, ins = linear.weight.shape
         weight = linear.weight.detach().contiguous()
-        packed = torch.empty(self._library.packed_size(outs, ins), **FLOAT32_ON_CPU)
+        packed = weight.new_empty(self._library.packed_size(outs, ins))
         self._library.pack(weight.data_ptr(), outs, ins, packed.data_ptr(), self._threads)
         return _Linear(self._keep(packed), self._keep(linear.bias), ins, outs)
 

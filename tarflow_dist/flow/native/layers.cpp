@@ -57,9 +57,9 @@ Vec exp_negative(Vec x) {
 
 // x · Φ(x), with −ln(2 Φ(−|x|)) / |x| as a polynomial fitted on 0…9; error below 5e-8
 Vec gelu(Vec x) {
-    const Vec zero = {};
+    const Vec zero = {}, most = zero + 9.0f;
     Vec a = x < zero ? -x : x;
-    a = a > zero + 9.0f ? zero + 9.0f : a;
+    a = a > most ? most : a;
     Vec p = a * 1.29948674e-8f - 4.48087292e-7f;
     p = p * a + 6.37496942e-6f;
     p = p * a - 4.76960013e-5f;
@@ -79,8 +79,8 @@ template <int COUNT, int FETCHED = 0>
 void multiply_panel(const float* panel, int ins, const float* x, int64_t x_stride,
                     Vec (&products)[COUNT][VECTORS], const float* ahead = nullptr) {
     Vec sums[COUNT][VECTORS] = {};
-    for (int k = 0; k < ins; ++k, panel += PANEL, ahead += PANEL) {
-        for (int j = 0; j < FETCHED; ++j) __builtin_prefetch(ahead + j * LANES);
+    for (int k = 0; k < ins; ++k, panel += PANEL) {
+        for (int j = 0; j < FETCHED; ++j) __builtin_prefetch(ahead + k * PANEL + j * LANES);
         Vec w[VECTORS];
         for (int j = 0; j < VECTORS; ++j) w[j] = load(panel + j * LANES);
         for (int r = 0; r < COUNT; ++r)
@@ -88,6 +88,21 @@ void multiply_panel(const float* panel, int ins, const float* x, int64_t x_strid
     }
     for (int r = 0; r < COUNT; ++r)
         for (int j = 0; j < VECTORS; ++j) products[r][j] = sums[r][j];
+}
+
+// The same for the rows from `first`, of `rows`. Where several groups of rows take turns with one
+// panel, each brings in its share of the next, so that memory and arithmetic overlap.
+template <int COUNT>
+void multiply_group(const float* panel, int ins, const float* x, int first, int rows,
+                    Vec (&products)[COUNT][VECTORS]) {
+    const int groups = (rows + ROWS - 1) / ROWS, group = first / ROWS;
+    const int shared = groups > 1 ? VECTORS : 0;
+    const int start = group * shared / groups, fetched = (group + 1) * shared / groups - start;
+    const float* ahead = panel + int64_t(ins) * PANEL + start * LANES;
+    x += int64_t(first) * ins;
+    if (fetched == 0) multiply_panel(panel, ins, x, ins, products);
+    if (fetched == 1) multiply_panel<COUNT, 1>(panel, ins, x, ins, products, ahead);
+    if (fetched == 2) multiply_panel<COUNT, 2>(panel, ins, x, ins, products, ahead);
 }
 
 // Calls work(count, first row) for all rows, with a count that is known to the compiler.
@@ -118,21 +133,6 @@ struct Layer {
 };
 
 enum class Then { STORE, GELU, ADD };
-
-// The same, for the rows from `first` of so many. Where several groups of rows take turns with one
-// panel, each brings in its share of the next, so that memory and arithmetic overlap.
-template <int COUNT>
-void multiply_group(const float* panel, int ins, const float* x, int first, int rows,
-                    Vec (&products)[COUNT][VECTORS]) {
-    const int groups = (rows + ROWS - 1) / ROWS, group = first / ROWS;
-    const int start = groups == 1 ? 0 : group * VECTORS / groups;
-    const int fetched = groups == 1 ? 0 : (group + 1) * VECTORS / groups - start;
-    const float* ahead = panel + int64_t(ins) * PANEL + start * LANES;
-    x += int64_t(first) * ins;
-    if (fetched == 0) multiply_panel<COUNT, 0>(panel, ins, x, ins, products, ahead);
-    if (fetched == 1) multiply_panel<COUNT, 1>(panel, ins, x, ins, products, ahead);
-    if (fetched == 2) multiply_panel<COUNT, 2>(panel, ins, x, ins, products, ahead);
-}
 
 // out (rows, outs) from x (rows, ins); to be called by all threads of a team
 template <Then THEN>
