@@ -60,7 +60,7 @@ class FlowBlock(nn.Module):
         h = self.embed(x, self.permuted_positions(), self.class_vector(y))
         for layer in self.attn_blocks:
             h = layer(h)
-        mu, alpha = self.mu_alpha(h[:, :-1])
+        mu, alpha = self.mu_alpha(self.proj_out(h[:, :-1]))
         mu, alpha = F.pad(mu, (0, 0, 1, 0)), F.pad(alpha, (0, 0, 1, 0))
         z = (x - mu) * torch.exp(-alpha)
         return self.permute(z), -alpha.sum(dim=(1, 2))
@@ -88,10 +88,9 @@ class FlowBlock(nn.Module):
         h = self.proj_in(x.to(self.proj_in.weight.dtype)) + positions
         return h if class_vector is None else h + class_vector
 
-    def mu_alpha(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """The transformer's output (B, S, width) at patches i → μ and α (B, S, D) of patches i + 1,
-        at least float32."""
-        out = self.proj_out(h)
+    def mu_alpha(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """The output projection (B, S, 2D) at patches i → μ and α (B, S, D) of patches i + 1, at
+        least float32. A volume-preserving block's is μ alone, (B, S, D)."""
         out = out.to(accurate_dtype(out.dtype))
         if self.volume_preserving:
             return out, torch.zeros_like(out)

@@ -1,4 +1,4 @@
-"""A block's transformer layers with a KV cache: tokens go in a few at a time."""
+"""A block's transformer with a KV cache: patches go in a few at a time."""
 
 from typing import Protocol
 
@@ -10,16 +10,15 @@ from tarflow_dist.flow.block import FlowBlock
 from tarflow_dist.flow.transformer import TransformerLayer
 
 
-class CachedLayers(Protocol):
-    """Layers that have seen the first tokens of some sequences."""
+class CachedTransformer(Protocol):
+    """A block's transformer that has seen the first patches of some sequences."""
 
-    def __call__(self, h: Tensor, at: int | Tensor, stop: int) -> Tensor:
-        """The next tokens through all layers: (B, S, width) → (B, S, width).
+    def __call__(self, x: Tensor, at: int | Tensor, stop: int) -> Tensor:
+        """The next patches (B, S, D) → the output projection (B, S, 2D); D, if volume-preserving.
 
         Args:
-            h: the layers' input, which may be overwritten.
-            at: where the tokens stand: the place of a single one (S = 1), or (B, S), each
-                sequence's own, never descending. Each sees the tokens up to itself, as they were
+            at: where the patches stand: the place of a single one (S = 1), or (B, S), each
+                sequence's own, never descending. Each sees the patches up to itself, as they were
                 given last.
             stop: above all of `at`.
         """
@@ -28,31 +27,39 @@ class CachedLayers(Protocol):
         """Goes on with some of the sequences: (B,) bool."""
 
 
-def cached_layers(block: FlowBlock, rows: int, temperature: Tensor | None) -> CachedLayers:
-    """For `rows` sequences; `temperature` (rows, 1, 1, 1) divides their attention logits."""
-    kind = native.NativeLayers if native.can_run(block) else TorchLayers
-    return kind(block, rows, temperature)
+def cached_transformer(
+    block: FlowBlock, y: Tensor | None, rows: int, temperature: Tensor | None
+) -> CachedTransformer:
+    """For `rows` sequences of the classes y (rows,), as in `FlowBlock.class_vector`; `temperature`
+    (rows, 1, 1, 1) divides their attention logits."""
+    kind = native.NativeTransformer if native.can_run(block) else TorchTransformer
+    return kind(block, y, rows, temperature)
 
 
-class TorchLayers:
+class TorchTransformer:
     """On every device, in every type."""
 
-    def __init__(self, block: FlowBlock, rows: int, temperature: Tensor | None):
-        self._layers = list(block.attn_blocks)
+    def __init__(self, block: FlowBlock, y: Tensor | None, rows: int, temperature: Tensor | None):
+        self._block = block
+        self._positions = block.permuted_positions()
+        self._class_vector = block.class_vector(y)
         self._caches = block.new_caches(rows)
         self._temperature = temperature
 
-    def __call__(self, h: Tensor, at: int | Tensor, stop: int) -> Tensor:
+    def __call__(self, x: Tensor, at: int | Tensor, stop: int) -> Tensor:
         mask = None
         if isinstance(at, Tensor):
-            mask = torch.arange(stop, device=h.device) <= at[:, None, :, None]
-        for layer, cache in zip(self._layers, self._caches, strict=True):
+            mask = torch.arange(stop, device=x.device) <= at[:, None, :, None]
+        h = self._block.embed(x, self._positions[at], self._class_vector)
+        for layer, cache in zip(self._block.attn_blocks, self._caches, strict=True):
             assert isinstance(layer, TransformerLayer)
             h = layer.extend(h, cache, at, stop, mask, self._temperature)
-        return h
+        return self._block.proj_out(h)
 
     def keep(self, rows: Tensor) -> None:
         for cache in self._caches:
             cache.memory = cache.memory[:, rows]
         if self._temperature is not None:
             self._temperature = self._temperature[rows]
+        if self._class_vector is not None and self._class_vector.ndim == 3:
+            self._class_vector = self._class_vector[rows]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tarflow_dist.flow.block import FlowBlock
-from tarflow_dist.flow.cached import cached_layers
+from tarflow_dist.flow.cached import cached_transformer
 from tarflow_dist.flow.graphs import Replay, has_graphs
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.flow.transformer import accurate_dtype
@@ -153,7 +153,6 @@ class Predictor:
 
     def __init__(self, block: FlowBlock, y: Tensor | None, batch: int, guidance: Guidance):
         self._block, self._guidance = block, guidance
-        self._positions = block.permuted_positions()
         temperature: Tensor | None = None
         rows = batch
         if guidance.active:
@@ -161,11 +160,10 @@ class Predictor:
             if y is not None:
                 y = torch.cat([y, torch.full_like(y, -1)])
             if guidance.attn_temp != 1:
-                dtype = accurate_dtype(self._positions.dtype)
-                temperature = self._positions.new_ones(rows, 1, 1, 1, dtype=dtype)
+                weight = block.proj_out.weight
+                temperature = weight.new_ones(rows, 1, 1, 1, dtype=accurate_dtype(weight.dtype))
                 temperature[batch:] = guidance.attn_temp
-        self._class_vector = block.class_vector(y)
-        self._layers = cached_layers(block, rows, temperature)
+        self._transformer = cached_transformer(block, y, rows, temperature)
 
     def __call__(self, x: Tensor, at: int | Tensor, stop: int) -> tuple[Tensor, Tensor]:
         """The patches x (B, S, D) → μ and α (B, S, D) of those that come after each.
@@ -182,16 +180,12 @@ class Predictor:
             x = torch.cat([x, x])
             if isinstance(at, Tensor):
                 places = torch.cat([at, at])
-        h = self._block.embed(x, self._positions[places], self._class_vector)
-        h = self._layers(h, places, stop)
-        mu, alpha = self._block.mu_alpha(h)
+        mu, alpha = self._block.mu_alpha(self._transformer(x, places, stop))
         if self._guidance.active:
-            mu, alpha = self._guidance.combine(mu, alpha, at + 1, len(self._positions))
+            num_patches = len(self._block.pos_embed)
+            mu, alpha = self._guidance.combine(mu, alpha, at + 1, num_patches)
         return mu, alpha
 
     def keep(self, samples: Tensor) -> None:
         """Goes on with some of the samples: (B,) bool."""
-        rows = torch.cat([samples, samples]) if self._guidance.active else samples
-        self._layers.keep(rows)
-        if self._class_vector is not None and self._class_vector.ndim == 3:
-            self._class_vector = self._class_vector[rows]
+        self._transformer.keep(torch.cat([samples, samples]) if self._guidance.active else samples)

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from tarflow_dist.flow import native
 from tarflow_dist.flow.block import FlowBlock
-from tarflow_dist.flow.cached import TorchLayers, cached_layers
+from tarflow_dist.flow.cached import TorchTransformer, cached_transformer
 from tarflow_dist.flow.model import Flow
-from tarflow_dist.flow.native import NativeLayers, build
+from tarflow_dist.flow.native import NativeTransformer, build
 
 Model = TypeVar("Model", bound=nn.Module)
 COMPILE = "from tarflow_dist.flow.native import build; assert build.library() is not None"
+PATCH_DIM, CLASSES = 3, 4
 INSTRUCTIONS = ("DEFAULT", "AVX2", "AVX512")
 pytestmark = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "c++")) is None, reason="there is no C++ compiler"
@@ -65,12 +66,12 @@ def random_block(*, width: int, head_dim: int, num_layers: int = 2, places: int 
     return randomized(
         FlowBlock(
             num_patches=places,
-            patch_dim=3,
+            patch_dim=PATCH_DIM,
             width=width,
             num_layers=num_layers,
             head_dim=head_dim,
-            num_classes=0,
-            reverse=False,
+            num_classes=CLASSES,
+            reverse=True,
             volume_preserving=False,
         )
     )
@@ -91,19 +92,21 @@ def windows(chance: random.Random, rows: int, places: int) -> Iterator[Tensor]:
 def test_tokens_come_out_as_from_torch(instructions: str, width: int, head_dim: int) -> None:
     block, rows, places = random_block(width=width, head_dim=head_dim), 5, 40
     temperature = torch.tensor([1.0, 1.0, 0.7, 1.5, 1.0]).view(rows, 1, 1, 1)
-    fast = NativeLayers(block, rows, temperature)
-    reference = TorchLayers(block.double(), rows, temperature.double())
+    y = torch.tensor([0, 3, -1, 2, -1])
+    fast = NativeTransformer(block, y, rows, temperature)
+    reference = TorchTransformer(block.double(), y, rows, temperature.double())
     for at in windows(random.Random(width), rows, places):
-        h = torch.randn(rows, at.shape[1], width)
-        expected = reference(h.double(), at, int(at.max()) + 1)
-        result = fast(h, at, int(at.max()) + 1)
+        x = torch.randn(rows, at.shape[1], PATCH_DIM)
+        expected = reference(x.double(), at, int(at.max()) + 1)
+        result = fast(x, at, int(at.max()) + 1)
         torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=3e-5)
 
 
 def test_single_tokens_and_leaving_sequences() -> None:
     block, places = random_block(width=64, head_dim=32), 40
-    fast = NativeLayers(block, 4, None)
-    reference = TorchLayers(block.double(), 4, None)
+    y = torch.tensor([2, 1, 0, -1])
+    fast = NativeTransformer(block, y, 4, None)
+    reference = TorchTransformer(block.double(), y, 4, None)
     rows = 4
     for i in range(places):
         if i == 20:
@@ -111,32 +114,32 @@ def test_single_tokens_and_leaving_sequences() -> None:
             fast.keep(going)
             reference.keep(going)
             rows = 2
-        h = torch.randn(rows, 1, 64)
-        expected = reference(h.double(), i, i + 1)
-        torch.testing.assert_close(fast(h, i, i + 1).double(), expected, rtol=1e-5, atol=1e-5)
+        x = torch.randn(rows, 1, PATCH_DIM)
+        expected = reference(x.double(), i, i + 1)
+        torch.testing.assert_close(fast(x, i, i + 1).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_bits_depend_neither_on_batch_nor_window_nor_threads() -> None:
     block, places = random_block(width=128, head_dim=64), 40
-    h = torch.randn(7, places, 128)
+    x = torch.randn(7, places, PATCH_DIM)
     at = torch.arange(places).expand(7, places)
-    together = NativeLayers(block, 7, None)(h.clone(), at, places)
+    together = NativeTransformer(block, None, 7, None)(x, at, places)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        alone = NativeLayers(block, 1, None)
+        alone = NativeTransformer(block, None, 1, None)
     finally:
         torch.set_num_threads(threads)
-    one_by_one = [alone(h[3:4, i : i + 1].clone(), i, i + 1) for i in range(places)]
+    one_by_one = [alone(x[3:4, i : i + 1], i, i + 1) for i in range(places)]
     assert torch.equal(torch.cat(one_by_one, dim=1), together[3:4])
 
 
 def test_inputs_that_are_not_finite_stay_in_their_sequence() -> None:
     block = random_block(width=64, head_dim=32)
-    h = torch.randn(3, 1, 64)
-    clean = NativeLayers(block, 3, None)(h.clone(), 0, 1)
-    h[1, 0, 5] = torch.nan
-    result = NativeLayers(block, 3, None)(h, 0, 1)
+    x = torch.randn(3, 1, PATCH_DIM)
+    clean = NativeTransformer(block, None, 3, None)(x, 0, 1)
+    x[1, 0, 1] = torch.nan
+    result = NativeTransformer(block, None, 3, None)(x, 0, 1)
     assert result[1].isnan().all()
     assert torch.equal(result[::2], clean[::2])
 
@@ -146,10 +149,10 @@ def test_large_activations() -> None:
     block = random_block(width=64, head_dim=32)
     for parameter in block.parameters():
         parameter.mul_(5)
-    h = 50 * torch.randn(2, 8, 64)
+    x = 50 * torch.randn(2, 8, PATCH_DIM)
     at = torch.arange(8).expand(2, 8)
-    result = NativeLayers(block, 2, None)(h.clone(), at, 8)
-    expected = TorchLayers(block.double(), 2, None)(h.double(), at, 8)
+    result = NativeTransformer(block, None, 2, None)(x, at, 8)
+    expected = TorchTransformer(block.double(), None, 2, None)(x.double(), at, 8)
     torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-3)
 
 
@@ -162,10 +165,10 @@ def small_flow() -> Flow:
 def test_only_float32_takes_the_kernel() -> None:
     (block,) = small_flow().blocks
     assert isinstance(block, FlowBlock)
-    assert isinstance(cached_layers(block, 1, None), NativeLayers)
+    assert isinstance(cached_transformer(block, None, 1, None), NativeTransformer)
     block.attn_blocks.double()
-    assert isinstance(cached_layers(block, 1, None), TorchLayers)
-    assert isinstance(cached_layers(block.bfloat16(), 1, None), TorchLayers)
+    assert isinstance(cached_transformer(block, None, 1, None), TorchTransformer)
+    assert isinstance(cached_transformer(block.bfloat16(), None, 1, None), TorchTransformer)
 
 
 def test_torchs_defaults_for_new_tensors_change_nothing() -> None:

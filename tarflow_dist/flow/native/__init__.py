@@ -1,4 +1,4 @@
-"""A block's transformer layers on a CPU: all of them in one call of layers.cpp."""
+"""A block's transformer on a CPU: all of its layers in one call of transformer.cpp."""
 
 import ctypes
 
@@ -36,6 +36,17 @@ class _Layer(ctypes.Structure):
     )
 
 
+class _Transformer(ctypes.Structure):
+    _fields_ = (
+        ("input", _Linear),
+        ("output", _Linear),
+        ("positions", ctypes.c_void_p),
+        ("classes", ctypes.c_void_p),
+        ("layers", ctypes.POINTER(_Layer)),
+        ("num_layers", ctypes.c_int32),
+    )
+
+
 class _Tokens(ctypes.Structure):
     _fields_ = (
         ("batch", ctypes.c_int32),
@@ -49,16 +60,16 @@ class _Tokens(ctypes.Structure):
 
 
 def can_run(block: FlowBlock) -> bool:
-    """Whether `NativeLayers` takes the block: float32, on a CPU that the kernel is compiled for."""
+    """Whether `NativeTransformer` takes it: float32, on a CPU that the kernel is compiled for."""
     fits = all(p.dtype == torch.float32 and p.device.type == "cpu" for p in block.parameters())
     return fits and library() is not None
 
 
-class NativeLayers:
-    """The `flow.cached.CachedLayers` of a float32 model on a CPU. It has a copy of the matrices, so
-    the weights must stay as they are."""
+class NativeTransformer:
+    """The `flow.cached.CachedTransformer` of a float32 model on a CPU. It has a copy of the
+    matrices, so the weights must stay as they are."""
 
-    def __init__(self, block: FlowBlock, rows: int, temperature: Tensor | None):
+    def __init__(self, block: FlowBlock, y: Tensor | None, rows: int, temperature: Tensor | None):
         found = library()
         assert found is not None
         self._library = found
@@ -66,10 +77,21 @@ class NativeLayers:
         self._pointed_at: list[Tensor] = []
         layers = [self._layer(layer) for layer in block.attn_blocks]
         self._layers = (_Layer * len(layers))(*layers)
+        self._transformer = _Transformer(
+            input=self._linear(block.proj_in),
+            output=self._linear(block.proj_out),
+            positions=self._keep(block.permuted_positions()),
+            layers=self._layers,
+            num_layers=len(layers),
+        )
+        num_patches, width = block.pos_embed.shape
+        self._classes = block.pos_embed.new_zeros(rows, 1, width)
+        class_vector = block.class_vector(y)
+        if class_vector is not None:
+            self._classes += class_vector
         self._scale = block.pos_embed.new_full((rows,), block.head_dim**-0.5)
         if temperature is not None:
             self._scale /= temperature.flatten()
-        num_patches, width = block.pos_embed.shape
         heads = width // block.head_dim
         self._tokens = _Tokens(width=width, heads=heads, num_patches=num_patches)
         self._caches = [
@@ -77,30 +99,37 @@ class NativeLayers:
             for _ in layers
             for size in (found.keys_size, found.values_size)
         ]
-        self._point_at_caches()
+        self._point_at_sequences()
 
-    def __call__(self, h: Tensor, at: int | Tensor, stop: int) -> Tensor:
-        tokens = self._tokens
-        tokens.batch, tokens.tokens = h.shape[:2]
-        h = h.contiguous()
-        assert h.dtype == torch.float32
+    def __call__(self, x: Tensor, at: int | Tensor, stop: int) -> Tensor:
+        tokens, output = self._tokens, self._transformer.output
+        tokens.batch, tokens.tokens = x.shape[:2]
+        x = x.contiguous()
+        assert x.dtype == torch.float32
         if isinstance(at, int):
-            place = torch.full((len(h),), at, dtype=torch.int32, device="cpu")
+            place = torch.full((len(x),), at, dtype=torch.int32, device="cpu")
         else:
             place = at.int().contiguous()
-        tokens.place, tokens.logit_scale = place.data_ptr(), self._scale.data_ptr()
+        tokens.place = place.data_ptr()
+        out = x.new_empty(*x.shape[:2], output.outs)
         self._library.extend(
-            self._layers, len(self._layers), ctypes.byref(tokens), h.data_ptr(), self._threads
+            ctypes.byref(self._transformer),
+            ctypes.byref(tokens),
+            x.data_ptr(),
+            out.data_ptr(),
+            self._threads,
         )
-        return h
+        return out
 
     def keep(self, rows: Tensor) -> None:
         for number, cache in enumerate(self._caches):  # one at a time: they are large
             self._caches[number] = cache[rows]
-        self._scale = self._scale[rows]
-        self._point_at_caches()
+        self._scale, self._classes = self._scale[rows], self._classes[rows]
+        self._point_at_sequences()
 
-    def _point_at_caches(self) -> None:
+    def _point_at_sequences(self) -> None:
+        self._tokens.logit_scale = self._scale.data_ptr()
+        self._transformer.classes = self._classes.data_ptr()
         for layer, keys, values in zip(
             self._layers, self._caches[::2], self._caches[1::2], strict=True
         ):

@@ -1,4 +1,4 @@
-"""Compiles layers.cpp for the CPU at hand, once a machine: half a second."""
+"""Compiles transformer.cpp for the CPU at hand, once a machine: half a second."""
 
 import ctypes
 import hashlib
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("layers.cpp")
+SOURCE = Path(__file__).with_name("transformer.cpp")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC")
 THREADS = ("-fopenmp",) if sys.platform == "linux" else ()
 """Elsewhere compilers come without OpenMP, and the kernel runs in one thread."""
@@ -31,7 +31,7 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernel; None, after a warning, where it can't be made."""
     flags = (*FLAGS, *THREADS, *INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ()))
     key = repr((flags, platform.machine(), platform.libc_ver())).encode() + SOURCE.read_bytes()
-    name = f"layers-{hashlib.blake2b(key, digest_size=10).hexdigest()}.so"
+    name = f"transformer-{hashlib.blake2b(key, digest_size=10).hexdigest()}.so"
     try:
         folder = _own_cache()
         if folder is not None and (folder / name).exists():
@@ -71,7 +71,7 @@ def _open(file: Path) -> ctypes.CDLL:
     for size in (found.keys_size, found.values_size, found.packed_size):
         size.restype = ctypes.c_int64
     found.pack.argtypes = [pointer, number, number, pointer, number]
-    found.extend.argtypes = [pointer, number, pointer, pointer, number]
+    found.extend.argtypes = [pointer, pointer, pointer, pointer, number]
     found.pack.restype = found.extend.restype = None
     return found
 

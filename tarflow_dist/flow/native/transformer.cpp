@@ -1,6 +1,6 @@
-// A flow block's transformer layers for a few tokens that follow those in a KV cache, in float32.
+// A flow block's transformer for a few patches that follow those in a KV cache, in float32.
 //
-// One call takes the tokens through all layers, so that a CPU spends its time on reading weights,
+// One call takes the patches through all layers, so that a CPU spends its time on reading weights,
 // keys and values. Each token is worked out by itself and in the same order of operations whatever
 // comes along with it: its bits depend neither on the batch nor on the number of threads.
 
@@ -132,6 +132,14 @@ struct Layer {
     float* values;  // [sequence][head], and panels of channels, [place][PANEL]
 };
 
+struct Transformer {
+    Linear input, output;
+    const float* positions;  // [place][width]
+    const float* classes;    // [sequence][width]
+    const Layer* layers;
+    int32_t num_layers;
+};
+
 enum class Then { STORE, GELU, ADD };
 
 // out (rows, outs) from x (rows, ins); to be called by all threads of a team
@@ -212,6 +220,17 @@ struct Tokens {
     int64_t keys_size() const { return int64_t(panels_of(num_patches)) * PANEL * channels(); }
     int64_t values_size() const { return int64_t(panels_of(channels())) * PANEL * num_patches; }
 };
+
+// h (rows, width) from the patches x (rows, ins); to be called by all threads of a team
+void embed(const Tokens& t, const Transformer& transformer, const float* x, float* h) {
+    multiply<Then::STORE>(transformer.input, x, h, t.rows());
+#pragma omp for schedule(static)
+    for (int row = 0; row < t.rows(); ++row) {
+        const float* position = transformer.positions + int64_t(t.place[row]) * t.width;
+        const float* of_class = transformer.classes + int64_t(row / t.tokens) * t.width;
+        for (int i = 0; i < t.width; ++i) h[int64_t(row) * t.width + i] += position[i] + of_class[i];
+    }
+}
 
 // Puts one head's keys and values of one sequence where they belong; k and v lie 3 · width apart.
 void remember(const Tokens& t, const int32_t* place, const float* k, const float* v, float* keys,
@@ -298,26 +317,28 @@ void pack(const float* weight, int32_t outs, int32_t ins, float* packed, int32_t
             }
 }
 
-// h (batch, tokens, width) through all layers, in place. A token sees what is kept of the places up
-// to its own, by earlier calls and by this one.
-void extend(const Layer* layers, int32_t num_layers, const Tokens* tokens, float* h,
+// Patches x (batch, tokens, ins) → out (batch, tokens, outs). A token sees what is kept of the places
+// up to its own, by earlier calls and by this one.
+void extend(const Transformer* transformer, const Tokens* tokens, const float* x, float* out,
             int32_t threads) {
     const Tokens& t = *tokens;
-    std::vector<float> normed(int64_t(t.rows()) * t.width);
-    std::vector<float> wide(int64_t(t.rows()) * 4 * t.width);  // q, k, v, or the MLP's inside
+    std::vector<float> h(int64_t(t.rows()) * t.width), normed(h.size());
+    std::vector<float> wide(4 * h.size());  // q, k, v, or the MLP's inside
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> scores(int64_t(t.tokens) * panels_of(t.num_patches) * PANEL);
-        for (int l = 0; l < num_layers; ++l) {
-            const Layer& layer = layers[l];
-            normalize(layer.attention_norm, h, normed.data(), t.rows(), t.width);
+        embed(t, *transformer, x, h.data());
+        for (int l = 0; l < transformer->num_layers; ++l) {
+            const Layer& layer = transformer->layers[l];
+            normalize(layer.attention_norm, h.data(), normed.data(), t.rows(), t.width);
             multiply<Then::STORE>(layer.qkv, normed.data(), wide.data(), t.rows());
             attention(t, layer, wide.data(), scores.data(), normed.data());
-            multiply<Then::ADD>(layer.proj, normed.data(), h, t.rows());
-            normalize(layer.mlp_norm, h, normed.data(), t.rows(), t.width);
+            multiply<Then::ADD>(layer.proj, normed.data(), h.data(), t.rows());
+            normalize(layer.mlp_norm, h.data(), normed.data(), t.rows(), t.width);
             multiply<Then::GELU>(layer.up, normed.data(), wide.data(), t.rows());
-            multiply<Then::ADD>(layer.down, wide.data(), h, t.rows());
+            multiply<Then::ADD>(layer.down, wide.data(), h.data(), t.rows());
         }
+        multiply<Then::STORE>(transformer->output, h.data(), out, t.rows());
     }
 }
 }
