@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributions import Normal
 
 from tarflow_dist.flow import graphs, inverse
+from tarflow_dist.flow.block import FlowBlock
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.flow.inverse import Solver
 from tarflow_dist.flow.model import Flow
@@ -94,6 +97,45 @@ def test_what_a_gpu_repeats_is_the_sequential_inverse(
     x = flow.decode(z, y, **arguments)
     assert (x - expected).abs().max() < 1e-10 * max(1.0, float(expected.abs().max()))
     assert len(recorded) <= graphs.STRETCHES * len(flow.blocks)
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [1, 4])
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        Guidance(),
+        Guidance(2.0, annealed=True),
+        Guidance(2.0, annealed=True, rule="gaussian"),
+        Guidance(1.0, guide="mu", attn_temp=0.7),
+    ],
+)
+def test_a_sweep_on_a_gpu_never_waits_for_the_host(
+    guidance: Guidance, window: int, dtype: torch.dtype
+) -> None:
+    """So it can be recorded. Tensors without values stand for those of a GPU: asking for a value or
+    mixing devices is an error."""
+    with torch.no_grad(), FakeTensorMode(), torch.device("cuda"):
+        block = FlowBlock(
+            num_patches=16,
+            patch_dim=3,
+            width=16,
+            num_layers=2,
+            head_dim=8,
+            num_classes=4,
+            reverse=True,
+            volume_preserving=False,
+        )
+        for module in block.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(parameter.to(dtype)))
+        x, z = torch.randn(2, 3, 16, 3)
+        predict = inverse.Predictor(block, torch.arange(3), len(x), guidance)
+        settled = torch.zeros(3, dtype=torch.int64)
+        inverse._sweep(predict, x, z, settled, torch.arange(window), 1e-3, 8)
+        with pytest.raises(DataDependentOutputException):
+            settled.max().item()
 
 
 def test_a_coarse_tolerance_stops_early_and_is_kept() -> None:
