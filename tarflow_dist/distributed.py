@@ -59,8 +59,8 @@ def shutdown() -> None:
     """Leaves the process group; every rank has reached this point."""
     dist.barrier()
     dist.destroy_process_group()
-    # DeepSpeed keeps groups alive, and before Python 3.14 a thread of gloo's that still has a tensor
-    # to let go of when the interpreter ends aborts the process: it can do so now
+    # DeepSpeed keeps groups alive, and before Python 3.14 a thread of gloo's that has a tensor to
+    # let go of when the interpreter ends aborts the process: it can do so now
     time.sleep(0.1)
 
 

@@ -58,7 +58,7 @@ class TorchTransformer:
 
     def keep(self, rows: Tensor) -> None:
         for cache in self._caches:
-            cache.memory = cache.memory[:, rows]
+            cache.keep(rows)
         if self._temperature is not None:
             self._temperature = self._temperature[rows]
         if self._class_vector is not None and self._class_vector.ndim == 3:

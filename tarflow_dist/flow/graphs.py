@@ -14,9 +14,10 @@ def has_graphs(device: torch.device) -> bool:
 
 
 class Replay:
-    """Calls `work(stop)` for a `stop` that grows up to `last`, as CUDA graphs.
+    """Calls `work(stop)` as CUDA graphs, for a `stop` that grows, on the whole, up to `last`.
 
-    `stop` is rounded up to the end of one of `STRETCHES` equal parts, with a graph each.
+    `stop` is rounded up to the end of one of `STRETCHES` equal parts, with a graph each. Where a
+    longer one has been reached, it stays.
 
     Args:
         work: must find its tensors where they were, and copy nothing to the host.
@@ -31,7 +32,7 @@ class Replay:
 
     def __call__(self, stop: int) -> None:
         end = min(-(-stop // self._stretch) * self._stretch, self._last)
-        if end != self._end:
+        if end > self._end:
             self._play, self._end = record(partial(self._work, end), self._changes), end
         self._play()
 
@@ -44,8 +45,7 @@ def record(work: Callable[[], None], changes: Sequence[Tensor]) -> Callable[[], 
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):
-                work()
+            work()
         torch.cuda.current_stream().wait_stream(stream)
         for tensor, was in zip(changes, before, strict=True):
             tensor.copy_(was)

@@ -88,25 +88,19 @@ def _in_sequence(predict: "Predictor", z: Tensor) -> Tensor:
 
 
 def _in_windows(predict: "Predictor", z: Tensor, solver: Solver) -> Tensor:
-    """The first guess is z itself. Solved samples leave the sweeps once they are half of them.
-
-    A window of one patch settles it in each sweep, which a GPU then repeats by itself.
-    """
+    """The first guess is z itself. Solved samples leave the sweeps once they are half of them."""
     last = z.shape[1] - 1
     window = torch.arange(min(solver.window, last), device=z.device)
     sweeps_between_checks = 1 if z.device.type == "cpu" else SWEEPS_BETWEEN_CHECKS
-    if len(window) == 1:
+    if len(window) == 1:  # each sweep settles one patch of each sample
         sweeps_between_checks = last
-    solved, x = z.clone(), z.clone()
+    solved = z.clone()
     samples = torch.arange(len(z), device=z.device)
     settled = torch.zeros_like(samples)  # each sample's last such patch
     furthest = 0  # of them, or later
+    x = z.clone()
+    sweep = _sweeps(predict, x, z, settled, window, solver.tolerance)
     while True:
-        sweep: Callable[[int], None] = partial(
-            _sweep, predict, x, z, settled, window, solver.tolerance
-        )
-        if len(window) == 1 and has_graphs(z.device):
-            sweep = Replay(sweep, (x, settled), last)
         for _ in range(sweeps_between_checks):
             furthest += len(window)
             sweep(min(furthest, last))
@@ -118,6 +112,20 @@ def _in_windows(predict: "Predictor", z: Tensor, solver: Solver) -> Tensor:
                 return solved
             x, z, samples, settled = x[going], z[going], samples[going], settled[going]
             predict.keep(going)
+            sweep = _sweeps(predict, x, z, settled, window, solver.tolerance)
+
+
+def _sweeps(
+    predict: "Predictor",
+    x: Tensor,
+    z: Tensor,
+    settled: Tensor,
+    window: Tensor,
+    tolerance: float,
+) -> Callable[[int], None]:
+    """`_sweep` of these tensors, still to be told where to stop; a GPU repeats it by itself."""
+    sweep = partial(_sweep, predict, x, z, settled, window, tolerance)
+    return Replay(sweep, (x, settled), x.shape[1] - 1) if has_graphs(x.device) else sweep
 
 
 def _sweep(

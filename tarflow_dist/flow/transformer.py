@@ -36,7 +36,8 @@ class KVCache:
     def __init__(
         self, shape: tuple[int, int, int, int], *, device: torch.device, dtype: torch.dtype
     ):
-        self.memory = torch.zeros((2, *shape), device=device, dtype=dtype)
+        self._memory = torch.zeros((2, *shape), device=device, dtype=dtype)
+        self._sequence = torch.arange(shape[0], device=device)[:, None]
 
     def write(self, keys_values: Tensor, at: int | Tensor, stop: int) -> tuple[Tensor, Tensor]:
         """Puts the keys and values (2, B, heads, S, head_dim) of the tokens `at` in their place,
@@ -46,12 +47,16 @@ class KVCache:
             at: the place of a single token (S = 1), or (B, S), each sequence's own.
         """
         if isinstance(at, int):
-            self.memory[:, :, :, at : at + 1] = keys_values
+            self._memory[:, :, :, at : at + 1] = keys_values
         else:
-            sequence = torch.arange(len(at), device=at.device)[:, None]
-            self.memory[:, sequence, :, at] = keys_values.permute(1, 3, 0, 2, 4)
-        keys, values = self.memory[:, :, :, :stop].unbind()
+            self._memory[:, self._sequence, :, at] = keys_values.permute(1, 3, 0, 2, 4)
+        keys, values = self._memory[:, :, :, :stop].unbind()
         return keys, values
+
+    def keep(self, rows: Tensor) -> None:
+        """Goes on with some of the sequences: (B,) bool."""
+        self._memory = self._memory[:, rows]
+        self._sequence = self._sequence[: self._memory.shape[1]]
 
 
 class Attention(nn.Module):

@@ -78,9 +78,9 @@ def test_windows_give_what_the_sequential_inverse_gives(seed: int) -> None:
 def test_what_a_gpu_repeats_is_the_sequential_inverse(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All but the recording, which needs one: sweeps of one patch that keep their place on the
-    device, over a stretch of keys and values that is longer than what is filled."""
-    flow, z, y, arguments, _ = random_case(seed)
+    """All but the recording, which needs one: sweeps that keep their place on the device, over a
+    stretch of keys and values that is longer than what is filled."""
+    flow, z, y, arguments, solvers = random_case(seed)
     expected = flow.decode(z, y, **arguments)
     recorded = []
 
@@ -97,6 +97,8 @@ def test_what_a_gpu_repeats_is_the_sequential_inverse(
     x = flow.decode(z, y, **arguments)
     assert (x - expected).abs().max() < 1e-10 * max(1.0, float(expected.abs().max()))
     assert len(recorded) <= graphs.STRETCHES * len(flow.blocks)
+    x = flow.decode(z, y, **arguments, solvers=solvers)
+    assert (x - expected).abs().max() < 1e-8 * max(1.0, float(expected.abs().max()))
 
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no GPU")
