@@ -74,13 +74,13 @@ Vec gelu(Vec x) {
 }
 
 // All matrices that rows are multiplied with lie in panels of PANEL columns, [ins][PANEL] each.
-// FETCHED vectors of each row of another panel, `ahead`, are brought into the cache meanwhile.
+// Meanwhile FETCHED · ins vectors from `ahead` on are brought into the cache.
 template <int COUNT, int FETCHED = 0>
 void multiply_panel(const float* panel, int ins, const float* x, int64_t x_stride,
                     Vec (&products)[COUNT][VECTORS], const float* ahead = nullptr) {
     Vec sums[COUNT][VECTORS] = {};
     for (int k = 0; k < ins; ++k, panel += PANEL) {
-        for (int j = 0; j < FETCHED; ++j) __builtin_prefetch(ahead + k * PANEL + j * LANES);
+        for (int j = 0; j < FETCHED; ++j) __builtin_prefetch(ahead + (k * FETCHED + j) * LANES);
         Vec w[VECTORS];
         for (int j = 0; j < VECTORS; ++j) w[j] = load(panel + j * LANES);
         for (int r = 0; r < COUNT; ++r)
@@ -95,14 +95,14 @@ void multiply_panel(const float* panel, int ins, const float* x, int64_t x_strid
 template <int COUNT>
 void multiply_group(const float* panel, int ins, const float* x, int first, int rows,
                     Vec (&products)[COUNT][VECTORS]) {
-    const int groups = (rows + ROWS - 1) / ROWS, group = first / ROWS;
-    const int shared = groups > 1 ? VECTORS : 0;
-    const int start = group * shared / groups, fetched = (group + 1) * shared / groups - start;
-    const float* ahead = panel + int64_t(ins) * PANEL + start * LANES;
+    const int shared = rows > ROWS ? VECTORS : 0;
+    const int start = first * shared / rows, fetched = (first + COUNT) * shared / rows - start;
+    const float* ahead = panel + int64_t(ins) * (PANEL + start * LANES);
     x += int64_t(first) * ins;
     if (fetched == 0) multiply_panel(panel, ins, x, ins, products);
     if (fetched == 1) multiply_panel<COUNT, 1>(panel, ins, x, ins, products, ahead);
     if (fetched == 2) multiply_panel<COUNT, 2>(panel, ins, x, ins, products, ahead);
+    if (fetched == 3) multiply_panel<COUNT, 3>(panel, ins, x, ins, products, ahead);
 }
 
 // Calls work(count, first row) for all rows, with a count that is known to the compiler.
