@@ -51,8 +51,10 @@ def init(timeout: timedelta | None = None) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """A GPU's name, or cpu."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    """A GPU's name, or cpu and its vector instructions, on which the last bits depend."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def shutdown() -> None:

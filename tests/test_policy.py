@@ -11,6 +11,7 @@ from PIL import Image
 
 from tarflow_dist import TarFlow, sample
 from tarflow_dist.errors import UserError
+from tarflow_dist.flow.block import FlowBlock
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.flow.inverse import SEQUENTIAL, Solver
 from tarflow_dist.policy import Calibration, Policy, fingerprint_of, read_policy
@@ -31,7 +32,7 @@ def a_flow(**changes: object) -> TarFlow:
     return flow
 
 
-CPU = f"cpu, {torch.get_num_threads()} threads"
+CPU = f"cpu ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
 
 
 def calibration(batch: int, *windows: int, **changes: object) -> Calibration:
@@ -75,11 +76,15 @@ def test_it_is_used_where_it_was_measured_and_nowhere_else(tmp_path: Path) -> No
     assert flow.double().solvers_for(1, GUIDED) == sequential
 
 
-def test_decode_follows_it(tmp_path: Path) -> None:
+def test_decode_follows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flow = saved(tmp_path, calibration(2, 8, 8))
-    widths = []
-    for block in flow.blocks:
-        block.proj_out.register_forward_hook(lambda m, a, out: widths.append(out.shape[1]))
+    widths, mu_alpha = [], FlowBlock.mu_alpha
+
+    def spy(block: FlowBlock, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        widths.append(out.shape[1])
+        return mu_alpha(block, out)
+
+    monkeypatch.setattr(FlowBlock, "mu_alpha", spy)
     z = torch.randn(2, flow.num_patches, flow.patch_dim)
     y = torch.tensor([0, 1])
     x = flow.decode(z, y, **GUIDED.arguments())
