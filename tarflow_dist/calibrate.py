@@ -35,6 +35,8 @@ LARGER_WINDOWS = (32, 64, 128, 256)
 SMALLER_WINDOWS = (8, 4)
 WORTHWHILE = 0.9
 """Windows must take less than this share of the sequential time: noise shall not choose them."""
+HOPELESS = 1.5
+"""Windows that took more than this many times the sequential time once are not measured again."""
 SHARE_EQUAL = 0.999
 REPEATS = 3
 
@@ -136,6 +138,7 @@ def fastest_solver(
     def inversion(solver: Solver) -> Callable[[], object]:
         return lambda: invert_block(block, z, y, guidance, solver)
 
+    sequential_once = timed(inversion(SEQUENTIAL), z.device)
     times: dict[Solver, float] = {}
 
     def climb(windows: Iterable[int]) -> None:
@@ -151,9 +154,9 @@ def fastest_solver(
 
     for others in (LARGER_WINDOWS, SMALLER_WINDOWS):
         climb(w for w in (FIRST_WINDOW, *others) if w < z.shape[1])
-    if not times:
+    best = min(times, key=times.__getitem__, default=SEQUENTIAL)
+    if best == SEQUENTIAL or times[best] > HOPELESS * sequential_once:
         return SEQUENTIAL
-    best = min(times, key=times.__getitem__)
     seconds, sequential_seconds = race([inversion(best), inversion(SEQUENTIAL)], z.device)
     return best if seconds < WORTHWHILE * sequential_seconds else SEQUENTIAL
 
