@@ -91,10 +91,10 @@ def row(
 def machine(device: torch.device) -> tuple[float, float]:
     """Operations a second in a large fp32 matrix product, and bytes a second read; best of ten."""
     a = torch.randn(2048, 2048, device=device)
-    much = torch.randn(2**26, device=device)
+    much = torch.randn(2**29, device=device)
     product = min(timed(lambda: a @ a, device) for _ in range(10))
     reading = min(timed(much.sum, device) for _ in range(10))
-    return 2 * 2048**3 / product, 4 * 2**26 / reading
+    return 2 * 2048**3 / product, 4 * 2**29 / reading
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """CUDA graphs: a GPU repeats what it was shown once, without Python launching each kernel."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ def record(work: Callable[[], None], changes: Sequence[Tensor]) -> Callable[[], 
     with torch.cuda.device(changes[0].device):
         before = [tensor.clone() for tensor in changes]
         # what its libraries set up at their first call must not be recorded
-        stream = torch.cuda.Stream()
+        stream = _stream(changes[0].device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             work()
@@ -53,3 +53,9 @@ def record(work: Callable[[], None], changes: Sequence[Tensor]) -> Callable[[], 
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             work()
     return graph.replay
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all graphs: cuBLAS keeps a workspace for each that it has met."""
+    return torch.cuda.Stream(device)

@@ -104,7 +104,6 @@ def _in_windows(predict: "Predictor", z: Tensor, solver: Solver) -> Tensor:
         for _ in range(sweeps_between_checks):
             furthest += len(window)
             sweep(min(furthest, last))
-        furthest = int(settled.max())
         going = settled < last
         if 2 * int(going.sum()) <= len(going):
             solved[samples[~going]] = x[~going]
@@ -113,6 +112,7 @@ def _in_windows(predict: "Predictor", z: Tensor, solver: Solver) -> Tensor:
             x, z, samples, settled = x[going], z[going], samples[going], settled[going]
             predict.keep(going)
             sweep = _sweeps(predict, x, z, settled, window, solver.tolerance)
+        furthest = int(settled.max())
 
 
 def _sweeps(
@@ -125,7 +125,7 @@ def _sweeps(
 ) -> Callable[[int], None]:
     """`_sweep` of these tensors, still to be told where to stop; a GPU repeats it by itself."""
     sweep = partial(_sweep, predict, x, z, settled, window, tolerance)
-    return Replay(sweep, (x, settled), x.shape[1] - 1) if has_graphs(x.device) else sweep
+    return Replay(sweep, (x, settled), x.shape[1]) if has_graphs(x.device) else sweep
 
 
 def _sweep(
@@ -145,7 +145,7 @@ def _sweep(
     mu, alpha = predict(x[sample, at], at, stop)
     old, latent = x[sample, at + 1], z[sample, at + 1]
     new = torch.addcmul(mu, latent, alpha.exp())
-    kept = ((new - old).abs().amax(dim=2) < tolerance)[:, :-1]
+    kept = ((new - old).abs().amax(dim=2) < tolerance)[:, :-1] | (at[:, 1:] == at[:, :-1])
     settles = torch.cat([torch.ones_like(going)[:, None], kept], dim=1).cumprod(dim=1)
     # a guess that overflows would reach the patches before it, masked or not, as 0 · inf
     use = settles.bool()[..., None] | (new.abs() < WILD)

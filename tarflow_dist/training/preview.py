@@ -21,7 +21,8 @@ def draw_preview(engine: Engine, config: Config, images: int) -> Path | str:
     """Draws `config.preview` at `images` seen, each rank a share of the samples. Collective.
 
     Returns:
-        The PNG, or why the samples can't be shown (a young model's may not be finite).
+        The PNG, or why the samples can't be shown: a young model's may not be finite, and there may
+        not be the memory beside training.
     """
     flow = _averaged_flow(engine, config)
     count = config.preview.count
@@ -31,7 +32,7 @@ def draw_preview(engine: Engine, config: Config, images: int) -> Path | str:
     own: NDArray[np.uint8] | str
     try:
         own = _draw(flow, config, index[mine], None if labels is None else labels[mine])
-    except ValueError as error:
+    except (ValueError, torch.OutOfMemoryError) as error:
         own = str(error)
     drawn = distributed.gather(own)
     if problems := [share for share in drawn if isinstance(share, str)]:

@@ -180,6 +180,23 @@ def test_guesses_that_overflow_do_not_reach_the_answer() -> None:
         torch.testing.assert_close(x, expected, rtol=0, atol=1e-8)
 
 
+def test_an_answer_that_runs_away_stays() -> None:
+    """At the end of the sequence too, where it stands in a window more than once: it is for whoever
+    draws to see, and to draw again."""
+    flow = random_flow(random.Random(3), image_size=8, num_blocks=1, volume_preserving=False)
+    (block,) = flow.blocks
+    with torch.no_grad():
+        block.pos_embed[-2, 0] = 1e3  # seen by the last patch's predecessor
+        block.proj_out.weight[: flow.patch_dim, 0] += 0.05
+    z = torch.randn(2, flow.num_patches, flow.patch_dim, dtype=torch.float64)
+    y = torch.tensor([0, -1]) if flow.num_classes else None
+    expected = flow.decode(z, y)
+    assert expected.abs().max() > 1e10
+    for window in (4, 8):
+        x = flow.decode(z, y, solvers=[Solver(window, 1e-3)])
+        assert x.abs().max() == pytest.approx(float(expected.abs().max()), rel=0.1)
+
+
 def test_the_gaussian_rule_multiplies_densities() -> None:
     """p_c^(1+w) · p_u^(−w) up to a constant, wherever the unguided density is the wider."""
     mu, alpha = torch.randn(2, 2, 5, 3, dtype=torch.float64)
