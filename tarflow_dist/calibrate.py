@@ -9,6 +9,8 @@ more than 1, and 99.9 % are equal.
 """
 
 import argparse
+import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -42,6 +44,8 @@ REPEATS = 3
 
 
 def main(argv: list[str]) -> None:
+    from tarflow_dist.policy import read_policy
+
     parser = argparse.ArgumentParser(
         prog="python -m tarflow_dist.calibrate",
         description=__doc__,
@@ -56,8 +60,16 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if min(args.batch_sizes) < 1 or args.images < 1:
         raise UserError("--batch-sizes and --images must be 1 or more")
-    flow = load(args.model, args.device)
+    if not os.access(args.model, os.W_OK):
+        raise UserError(f"{args.model}/sampling.json can't be written")
+    flow = load(args.model, args.device, calibrated=False)
     assert flow.policy is not None
+    try:
+        flow.policy = read_policy(
+            args.model, fingerprint=flow.policy.fingerprint, num_blocks=len(flow.blocks)
+        )
+    except UserError as error:
+        print(f"starting anew: {error}", file=sys.stderr)
     guidance = guidance_of(args, flow)
     exact = draw(flow, guidance, None, images=args.images, seed=args.seed)
     for batch in sorted(set(args.batch_sizes)):
@@ -196,8 +208,12 @@ def draw(
     from tarflow_dist.flow.noise import to_pixels
 
     z, y = inputs(flow, images, seed=seed)
+    exact = solvers is None
     solvers = solvers or [SEQUENTIAL] * len(flow.blocks)
-    return to_pixels(flow.decode(z, y, **guidance.arguments(), solvers=solvers), flow.noise)
+    x = flow.decode(z, y, **guidance.arguments(), solvers=solvers)
+    if exact and not x.isfinite().all():
+        raise UserError("this model's samples are not all finite at this guidance: mend that first")
+    return to_pixels(x, flow.noise)
 
 
 def compare(images: "Tensor", exact: "Tensor") -> tuple[float, float]:

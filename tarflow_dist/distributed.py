@@ -3,14 +3,18 @@
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from itertools import count
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from tarflow_dist.errors import UserError
+from tarflow_dist.files import only_run
 
 T = TypeVar("T")
 _counters = count()
@@ -139,3 +143,27 @@ class Counter:
             return int(dist.distributed_c10d._get_default_store().add(self._key, amount))
         self._alone += amount
         return self._alone
+
+
+@contextmanager
+def only_job(folder: Path) -> Iterator[None]:
+    """Makes `folder` and keeps other jobs out of it while the body runs. Rank 0 holds the lock for
+    all.
+
+    Raises:
+        UserError: on every rank, if another job writes there or the folder can't be made.
+    """
+    with ExitStack() as held:
+        problem = None
+        if is_main():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(only_run(folder))
+            except UserError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"the folder {folder} can't be written: {error.strerror}"
+        problem = from_main(problem)
+        if problem is not None:
+            raise UserError(problem)
+        yield

@@ -51,9 +51,9 @@ class TarFlow(Flow):
         self.redrawn = 0
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> "TarFlow":
-        """Loads a folder of model.safetensors, config.json and, if there is one, sampling.json, in
-        the type it was saved in.
+    def from_pretrained(cls, path: str | Path, *, calibrated: bool = True) -> "TarFlow":
+        """Loads a folder of model.safetensors, config.json and, if there is one and `calibrated` is
+        set, sampling.json, in the type it was saved in.
 
         Raises:
             UserError: a file is missing, damaged, or not of this model.
@@ -68,9 +68,11 @@ class TarFlow(Flow):
         flow.provenance = saved.get("provenance", {})
         weights = _read_weights(path / WEIGHTS_FILE)
         flow.load_weights(weights, source=path / WEIGHTS_FILE)
-        flow.policy = read_policy(
-            path, fingerprint=fingerprint_of(weights), num_blocks=len(flow.blocks)
-        )
+        flow.policy = Policy(fingerprint_of(weights))
+        if calibrated:
+            flow.policy = read_policy(
+                path, fingerprint=flow.policy.fingerprint, num_blocks=len(flow.blocks)
+            )
         return flow.eval()
 
     def load_weights(self, weights: dict[str, Tensor], *, source: Path) -> None:

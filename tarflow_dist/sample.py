@@ -9,6 +9,7 @@ A flow is exactly invertible: what is encoded comes back.
 """
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,9 +36,9 @@ def main(argv: list[str]) -> None:
         if args.reconstruct:
             rows = reconstruct(flow, read_images(flow, args.reconstruct), y)
         elif args.interpolate:
-            rows = interpolate(flow, read_images(flow, args.interpolate), y, args.steps)
+            rows = interpolate(flow, read_images(flow, args.interpolate), y, args.steps or 8)
         elif args.trace:
-            rows = trace(flow, y, guidance, count=args.count, seed=args.seed)
+            rows = trace(flow, y, guidance, args)
         else:
             rows = sample(flow, y, guidance, args)
     except UserError:
@@ -67,17 +68,23 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     what.add_argument("--reconstruct", type=Path, nargs="+", metavar="IMAGE")
     what.add_argument("--interpolate", type=Path, nargs=2, metavar="IMAGE")
-    add("--steps", type=int, default=8, help="images from one to the other, with --interpolate")
+    add("--steps", type=int, help="images from one to the other, with --interpolate; default 8")
     add_guidance_arguments(parser)
     args = parser.parse_args(argv)
     if args.count is not None and args.count < 1:
         raise UserError("--count must be 1 or more")
-    if args.steps < 2:
-        raise UserError("--steps must be 2 or more")
+    if args.steps is not None and (args.steps < 2 or not args.interpolate):
+        raise UserError("--steps goes with --interpolate, and must be 2 or more")
+    if (args.reconstruct or args.interpolate) and (args.guidance or args.count is not None):
+        raise UserError(
+            "given images go through the flow as they are: leave --guidance and --count"
+        )
     if args.out.suffix.lower() != ".png":
         raise UserError(f"--out {args.out} should end in .png")
     if not args.out.resolve().parent.is_dir():
         raise UserError(f"--out {args.out}: there is no folder {args.out.resolve().parent}")
+    if args.out.is_dir() or not os.access(args.out.resolve().parent, os.W_OK):
+        raise UserError(f"--out {args.out} is a folder, or in one that can't be written to")
     return args
 
 
@@ -116,12 +123,12 @@ def guidance_of(args: argparse.Namespace, flow: "TarFlow") -> "Guidance":
     return guidance
 
 
-def load(model: Path, device: str | None) -> "TarFlow":
+def load(model: Path, device: str | None, *, calibrated: bool = True) -> "TarFlow":
     import torch
 
     from tarflow_dist.pretrained import TarFlow
 
-    flow = TarFlow.from_pretrained(model).requires_grad_(False)
+    flow = TarFlow.from_pretrained(model, calibrated=calibrated).requires_grad_(False)
     try:
         return flow.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, AssertionError) as error:  # what torch says of a device it lacks
@@ -149,6 +156,8 @@ def labels_of(args: argparse.Namespace, flow: "TarFlow") -> "Tensor | None":
     else:
         labels = list(range(min(flow.num_classes, 10))) if args.labels is None else args.labels
         labels = [label for label in labels for _ in range(args.count or 1)]
+    if not all(-1 <= label < flow.num_classes for label in labels):
+        raise UserError(f"labels must lie in 0…{flow.num_classes - 1}, or be -1 for none")
     return torch.tensor(labels, device=flow.device)
 
 
@@ -176,19 +185,19 @@ def sample(
 
 
 def trace(
-    flow: "TarFlow", y: "Tensor | None", guidance: "Guidance", *, count: int | None, seed: int
+    flow: "TarFlow", y: "Tensor | None", guidance: "Guidance", args: argparse.Namespace
 ) -> "Tensor":
     """A row a sample: its noise, what each block makes of it, and the image denoised."""
     import torch
 
     from tarflow_dist.flow.patches import unpatchify
 
-    batch = count or 4 if y is None else len(y)
-    z = flow.noise_of(torch.arange(batch), seed=seed)
+    batch = args.count or 4 if y is None else len(y)
+    z = flow.noise_of(torch.arange(batch), seed=args.seed)
     steps = [z]
     x = flow.decode(z, y, **guidance.arguments(), on_block=steps.append)
     images = [unpatchify(step, flow.patch_size, flow.image_size) for step in steps]
-    if flow.sigma is not None:
+    if flow.sigma is not None and not args.no_denoise:
         images.append(flow.denoise(x, y))
     return shown(flow, torch.stack(images, dim=1))
 
@@ -240,17 +249,17 @@ def read_images(flow: "TarFlow", files: Sequence[Path]) -> "Tensor":
     import torch
     from PIL import Image, ImageOps
 
+    from data_prep.images import open_image, to_8bit
     from tarflow_dist.flow.noise import dequantise, scale_pixels
 
     pixels = []
     for file in files:
         try:
-            with Image.open(file) as image:
+            with open_image(file.read_bytes()) as image:
                 fitted = ImageOps.fit(
-                    image.convert("L" if flow.in_channels == 1 else "RGB"),
-                    (flow.image_size, flow.image_size),
+                    to_8bit(image, flow.in_channels), (flow.image_size, flow.image_size)
                 )
-        except OSError as error:
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{file} is no image that can be read: {error}") from error
         pixels.append(np.asarray(fitted).reshape(flow.image_size, flow.image_size, -1))
     k = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(flow.device)

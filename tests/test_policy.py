@@ -9,7 +9,7 @@ import torch
 from commands import run
 from PIL import Image
 
-from tarflow_dist import TarFlow, sample
+from tarflow_dist import TarFlow, calibrate, sample
 from tarflow_dist.errors import UserError
 from tarflow_dist.flow.block import FlowBlock
 from tarflow_dist.flow.guidance import Guidance
@@ -145,9 +145,11 @@ def test_the_policy_of_other_weights_is_refused(tmp_path: Path) -> None:
 def test_what_calibrate_finds_is_what_sample_uses(tmp_path: Path) -> None:
     model, out = tmp_path / "model", tmp_path / "out.png"
     a_flow().save_pretrained(model)
+    (model / "sampling.json").write_text("of no use any more")
     guided = ("--guidance", 1, "--annealed")
     done = run("tarflow_dist.calibrate", model, "--batch-sizes", 1, 2, *guided)
     assert "of the uint8 values are equal" in done.stdout
+    assert "starting anew" in done.stderr
     flow = TarFlow.from_pretrained(model)
     assert flow.policy is not None
     assert [found.batch for found in flow.policy.calibrations] == [1, 2]
@@ -160,6 +162,26 @@ def test_what_calibrate_finds_is_what_sample_uses(tmp_path: Path) -> None:
     done = run("tarflow_dist.sample", model, "--labels", "2", *guided, "--out", out)
     assert f"sampler: {flow.sampler(1, GUIDED)}" in done.stdout
     assert torch.equal(cells(out, 1)[0], flow.sample([2], **GUIDED.arguments())[0])
+
+
+def test_samples_that_are_not_finite_are_no_measure(tmp_path: Path) -> None:
+    flow = a_flow()
+    flow.blocks[0].proj_out.weight.data[0] = torch.nan
+    flow.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="not all finite"):
+        calibrate.main([str(tmp_path), "--device", "cpu"])
+    assert not (tmp_path / "sampling.json").exists()
+
+
+def test_given_images_are_read_as_data_prep_reads_them(tmp_path: Path) -> None:
+    """Sixteen bits scaled to eight, transparency on white."""
+    deep = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    images = sample.read_images(a_flow(), [tmp_path / "deep.png", tmp_path / "clear.png"])
+    expected = torch.from_numpy(deep / 65535 * 2 - 1).float()
+    assert (images[0] - expected).abs().max() <= 1 / 255
+    assert (images[1] == 1).all()
 
 
 def test_traces_and_ways_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

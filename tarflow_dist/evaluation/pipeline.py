@@ -52,65 +52,71 @@ def run(args: argparse.Namespace, training_run: TrainingRun | None) -> None:
     """`args` are those of `sample_fid`; `training_run` is where the result is logged besides."""
     # rank 0 compares and reports alone, for minutes, and the others wait
     device = distributed.init(timeout=timedelta(days=1))
-    stages = Stages()
-    with stages.stage("loading"):
-        flow = TarFlow.from_pretrained(args.model).requires_grad_(False).to(device)
-        extractor = make_extractor(
-            args.features,
-            image_shape=flow.image_shape,
-            inception_weights=args.inception_weights,
-            device=device,
-        )
-        reference = open_reference(
-            args.reference, args.split, image_shape=flow.image_shape, extractor=extractor
-        )
-        weights = distributed.from_main(hash_weights(args.model) if distributed.is_main() else "")
-        settings = sweep_settings(args, flow, weights)
-        points = [Point(name, SampleStore(args.out / name, s)) for name, s in settings.items()]
-        if distributed.is_main():
-            for point in points:
-                point.store.begin()
-    for _, group in groupby(points, lambda point: point.store.settings["guidance"]):
-        _draw_samples(flow, list(group), device)
-    for point in points:
-        with point.stages.stage("sample_features"):
-            _measure_samples(point, extractor, device)
-    neighbours = None
-    with stages.stage("reference_features"):
-        if isinstance(reference, ShardsReference):
-            queries = torch.cat([p.first_features for p in points if p.first_features is not None])
-            neighbours = Neighbours(queries.to(device), SHOWN_NEIGHBOURS[1])
-            real = reference.measure(
-                extractor, batch_size=args.batch_size, device=device, neighbours=neighbours
+    with ExitStack() as job:
+        stages = Stages()
+        with stages.stage("loading"):
+            flow = TarFlow.from_pretrained(args.model).requires_grad_(False).to(device)
+            extractor = make_extractor(
+                args.features,
+                image_shape=flow.image_shape,
+                inception_weights=args.inception_weights,
+                device=device,
             )
-        else:
-            real = reference.measure(extractor, batch_size=args.batch_size, device=device)
-    facts = {
-        "model": str(args.model),
-        **describe_extractor(extractor),
-        **reference.describe(),
-        **result.describe_machine(device),
-        "command": args.command,
-    }
-    if real is not None:
-        results = [_compare(point, real, facts, device) for point in points]
-        best = min(range(len(results)), key=lambda i: results[i]["frechet_distance"])
-        found: list[NeighboursOf] = []
-        if neighbours is not None and isinstance(reference, ShardsReference):
-            first = best * len(neighbours.indexes) // len(points)
-            found = show_neighbours(
-                neighbours,
-                first,
-                len(neighbours.indexes) // len(points),
-                points[best].store,
-                reference.images,
-                extractor,
+            reference = open_reference(
+                args.reference, args.split, image_shape=flow.image_shape, extractor=extractor
             )
-        with stages.stage("outputs"):
-            _write_outputs(args, points, results, best, reference.class_names, found)
-        for one in results:
-            one["seconds"] |= stages.seconds
-        _write_results(args, training_run, points, results, best)
+            weights = distributed.from_main(
+                hash_weights(args.model) if distributed.is_main() else ""
+            )
+            settings = sweep_settings(args, flow, weights)
+            points = [Point(name, SampleStore(args.out / name, s)) for name, s in settings.items()]
+            job.enter_context(distributed.only_job(args.out))
+            if distributed.is_main():
+                for point in points:
+                    point.store.begin()
+        for _, group in groupby(points, lambda point: point.store.settings["guidance"]):
+            _draw_samples(flow, list(group), device)
+        for point in points:
+            with point.stages.stage("sample_features"):
+                _measure_samples(point, extractor, device)
+        neighbours = None
+        with stages.stage("reference_features"):
+            if isinstance(reference, ShardsReference):
+                queries = torch.cat(
+                    [p.first_features for p in points if p.first_features is not None]
+                )
+                neighbours = Neighbours(queries.to(device), SHOWN_NEIGHBOURS[1])
+                real = reference.measure(
+                    extractor, batch_size=args.batch_size, device=device, neighbours=neighbours
+                )
+            else:
+                real = reference.measure(extractor, batch_size=args.batch_size, device=device)
+        facts = {
+            "model": str(args.model),
+            **describe_extractor(extractor),
+            **reference.describe(),
+            **result.describe_machine(device),
+            "command": args.command,
+        }
+        if real is not None:
+            results = [_compare(point, real, facts, device) for point in points]
+            best = min(range(len(results)), key=lambda i: results[i]["frechet_distance"])
+            found: list[NeighboursOf] = []
+            if neighbours is not None and isinstance(reference, ShardsReference):
+                first = best * len(neighbours.indexes) // len(points)
+                found = show_neighbours(
+                    neighbours,
+                    first,
+                    len(neighbours.indexes) // len(points),
+                    points[best].store,
+                    reference.images,
+                    extractor,
+                )
+            with stages.stage("outputs"):
+                _write_outputs(args, points, results, best, reference.class_names, found)
+            for one in results:
+                one["seconds"] |= stages.seconds
+            _write_results(args, training_run, points, results, best)
     distributed.shutdown()
 
 

@@ -31,7 +31,7 @@ def train(config: Config, device: torch.device) -> bool:
     with Watchdog(config.health) as watchdog, Interrupt(config.train.stop_after) as interrupt:
         micro_batch_size = config.micro_batch(distributed.world_size())
         shards = open_data(config)
-        with run_folder.locked(config):
+        with distributed.only_job(config.run):
             return _train(config, shards, micro_batch_size, device, watchdog, interrupt)
 
 

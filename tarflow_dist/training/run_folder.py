@@ -2,14 +2,11 @@
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 
 from tarflow_dist import config as configs
-from tarflow_dist import distributed
 from tarflow_dist.config import Config
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import only_run, write_whole
+from tarflow_dist.files import write_whole
 from tarflow_dist.telemetry.environment import describe_environment
 
 
@@ -34,29 +31,6 @@ def changes_since_start(config: Config) -> list[str]:
                 "give it back its value, or start another run (run=…)"
             )
     return [f"{key} changed from {old} to {new}" for key, (old, new) in changes.items()]
-
-
-@contextmanager
-def locked(config: Config) -> Iterator[None]:
-    """Keeps other jobs out of the run's folder while the body runs. Rank 0 holds the lock for all.
-
-    Raises:
-        UserError: on every rank, if another job trains there or the folder can't be made.
-    """
-    with ExitStack() as held:
-        problem = None
-        if distributed.is_main():
-            try:
-                config.run.mkdir(parents=True, exist_ok=True)
-                held.enter_context(only_run(config.run))
-            except UserError as error:
-                problem = str(error)
-            except OSError as error:
-                problem = f"the run's folder {config.run} can't be written: {error.strerror}"
-        problem = distributed.from_main(problem)
-        if problem is not None:
-            raise UserError(problem)
-        yield
 
 
 def record_start(config: Config) -> None:

@@ -17,6 +17,7 @@ from tarflow_dist.evaluation.measure import check_image_shape
 from tarflow_dist.evaluation.reference_set import sha256
 from tarflow_dist.evaluation.sampling import sample_labels
 from tarflow_dist.evaluation.settings import sweep_settings
+from tarflow_dist.files import only_run
 from tarflow_dist.pretrained import TarFlow
 from tarflow_dist.sample_fid import check_arguments, main, parse_arguments
 
@@ -172,6 +173,19 @@ def times_lost(model: Path, count: int) -> int:
 
 def outcome(out: Path) -> dict:
     return json.loads((out / "result.json").read_text())
+
+
+@pytest.mark.e2e
+def test_two_jobs_do_not_share_a_folder(model: Path, digits: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with only_run(out):
+        done = run(COMMAND, *options(model, digits, out), check=False)
+        assert list(out.iterdir()) == [out / ".lock"]
+    assert done.returncode == 2
+    assert f"error: another run is writing to {out}: wait for it" in done.stderr
+    run(COMMAND, *options(model, digits, out))
+    assert not (out / ".lock").exists()
 
 
 @pytest.mark.e2e

@@ -182,7 +182,7 @@ def test_torchs_defaults_for_new_tensors_change_nothing() -> None:
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("compiler", ["false", "/no/such/compiler --at-all"])
+@pytest.mark.parametrize("compiler", ["false", "true", "/no/such/compiler --at-all", "c++ '"])
 def test_a_cpu_without_a_compiler_says_so_and_samples(
     compiler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,12 +203,13 @@ def test_what_was_compiled_serves_later_without_a_compiler(monkeypatch: pytest.M
     assert compile_anew() is not None
 
 
-def test_a_damaged_library_is_named(own_cache: Path) -> None:
+@pytest.mark.parametrize("damaged", [b"no library", b""])
+def test_a_damaged_library_is_made_anew(own_cache: Path, damaged: bytes) -> None:
     subprocess.run([sys.executable, "-c", COMPILE], check=True)
     (file,) = own_cache.iterdir()
-    file.write_bytes(b"no library")
-    with pytest.warns(UserWarning, match=file.name):
-        assert compile_anew() is None
+    file.write_bytes(damaged)
+    assert compile_anew() is not None
+    assert len(file.read_bytes()) > len(damaged)
 
 
 def test_processes_that_compile_at_once_leave_one_library(own_cache: Path) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def library() -> ctypes.CDLL | None:
     try:
         folder = _own_cache()
         if folder is not None and (folder / name).exists():
-            return _open(folder / name)
+            with suppress(OSError, AttributeError):  # it is damaged, and made anew
+                return _open(folder / name)
         # whole or not at all, whoever else compiles it meanwhile
         with tempfile.TemporaryDirectory(dir=folder) as work:
             file = _compile(flags, Path(work) / name)
@@ -43,7 +45,7 @@ def library() -> ctypes.CDLL | None:
             if folder is not None:
                 file.replace(folder / name)
         return found
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, AttributeError, subprocess.CalledProcessError) as error:
         lines = (getattr(error, "stderr", None) or str(error)).splitlines()
         reason = next((line for line in lines if "error" in line), lines[0])
         warnings.warn(
@@ -55,7 +57,11 @@ def library() -> ctypes.CDLL | None:
 
 
 def _compile(flags: tuple[str, ...], file: Path) -> Path:
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    named = os.environ.get("CXX", "").strip() or "c++"
+    try:
+        compiler = shlex.split(named)
+    except ValueError as error:
+        raise RuntimeError(f"CXX is {named}: {error}") from error
     if shutil.which(compiler[0]) is None:
         raise RuntimeError(f"there is no C++ compiler {compiler[0]}")
     command = [*compiler, *flags, str(SOURCE), "-o", str(file)]
