@@ -74,6 +74,8 @@ def run(args: argparse.Namespace, training_run: TrainingRun | None) -> None:
             if distributed.is_main():
                 for point in points:
                     point.store.begin()
+                for sampler in dict.fromkeys(p.store.settings["sampler"] for p in points):
+                    print(f"sampler: {sampler}", flush=True)
         for _, group in groupby(points, lambda point: point.store.settings["guidance"]):
             _draw_samples(flow, list(group), device)
         for point in points:
