@@ -203,15 +203,18 @@ def draw(
     images: int,
     seed: int,
 ) -> "Tensor":
-    """`images` images by `solvers`, or sequentially, without denoising: uint8 (B, C, H, W)."""
+    """`images` images by `solvers`, or sequentially, without denoising: uint8 (B, C, H, W).
+
+    Raises:
+        UserError: the sequential ones are not finite, and so no measure of others.
+    """
     from tarflow_dist.flow.inverse import SEQUENTIAL
     from tarflow_dist.flow.noise import to_pixels
 
     z, y = inputs(flow, images, seed=seed)
-    exact = solvers is None
-    solvers = solvers or [SEQUENTIAL] * len(flow.blocks)
-    x = flow.decode(z, y, **guidance.arguments(), solvers=solvers)
-    if exact and not x.isfinite().all():
+    sequential = [SEQUENTIAL] * len(flow.blocks)
+    x = flow.decode(z, y, **guidance.arguments(), solvers=solvers or sequential)
+    if solvers is None and not x.isfinite().all():
         raise UserError("this model's samples are not all finite at this guidance: mend that first")
     return to_pixels(x, flow.noise)
 

@@ -94,38 +94,27 @@ def _in_windows(predict: "Predictor", z: Tensor, solver: Solver) -> Tensor:
     sweeps_between_checks = 1 if z.device.type == "cpu" else SWEEPS_BETWEEN_CHECKS
     if len(window) == 1:  # each sweep settles one patch of each sample
         sweeps_between_checks = last
-    solved = z.clone()
+    solved, x = z.clone(), z.clone()
     samples = torch.arange(len(z), device=z.device)
     settled = torch.zeros_like(samples)  # each sample's last such patch
-    furthest = 0  # of them, or later
-    x = z.clone()
-    sweep = _sweeps(predict, x, z, settled, window, solver.tolerance)
     while True:
-        for _ in range(sweeps_between_checks):
-            furthest += len(window)
-            sweep(min(furthest, last))
+        sweep: Callable[[int], None] = partial(
+            _sweep, predict, x, z, settled, window, solver.tolerance
+        )
+        if has_graphs(z.device):
+            sweep = Replay(sweep, (x, settled), z.shape[1])
         going = settled < last
-        if 2 * int(going.sum()) <= len(going):
-            solved[samples[~going]] = x[~going]
-            if not going.any():
-                return solved
-            x, z, samples, settled = x[going], z[going], samples[going], settled[going]
-            predict.keep(going)
-            sweep = _sweeps(predict, x, z, settled, window, solver.tolerance)
-        furthest = int(settled.max())
-
-
-def _sweeps(
-    predict: "Predictor",
-    x: Tensor,
-    z: Tensor,
-    settled: Tensor,
-    window: Tensor,
-    tolerance: float,
-) -> Callable[[int], None]:
-    """`_sweep` of these tensors, still to be told where to stop; a GPU repeats it by itself."""
-    sweep = partial(_sweep, predict, x, z, settled, window, tolerance)
-    return Replay(sweep, (x, settled), x.shape[1]) if has_graphs(x.device) else sweep
+        while 2 * int(going.sum()) > len(going):
+            furthest = int(settled.max())  # of what is settled, or later
+            for _ in range(sweeps_between_checks):
+                furthest += len(window)
+                sweep(min(furthest, last))
+            going = settled < last
+        solved[samples[~going]] = x[~going]
+        if not going.any():
+            return solved
+        x, z, samples, settled = x[going], z[going], samples[going], settled[going]
+        predict.keep(going)
 
 
 def _sweep(

@@ -1,4 +1,4 @@
-"""Compiles transformer.cpp for the CPU at hand, once a machine: half a second."""
+"""Compiles transformer.cpp for the CPU at hand, once a machine: about a second."""
 
 import ctypes
 import hashlib
