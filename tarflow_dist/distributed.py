@@ -1,5 +1,6 @@
 """The process group: one process alone or many ranks, all through the same calls."""
 
+import atexit
 import os
 import socket
 import time
@@ -44,6 +45,9 @@ def init(timeout: timedelta | None = None) -> torch.device:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
+    # before Python 3.14 a thread of gloo's aborts a process that ends before it let go of the last
+    # collective's tensor, and DeepSpeed keeps such threads beyond destroy_process_group
+    atexit.register(time.sleep, 0.1)
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -65,9 +69,6 @@ def shutdown() -> None:
     """Leaves the process group; every rank has reached this point."""
     dist.barrier()
     dist.destroy_process_group()
-    # DeepSpeed keeps groups alive, and before Python 3.14 a thread of gloo's that has a tensor to
-    # let go of when the interpreter ends aborts the process: it can do so now
-    time.sleep(0.1)
 
 
 def rank() -> int:

@@ -10,10 +10,11 @@ import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
+from tarflow_dist import distributed
 from tarflow_dist.flow.model import Flow
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-deepspeed.init_distributed("gloo")
+distributed.init()
 saved, stage = Path(sys.argv[1]), int(sys.argv[2])
 torch.manual_seed(0)
 flow = Flow(
@@ -42,4 +43,4 @@ engine.save_checkpoint(str(saved))
 weights = {name: safe_get_full_fp32_param(p) for name, p in flow.named_parameters()}
 if torch.distributed.get_rank() == 0:
     torch.save({**weights, "var": flow.var}, saved.parent / "expected.pt")
-torch.distributed.barrier()
+distributed.shutdown()
