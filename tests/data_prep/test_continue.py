@@ -87,6 +87,8 @@ def started(src: Path, out: Path, workers: int, **env: str) -> Iterator[BaseProc
     process = FRESH.Process(target=run_apart, args=arguments)
     process.start()
     yield process
+    process.join(120)
+    process.kill()  # if it still waits for something
     process.join()
 
 
