@@ -19,7 +19,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from tarflow_dist.errors import UserError, run_command
-from tarflow_dist.sample import add_guidance_arguments, guidance_of, load
+from tarflow_dist.options import add_guidance_options, guidance_of, load_model
 
 if TYPE_CHECKING:
     import torch
@@ -56,13 +56,15 @@ def main(argv: list[str]) -> None:
     add("--batch-sizes", type=int, nargs="+", default=[1, 4, 16], help="default 1 4 16")
     add("--images", type=int, default=24, help="drawn to compare with sequential ones; default 24")
     add("--seed", type=int, default=0, help="of the samples that are drawn to measure")
-    add_guidance_arguments(parser)
+    add("--device", help="default cuda if there is one, else cpu")
+    add("--guidance", type=float, default=0.0, help="w; default 0: none")
+    add_guidance_options(add)
     args = parser.parse_args(argv)
     if min(args.batch_sizes) < 1 or args.images < 1:
         raise UserError("--batch-sizes and --images must be 1 or more")
     if not os.access(args.model, os.W_OK):
         raise UserError(f"{args.model}/sampling.json can't be written")
-    flow = load(args.model, args.device, calibrated=False)
+    flow = load_model(args.model, args.device, calibrated=False)
     assert flow.policy is not None
     try:
         flow.policy = read_policy(
@@ -70,7 +72,7 @@ def main(argv: list[str]) -> None:
         )
     except UserError as error:
         print(f"starting anew: {error}", file=sys.stderr)
-    guidance = guidance_of(args, flow)
+    guidance = guidance_of(args, args.guidance, flow)
     exact = draw(flow, guidance, None, images=args.images, seed=args.seed)
     for batch in sorted(set(args.batch_sizes)):
         found = calibrate(flow, batch, guidance, exact, seed=args.seed)

@@ -79,7 +79,8 @@ class TarFlow(Flow):
         """Takes the tensors of `weights` as this model's own, their type and device included.
 
         Raises:
-            UserError: they are not exactly this model's; `source` is named.
+            UserError: they are not exactly this model's, or of several types or whole numbers;
+                `source` is named.
         """
         expected = {name: tensor.shape for name, tensor in self.state_dict().items()}
         for name, shape in expected.items():
@@ -92,6 +93,10 @@ class TarFlow(Flow):
                 )
         if extra := sorted(weights.keys() - expected.keys()):
             raise UserError(f"{source} is of another model: it has {extra[0]} and this one has not")
+        types = {weights[name].dtype for name, _ in self.named_parameters()}
+        if len(types) > 1 or not all(dtype.is_floating_point for dtype in types):
+            named = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
+            raise UserError(f"{source} should hold weights of one floating type, and not {named}")
         self.load_state_dict(weights, assign=True)
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -224,8 +229,8 @@ class TarFlow(Flow):
         bad = index[lost].tolist()
         named = f"{bad[:5]} and {len(bad) - 5} more" if len(bad) > 5 else bad
         raise ValueError(
-            f"samples {named} are not finite or ran away in {ATTEMPTS} attempts: lower the "
-            "guidance, or train longer"
+            f"samples {named} are not finite or ran away in {ATTEMPTS} attempts: train longer, "
+            "or lower the guidance if there is one"
         )
 
     def noise_of(self, index: Tensor, *, seed: int, attempt: Tensor | int = 0) -> Tensor:

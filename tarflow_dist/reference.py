@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from tarflow_dist.errors import UserError, run_command
-from tarflow_dist.evaluation.features import EXTRACTORS, check_inception_weights
+from tarflow_dist.evaluation.features import EXTRACTORS, check_features
 
 
 def main(argv: list[str]) -> None:
@@ -39,8 +39,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--batch-size and --keep must be at least 1")
     if args.out.suffix != ".npz":
         raise UserError(f"{args.out}: the name of the file to write ends in .npz")
-    if args.features == "inception":
-        check_inception_weights(args.inception_weights)
+    check_features(args.features, args.inception_weights)
 
     from dataclasses import replace
 

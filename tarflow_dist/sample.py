@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tarflow_dist.errors import UserError, run_command
+from tarflow_dist.options import add_guidance_options, guidance_of, load_model, whole_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,8 +30,10 @@ SHOWN_SIDE = 64
 
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
-    flow = load(args.model, args.device)
-    guidance = guidance_of(args, flow)
+    import torch
+
+    flow = load_model(args.model, args.device)
+    guidance = guidance_of(args, args.guidance, flow)
     y = labels_of(args, flow)
     try:
         if args.reconstruct:
@@ -45,6 +48,8 @@ def main(argv: list[str]) -> None:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise UserError("so many images at once don't fit into memory: ask for fewer") from error
     write_grid(rows, args.out)
     print(f"{args.out}: {len(rows)} x {rows.shape[1]} images")
 
@@ -69,7 +74,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     what.add_argument("--reconstruct", type=Path, nargs="+", metavar="IMAGE")
     what.add_argument("--interpolate", type=Path, nargs=2, metavar="IMAGE")
     add("--steps", type=int, help="images from one to the other, with --interpolate; default 8")
-    add_guidance_arguments(parser)
+    add("--device", help="default cuda if there is one, else cpu")
+    add("--guidance", type=float, default=0.0, help="w; default 0: none")
+    add_guidance_options(add)
     args = parser.parse_args(argv)
     if args.count is not None and args.count < 1:
         raise UserError("--count must be 1 or more")
@@ -86,53 +93,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     if args.out.is_dir() or not os.access(args.out.resolve().parent, os.W_OK):
         raise UserError(f"--out {args.out} is a folder, or in one that can't be written to")
     return args
-
-
-def whole_numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas") from None
-
-
-def add_guidance_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that `guidance_of` and `load` read."""
-    add = parser.add_argument
-    add("--guidance", type=float, default=0.0, help="w; 0 is no guidance")
-    add("--annealed", action="store_true", help="let w grow along the sequence, as published")
-    add("--guide", default="both", choices=("both", "mu", "alpha"), help="what is guided")
-    add("--attn-temp", type=float, default=1.0, help="guides an unconditional model")
-    add("--rule", default="linear", choices=("linear", "gaussian"), help="of guidance")
-    add("--guide-blocks", type=whole_numbers, help="blocks that are guided, 0 the first; all")
-    add("--device", help="default cuda if there is one, else cpu")
-
-
-def guidance_of(args: argparse.Namespace, flow: "TarFlow") -> "Guidance":
-    """Raises `UserError` for a guidance that this model can't have."""
-    from tarflow_dist.flow.guidance import Guidance
-
-    blocks = None if args.guide_blocks is None else tuple(sorted(set(args.guide_blocks)))
-    try:
-        guidance = Guidance(
-            args.guidance, args.annealed, args.guide, args.attn_temp, args.rule, blocks
-        )
-        guidance.check(conditional=flow.num_classes > 0, volume_preserving=flow.volume_preserving)
-        guidance.per_block(len(flow.blocks))
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return guidance
-
-
-def load(model: Path, device: str | None, *, calibrated: bool = True) -> "TarFlow":
-    import torch
-
-    from tarflow_dist.pretrained import TarFlow
-
-    flow = TarFlow.from_pretrained(model, calibrated=calibrated).requires_grad_(False)
-    try:
-        return flow.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (RuntimeError, AssertionError) as error:  # what torch says of a device it lacks
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
 
 
 def labels_of(args: argparse.Namespace, flow: "TarFlow") -> "Tensor | None":

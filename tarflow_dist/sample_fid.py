@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from tarflow_dist.errors import UserError, run_command
-from tarflow_dist.evaluation.features import EXTRACTORS, check_inception_weights
+from tarflow_dist.evaluation.features import EXTRACTORS, check_features
+from tarflow_dist.options import add_guidance_options
 
 if TYPE_CHECKING:
     from tarflow_dist.evaluation.wandb_log import TrainingRun
@@ -44,9 +45,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--model", type=Path, required=True, help="folder of model.safetensors and config.json")
     add("--num-samples", type=int, required=True, help="the field draws 50000")
     add("--guidance", type=weights, default="0", help="w, or several: 0,1,1.5; default 0: none")
-    add("--annealed", action="store_true", help="let w grow along the sequence, as published")
-    add("--guide", default="both", choices=("both", "mu", "alpha"), help="default both")
-    add("--attn-temp", type=float, default=1.0, help="guides an unconditional model; default 1")
+    add_guidance_options(add)
     add(
         "--denoise",
         type=switches,
@@ -133,8 +132,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"--out {args.out} is the folder of {what}: choose another for samples")
     if args.wandb is not None and not (args.wandb / "config.yaml").is_file():
         raise UserError(f"--wandb {args.wandb} is not the folder of a training run")
-    if args.features == "inception":
-        check_inception_weights(args.inception_weights)
+    check_features(args.features, args.inception_weights)
 
 
 def find_training_run(folder: Path, model: Path) -> "TrainingRun":

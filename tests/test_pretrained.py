@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tarflow_dist import TarFlow
 from tarflow_dist.errors import UserError
@@ -45,7 +46,11 @@ def test_what_is_saved_is_loaded(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["cut", "no weights", "no config", "bad config", "other size", "other network"]
+    "damage",
+    [
+        *("cut", "no weights", "no config", "bad config", "other size", "other network"),
+        *("two types", "whole numbers"),
+    ],
 )
 def test_damage_is_told_in_a_sentence(damage: str, tmp_path: Path) -> None:
     small_flow().save_pretrained(tmp_path)
@@ -59,6 +64,13 @@ def test_damage_is_told_in_a_sentence(damage: str, tmp_path: Path) -> None:
         config.unlink()
     elif damage == "bad config":
         config.write_text('{"model": {"width": 32, "depth": 3}}')
+    elif damage in ("two types", "whole numbers"):
+        tensors = load_file(weights)
+        if damage == "two types":
+            tensors["blocks.0.proj_in.weight"] = tensors["blocks.0.proj_in.weight"].half()
+        else:
+            tensors = {name: tensor.long() for name, tensor in tensors.items()}
+        save_file(tensors, weights)
     elif damage == "other size":
         config.write_text(json.dumps(saved | {"model": saved["model"] | {"width": 64}}))
     else:

@@ -154,6 +154,16 @@ _WANTED = (
 )
 
 
+def check_features(features: str, inception_weights: Path | None) -> None:
+    """Raises `UserError` if `features` lack the weights that they need, or don't take the given."""
+    if features == "inception":
+        check_inception_weights(inception_weights)
+    elif inception_weights is not None:
+        raise UserError(
+            f"--features {features} takes no --inception-weights: leave one of them out"
+        )
+
+
 def check_inception_weights(path: Path | None) -> Path:
     """`path` to pt_inception-2015-12-05-6726825d.pth (pytorch-fid's) or
     weights-inception-2015-12-05-6726825d.pth (torch-fidelity's), if there is a file.

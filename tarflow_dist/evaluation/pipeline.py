@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tarflow_dist import distributed
+from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation import metrics, result, sweep
 from tarflow_dist.evaluation.export import WRITERS
 from tarflow_dist.evaluation.feature_set import FeatureSet
@@ -18,7 +19,7 @@ from tarflow_dist.evaluation.features import FeatureExtractor, make_extractor
 from tarflow_dist.evaluation.grid import write_grid
 from tarflow_dist.evaluation.measure import describe_extractor, measure, sample_batches
 from tarflow_dist.evaluation.neighbours import Neighbours, NeighboursOf, show_neighbours
-from tarflow_dist.evaluation.reference_set import ShardsReference, open_reference
+from tarflow_dist.evaluation.reference_set import Reference, ShardsReference, open_reference
 from tarflow_dist.evaluation.report import write_report
 from tarflow_dist.evaluation.result import Stages
 from tarflow_dist.evaluation.sampling import draw_missing_chunks, make_draw
@@ -52,47 +53,33 @@ def run(args: argparse.Namespace, training_run: TrainingRun | None) -> None:
     """`args` are those of `sample_fid`; `training_run` is where the result is logged besides."""
     # rank 0 compares and reports alone, for minutes, and the others wait
     device = distributed.init(timeout=timedelta(days=1))
-    with ExitStack() as job:
-        stages = Stages()
-        with stages.stage("loading"):
-            flow = TarFlow.from_pretrained(args.model).requires_grad_(False).to(device)
-            extractor = make_extractor(
-                args.features,
-                image_shape=flow.image_shape,
-                inception_weights=args.inception_weights,
-                device=device,
-            )
-            reference = open_reference(
-                args.reference, args.split, image_shape=flow.image_shape, extractor=extractor
-            )
-            weights = distributed.from_main(
-                hash_weights(args.model) if distributed.is_main() else ""
-            )
-            settings = sweep_settings(args, flow, weights)
-            points = [Point(name, SampleStore(args.out / name, s)) for name, s in settings.items()]
-            job.enter_context(distributed.only_job(args.out))
-            if distributed.is_main():
-                for point in points:
-                    point.store.begin()
-                for sampler in dict.fromkeys(p.store.settings["sampler"] for p in points):
-                    print(f"sampler: {sampler}", flush=True)
+    stages = Stages()
+    with stages.stage("loading"):
+        flow = TarFlow.from_pretrained(args.model).requires_grad_(False).to(device)
+        extractor = make_extractor(
+            args.features,
+            image_shape=flow.image_shape,
+            inception_weights=args.inception_weights,
+            device=device,
+        )
+        reference = open_reference(
+            args.reference, args.split, image_shape=flow.image_shape, extractor=extractor
+        )
+        weights = distributed.from_main(hash_weights(args.model) if distributed.is_main() else "")
+        settings = sweep_settings(args, flow, weights)
+        points = [Point(name, SampleStore(args.out / name, s)) for name, s in settings.items()]
+    with distributed.only_job(args.out):
+        if distributed.is_main():
+            _begin(points)
         for _, group in groupby(points, lambda point: point.store.settings["guidance"]):
             _draw_samples(flow, list(group), device)
         for point in points:
             with point.stages.stage("sample_features"):
                 _measure_samples(point, extractor, device)
-        neighbours = None
         with stages.stage("reference_features"):
-            if isinstance(reference, ShardsReference):
-                queries = torch.cat(
-                    [p.first_features for p in points if p.first_features is not None]
-                )
-                neighbours = Neighbours(queries.to(device), SHOWN_NEIGHBOURS[1])
-                real = reference.measure(
-                    extractor, batch_size=args.batch_size, device=device, neighbours=neighbours
-                )
-            else:
-                real = reference.measure(extractor, batch_size=args.batch_size, device=device)
+            real, neighbours = _measure_reference(
+                reference, extractor, points, args.batch_size, device
+            )
         facts = {
             "model": str(args.model),
             **describe_extractor(extractor),
@@ -103,18 +90,8 @@ def run(args: argparse.Namespace, training_run: TrainingRun | None) -> None:
         if real is not None:
             results = [_compare(point, real, facts, device) for point in points]
             best = min(range(len(results)), key=lambda i: results[i]["frechet_distance"])
-            found: list[NeighboursOf] = []
-            if neighbours is not None and isinstance(reference, ShardsReference):
-                first = best * len(neighbours.indexes) // len(points)
-                found = show_neighbours(
-                    neighbours,
-                    first,
-                    len(neighbours.indexes) // len(points),
-                    points[best].store,
-                    reference.images,
-                    extractor,
-                )
             with stages.stage("outputs"):
+                found = _show_neighbours(neighbours, points, best, reference, extractor)
                 _write_outputs(args, points, results, best, reference.class_names, found)
             for one in results:
                 one["seconds"] |= stages.seconds
@@ -122,19 +99,31 @@ def run(args: argparse.Namespace, training_run: TrainingRun | None) -> None:
     distributed.shutdown()
 
 
+def _begin(points: list[Point]) -> None:
+    """Makes the points' stores, and says how they are filled."""
+    for point in points:
+        point.store.begin()
+    for sampler in dict.fromkeys(point.store.settings["sampler"] for point in points):
+        print(f"sampler: {sampler}", flush=True)
+
+
 def _draw_samples(flow: TarFlow, points: list[Point], device: torch.device) -> None:
     """Fills the points' stores. The points differ in the denoising step alone, so each has the
     others' time too. Collective."""
     stores = [point.store for point in points]
+    names = ", ".join(point.name for point in points)
     with ExitStack() as stages:
         for point in points:
             stages.enter_context(point.stages.stage("sampling"))
-        drawn = draw_missing_chunks(
-            stores,
-            make_draw(flow, [store.settings for store in stores]),
-            f"sampling {', '.join(point.name for point in points)}".strip(),
-            distributed.device_name(device),
-        )
+        try:
+            drawn = draw_missing_chunks(
+                stores,
+                make_draw(flow, [store.settings for store in stores]),
+                f"sampling {names}".strip(),
+                distributed.device_name(device),
+            )
+        except UserError as error:
+            raise UserError(f"{names}: {error}" if names else str(error)) from error
     for point, chunks in zip(points, drawn.chunks, strict=True):
         point.drawn = result.describe_drawing(drawn, chunks)
 
@@ -166,6 +155,39 @@ def _measure_samples(point: Point, extractor: FeatureExtractor, device: torch.de
 
 def _is_measured(file: Path, who: dict[str, Any]) -> bool:
     return file.exists() and FeatureSet.load(file).about.items() >= who.items()
+
+
+def _measure_reference(
+    reference: Reference,
+    extractor: FeatureExtractor,
+    points: list[Point],
+    batch_size: int,
+    device: torch.device,
+) -> tuple[FeatureSet | None, Neighbours | None]:
+    """The reference's features, on rank 0, and those of its images, if it has any, that are nearest
+    to the points' first samples. Collective."""
+    if not isinstance(reference, ShardsReference):
+        return reference.measure(extractor, batch_size=batch_size, device=device), None
+    queries = torch.cat([p.first_features for p in points if p.first_features is not None])
+    neighbours = Neighbours(queries.to(device), SHOWN_NEIGHBOURS[1])
+    real = reference.measure(extractor, batch_size=batch_size, device=device, neighbours=neighbours)
+    return real, neighbours
+
+
+def _show_neighbours(
+    neighbours: Neighbours | None,
+    points: list[Point],
+    best: int,
+    reference: Reference,
+    extractor: FeatureExtractor,
+) -> list[NeighboursOf]:
+    """Those of the samples of `points[best]`; none if the reference has no images."""
+    if neighbours is None or not isinstance(reference, ShardsReference):
+        return []
+    count = len(neighbours.indexes) // len(points)
+    return show_neighbours(
+        neighbours, best * count, count, points[best].store, reference.images, extractor
+    )
 
 
 def _compare(

@@ -32,7 +32,7 @@ ImageShape = tuple[int, int, int]
 
 def open_reference(
     path: str, split: str, *, image_shape: ImageShape, extractor: FeatureExtractor
-) -> "ShardsReference | FileReference":
+) -> "Reference":
     """`path` is a set that data_prep wrote, or an .npz file (`FileReference`).
 
     Args:
@@ -162,6 +162,9 @@ class FileReference:
             "reference_images": self._count,
             "reference_sha256": sha256(self._file),
         }
+
+
+Reference = ShardsReference | FileReference
 
 
 def describe_reference(reference: ShardsReference, extractor: FeatureExtractor) -> dict[str, Any]:

@@ -89,17 +89,29 @@ def figures(result: dict[str, Any]) -> dict[str, str]:
     return {name: value for name, value in rows.items() if value != "—"}
 
 
+def guidance(result: dict[str, Any]) -> str:
+    """How a result's samples were guided, for people."""
+    if result["guidance"] == 0:
+        return "none"
+    annealed = " annealed" if result["annealed"] else ""
+    blocks = result["guide_blocks"]
+    return (
+        f"{result['guidance']:g}{annealed}, {result['rule']}, guide {result['guide']} in "
+        f"{'all blocks' if blocks is None else f'blocks {blocks}'}, "
+        f"attn_temp {result['attn_temp']:g}"
+    )
+
+
 def show(result: dict[str, Any], folder: Path) -> None:
     """Prints the gist."""
     count, redrawn = result["reference_images"], result["redrawn_samples"]
-    guidance = f"{result['guidance']:g}{' annealed' if result['annealed'] else ''}"
     rows = figures(result) | {
         "features": result["features"],
         "samples": f"{result['num_samples']:,}, labels {result['labels'] or 'none'}, "
         f"seed {result['seed']}, sha256 {result['samples_sha256'][:16]}…"
         + (f", {redrawn:,} of them drawn again" if redrawn else ""),
-        "guidance": f"{guidance}, guide {result['guide']}, attn_temp {result['attn_temp']}, "
-        f"{'denoised' if result['denoise'] else 'not denoised'}",
+        "guidance": guidance(result),
+        "denoised": "yes" if result["denoise"] else "no",
         "reference": " ".join(filter(None, (result["reference"], result["reference_split"])))
         + f", {'an unsaid number of' if count is None else format(count, ',')} images",
         "seconds": ", ".join(f"{stage} {s:.1f}" for stage, s in result["seconds"].items()),

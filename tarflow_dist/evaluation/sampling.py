@@ -17,6 +17,7 @@ from tarflow_dist import rng
 from tarflow_dist.distributed import Counter, from_main, gather, is_main
 from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError
 from tarflow_dist.evaluation.store import NO_LABEL, SampleStore
+from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.pretrained import Draws, TarFlow
 from tarflow_dist.telemetry.progress import Progress
 
@@ -60,8 +61,7 @@ def sample_labels(rule: str, index: Tensor, *, num_classes: int, seed: int) -> T
 def make_draw(flow: TarFlow, settings: Sequence[dict[str, Any]]) -> Draw:
     """Draws for stores of these `settings`, which differ in "denoise" alone: "labels" is a rule of
     `sample_labels`, or None for an unconditional model; the others are `TarFlow.draw`'s own."""
-    options = ("seed", "guidance", "annealed", "guide", "attn_temp")
-    chosen = {name: settings[0][name] for name in options}
+    chosen = {name: settings[0][name] for name in ("seed", *Guidance().arguments())}
     rule, seed = settings[0]["labels"], settings[0]["seed"]
 
     def draw(index: Tensor, places: list[int]) -> tuple[Tensor, list[Draws]]:
@@ -88,7 +88,7 @@ def draw_missing_chunks(
         device: the kind of device that draws, noted with the samples.
 
     Raises:
-        UserError: on every rank, if on one `draw` raised `ValueError` or the disk refused.
+        UserError: on every rank, if on one `draw` raised `ValueError`, or memory or disk was full.
     """
     # as rank 0 sees them: ranks may see a network folder at different times, and would remember
     # for a while that a file was not there
@@ -121,7 +121,7 @@ def draw_missing_chunks(
             for count in _run_behind(drawn_chunks()):
                 before, shown = shown, drawn.add(count)
                 progress.update(shown - before)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, torch.OutOfMemoryError) as error:
             problem = _in_words(error, stores)
             failed.add(1)
         while is_main() and shown < lacking and not failed.add(0):  # the others' last chunks
@@ -173,8 +173,12 @@ def _write_chunk(
     return count * len(stores)
 
 
-def _in_words(error: ValueError | OSError, stores: Sequence[SampleStore]) -> str:
+def _in_words(
+    error: ValueError | OSError | torch.OutOfMemoryError, stores: Sequence[SampleStore]
+) -> str:
     """What to tell the user; raises the error again if it is none of the user's."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{stores[0].chunk_size} samples at once don't fit into memory: lower --batch-size"
     if isinstance(error, ValueError):
         return str(error)
     if error.errno not in REFUSED_BY_MACHINE:

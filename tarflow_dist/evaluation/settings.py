@@ -9,6 +9,7 @@ from typing import Any
 from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation.reference_set import sha256
 from tarflow_dist.flow.guidance import Guidance
+from tarflow_dist.options import guidance_of
 from tarflow_dist.pretrained import TarFlow
 
 UINT8_RULES = {  # flow/noise.py, to_pixels
@@ -45,23 +46,14 @@ def sweep_settings(
     }
     points = {}
     for weight, score_step in pairs:
-        # without guidance there is no second pass for the temperature to shape
-        attn_temp = 1.0 if weight == 0 and len(args.guidance) > 1 else args.attn_temp
-        try:
-            guidance = Guidance(weight, args.annealed, args.guide, attn_temp)
-            guidance.check(
-                conditional=flow.num_classes > 0, volume_preserving=flow.volume_preserving
-            )
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        # the options are for a sweep's guided points
+        unguided = weight == 0 and len(args.guidance) > 1
+        guidance = Guidance() if unguided else guidance_of(args, weight, flow)
         name = f"guidance-{weight:g}-denoise-{int(score_step)}" if len(pairs) > 1 else ""
         points[name] = {
             **common,
             "sampler": flow.sampler(args.batch_size, guidance),
-            "guidance": guidance.weight,
-            "annealed": guidance.annealed,
-            "guide": guidance.guide,
-            "attn_temp": guidance.attn_temp,
+            **guidance.arguments(),
             "denoise": score_step,
         }
     return points

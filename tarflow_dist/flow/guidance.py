@@ -52,14 +52,14 @@ class Guidance:
         return self.weight > 0
 
     def arguments(self) -> dict[str, Any]:
-        """This guidance as `Flow.decode` and `TarFlow.sample` take it."""
+        """This guidance as `Flow.decode` and `TarFlow.sample` take it, in JSON's types."""
         return {
             "guidance": self.weight,
             "annealed": self.annealed,
             "guide": self.guide,
             "attn_temp": self.attn_temp,
             "rule": self.rule,
-            "guide_blocks": self.blocks,
+            "guide_blocks": None if self.blocks is None else list(self.blocks),
         }
 
     def check(self, *, conditional: bool, volume_preserving: bool) -> None:

@@ -65,6 +65,7 @@ def arguments(model: Path, *more: str) -> list[str]:
         (["--wandb", "nowhere"], "--wandb nowhere is not the folder of a training run"),
         (["--features", "inception"], "need their weights on disk"),
         (["--inception-weights", "nowhere.pth"], r"nowhere\.pth is not a file"),
+        (["--features", "pixels", "--inception-weights", "a.pth"], "pixels takes no --inception"),
     ],
 )
 def test_bad_arguments(model: Path, more: list[str], message: str) -> None:
@@ -101,6 +102,8 @@ def test_lists_that_make_no_sense(
         (0, ["--guidance", "1"], "guidance needs class labels"),
         (10, ["--attn-temp", "0.9"], "give a guidance above 0"),
         (10, ["--guidance", "-1"], "must be a number, 0 or more"),
+        (10, ["--guidance", "1", "--guide-blocks", "0,2"], "the model's blocks, 0 to 1"),
+        (10, ["--guide-blocks", "0"], "guide_blocks needs a guidance above 0"),
         (0, ["--labels", "balanced"], "leave --labels out"),
         (10, ["--labels", "3,x"], "random, balanced or class ids such as 3,7, and not '3,x'"),
         (10, ["--labels", ""], "random, balanced or class ids such as 3,7, and not ''"),
@@ -135,13 +138,14 @@ def test_the_policy_in_force_is_a_setting(model: Path, monkeypatch: pytest.Monke
 
 def test_points_of_a_sweep(model: Path) -> None:
     flow = TarFlow.from_pretrained(model)
-    args = parse_arguments(
-        arguments(model, "--guidance", "0,1.5", "--denoise", "0,1", "--attn-temp", "0.9")
-    )
+    guided = ("--attn-temp", "0.9", "--rule", "gaussian", "--guide-blocks", "1,0")
+    args = parse_arguments(arguments(model, "--guidance", "0,1.5", "--denoise", "0,1", *guided))
     points = sweep_settings(args, flow, "")
     assert list(points) == [f"guidance-{w}-denoise-{d}" for w in ("0", "1.5") for d in (0, 1)]
     shown = [(p["guidance"], p["denoise"], p["attn_temp"]) for p in points.values()]
     assert shown == [(0.0, False, 1.0), (0.0, True, 1.0), (1.5, False, 0.9), (1.5, True, 0.9)]
+    shown = [(p["rule"], p["guide_blocks"]) for p in points.values()]
+    assert shown == [("linear", None)] * 2 + [("gaussian", [0, 1])] * 2
 
 
 def test_reference_of_another_shape() -> None:
@@ -186,6 +190,16 @@ def test_two_jobs_do_not_share_a_folder(model: Path, digits: Path, tmp_path: Pat
     assert f"error: another run is writing to {out}: wait for it" in done.stderr
     run(COMMAND, *options(model, digits, out))
     assert not (out / ".lock").exists()
+
+
+@pytest.mark.e2e
+def test_the_point_of_a_sweep_that_runs_away_is_named(
+    model: Path, digits: Path, tmp_path: Path
+) -> None:
+    done = run(COMMAND, *options(model, digits, tmp_path, "--guidance", "0,1e9"), check=False)
+    assert done.returncode == 2
+    assert "error: guidance-1e+09-denoise-1: samples [" in done.stderr
+    assert len(list((tmp_path / "guidance-0-denoise-1").glob("samples-*"))) == 4
 
 
 @pytest.mark.e2e

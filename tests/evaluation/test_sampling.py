@@ -106,7 +106,8 @@ def a_flow() -> TarFlow:
 def flow_settings(denoise: bool) -> dict:
     return {
         **{"seed": 3, "labels": "random", "guidance": 1.0, "annealed": True, "guide": "both"},
-        **{"attn_temp": 1.0, "denoise": denoise, "num_samples": 70, "chunk_size": 4},
+        **{"attn_temp": 1.0, "rule": "gaussian", "guide_blocks": [1]},
+        **{"denoise": denoise, "num_samples": 70, "chunk_size": 4},
     }
 
 
@@ -138,7 +139,8 @@ def test_with_and_without_the_score_step_from_one_decoding() -> None:
     flow.decode = decode  # type: ignore[method-assign]
     y = sample_labels("random", torch.arange(4), num_classes=3, seed=3)
     assert labels.tolist() == y.tolist()
-    x = flow.decode(flow.noise_of(torch.arange(4), seed=3), y, guidance=1.0, annealed=True)
+    noise = flow.noise_of(torch.arange(4), seed=3)
+    x = flow.decode(noise, y, guidance=1.0, annealed=True, rule="gaussian", guide_blocks=[1])
     written_out = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     assert torch.equal(together[0].images, written_out)
 
@@ -187,7 +189,13 @@ def test_samples_drawn_again_are_counted_on_any_ranks_and_after_a_resume(tmp_pat
     assert digests[0] == digests[1]
 
 
-def _two_ranks(folder: Path, failing: bool) -> None:
+FAILURES = [
+    (ValueError("sample 4 is not finite"), "sample 4 is not finite"),
+    (torch.OutOfMemoryError("2.00 GiB"), "4 samples at once don't fit into memory"),
+]
+
+
+def _two_ranks(folder: Path, failure: int | None) -> None:
     """Rank 1 is slow, or fails at its first chunk."""
     distributed.init()
     mine = []
@@ -195,15 +203,15 @@ def _two_ranks(folder: Path, failing: bool) -> None:
     def draw(index: Tensor, places: list[int]) -> tuple[Tensor, list[Draws]]:
         if distributed.rank() == 1:
             time.sleep(0.5)
-            if failing:
-                raise ValueError(f"sample {index[0]} is not finite")
+            if failure is not None:
+                raise FAILURES[failure][0]
         mine.append(int(index[0]) // 4)
         time.sleep(0.02)
         return draw_indexes(index, places)
 
     store = SampleStore(folder, SETTINGS | {"num_samples": 78})
-    if failing:
-        with pytest.raises(UserError, match="is not finite"):
+    if failure is not None:
+        with pytest.raises(UserError, match=FAILURES[failure][1]):
             draw_missing_chunks([store], draw)
     else:
         drawn = draw_missing_chunks([store], draw)
@@ -218,15 +226,16 @@ def _two_ranks(folder: Path, failing: bool) -> None:
 def test_a_slow_rank_holds_up_nobody(tmp_path: Path) -> None:
     store = SampleStore(tmp_path, SETTINGS | {"num_samples": 78})
     store.begin()
-    ranks.run(_two_ranks, tmp_path, False, ranks=2)
+    ranks.run(_two_ranks, tmp_path, None, ranks=2)
     assert shown(store) == list(range(78))
 
 
-def test_an_error_on_one_rank_ends_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize("failure", range(len(FAILURES)))
+def test_an_error_on_one_rank_ends_all(failure: int, tmp_path: Path) -> None:
     """Without waiting for the chunks that nobody has taken yet."""
     store = SampleStore(tmp_path, SETTINGS | {"num_samples": 4000})
     store.begin()
-    ranks.run(_two_ranks, tmp_path, True, ranks=2)
+    ranks.run(_two_ranks, tmp_path, failure, ranks=2)
     assert 1 < len(store.missing_chunks()) < store.num_chunks
 
 

@@ -1,0 +1,69 @@
+"""What several commands take on their command line, and make of it."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tarflow_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from tarflow_dist.flow.guidance import Guidance
+    from tarflow_dist.flow.model import Flow
+    from tarflow_dist.pretrained import TarFlow
+
+
+def whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas") from None
+
+
+def add_guidance_options(add: Callable[..., object]) -> None:
+    """All that `guidance_of` reads; a command's own is --guidance, the weight or several."""
+    add("--annealed", action="store_true", help="let w grow along the sequence, as published")
+    add("--guide", default="both", choices=("both", "mu", "alpha"), help="default both")
+    add("--attn-temp", type=float, default=1.0, help="guides an unconditional model; default 1")
+    add(
+        "--rule",
+        default="linear",
+        choices=("linear", "gaussian"),
+        help="of guidance: as published, or the ratio of densities; default linear",
+    )
+    add("--guide-blocks", type=whole_numbers, help="flow blocks that are guided, 0,2; default all")
+
+
+def guidance_of(args: argparse.Namespace, weight: float, flow: "Flow") -> "Guidance":
+    """The guidance of `weight` that the options describe.
+
+    Raises:
+        UserError: this model can't have it.
+    """
+    from tarflow_dist.flow.guidance import Guidance
+
+    blocks = None if args.guide_blocks is None else tuple(sorted(set(args.guide_blocks)))
+    try:
+        guidance = Guidance(weight, args.annealed, args.guide, args.attn_temp, args.rule, blocks)
+        guidance.check(conditional=flow.num_classes > 0, volume_preserving=flow.volume_preserving)
+        guidance.per_block(len(flow.blocks))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return guidance
+
+
+def load_model(model: Path, device: str | None, *, calibrated: bool = True) -> "TarFlow":
+    """The model in the folder `model` on `device`; None takes a GPU if there is one.
+
+    Raises:
+        UserError: the model can't be read, or there is no such device.
+    """
+    import torch
+
+    from tarflow_dist.pretrained import TarFlow
+
+    flow = TarFlow.from_pretrained(model, calibrated=calibrated).requires_grad_(False)
+    try:
+        return flow.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, AssertionError) as error:  # what torch says of a device it lacks
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
