@@ -154,7 +154,10 @@ def _measure_samples(point: Point, extractor: FeatureExtractor, device: torch.de
 
 
 def _is_measured(file: Path, who: dict[str, Any]) -> bool:
-    return file.exists() and FeatureSet.load(file).about.items() >= who.items()
+    try:
+        return file.exists() and FeatureSet.load(file).about.items() >= who.items()
+    except UserError:  # damaged
+        return False
 
 
 def _measure_reference(

@@ -56,8 +56,8 @@ class SampleStore:
         if not file.exists():
             raise UserError(f"{self.folder} holds samples but no {SETTINGS_FILE}: empty it")
         try:
-            there = json.loads(file.read_text())
-        except ValueError as error:
+            there = dict(json.loads(file.read_text()))
+        except (TypeError, ValueError) as error:
             raise UserError(f"{file} can't be read: empty {self.folder}") from error
         differing = [
             f"{key} {there.get(key)!r}, not {self.settings.get(key)!r}"

@@ -278,6 +278,7 @@ def test_a_sweep_resumes_and_reuses_the_reference_file(
     ranks.run_command(log, COMMAND, *options(model, digits, out, *sweep))
     first = outcome(out)
     (out / "guidance-2-denoise-1" / "samples-000000.parquet").unlink()
+    (out / "guidance-0-denoise-1" / "features.npz").write_text("damaged")
     ranks.run_command(log, COMMAND, *options(model, digits, out, *sweep))
     again = outcome(out)
     assert len(again["points"]) == 4

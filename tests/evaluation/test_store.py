@@ -108,6 +108,10 @@ def test_samples_of_unknown_settings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "settings.json").unlink()
     with pytest.raises(UserError, match=r"no settings\.json"):
         a_store(tmp_path)
+    for rubbish in ("", "[1]"):
+        (tmp_path / "settings.json").write_text(rubbish)
+        with pytest.raises(UserError, match=r"settings\.json can't be read: empty"):
+            a_store(tmp_path)
 
 
 def test_a_chunk_comes_back_as_it_was_or_is_named(tmp_path: Path) -> None:
