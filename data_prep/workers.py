@@ -7,13 +7,14 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from tarflow_dist.errors import UserError
 
-IN_FLIGHT = 4  # tasks a worker may be ahead
+IN_FLIGHT = 4  # tasks that are waiting, at work or done, for each worker
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -24,7 +25,8 @@ def map_in_order(
     """`function` of each of `tasks`, in their order. Only so many of them are held at a time.
 
     Args:
-        workers: processes; 1 does it in this one.
+        workers: processes, started as they are needed; 1 does it in this one. To and from others
+            all is sent by pickle: function, tasks, results and errors.
 
     Raises:
         UserError: a worker was killed.
@@ -32,33 +34,42 @@ def map_in_order(
     if workers == 1:
         yield from map(function, tasks)
     else:
-        with _processes(function, workers) as processes:
-            yield from _map_in_threads(processes, tasks, workers)
+        yield from _map_in_processes(function, tasks, workers)
 
 
-def _map_in_threads(
-    processes: "SimpleQueue[_Process[Task, Result]]", tasks: Iterable[Task], workers: int
+def _map_in_processes(
+    function: Callable[[Task], Result], tasks: Iterable[Task], workers: int
 ) -> Iterator[Result]:
-    """Each of `workers` threads hands a task to a process that has none, and waits for it."""
+    """Each of up to `workers` threads hands a task to an idle process, and waits for it."""
+    started: list[_Process[Task, Result]] = []
+    idle: SimpleQueue[_Process[Task, Result]] = SimpleQueue()
 
-    def by_a_process(task: Task) -> Result:
-        process = processes.get()
+    def in_a_process(task: Task) -> Result:
+        try:
+            process = idle.get_nowait()
+        except Empty:
+            process = _Process(function)
+            started.append(process)
         try:
             return process(task)
         finally:
-            processes.put(process)
+            idle.put(process)
 
     waiting: deque[Future[Result]] = deque()
+    resource_tracker.ensure_running()  # or the first process starts it, which lets interrupts in
     threads = ThreadPoolExecutor(workers)
     try:
         for task in tasks:
-            waiting.append(threads.submit(by_a_process, task))
+            with _interrupts_held():  # a submission may start a thread, and that a process
+                waiting.append(threads.submit(in_a_process, task))
             if len(waiting) >= IN_FLIGHT * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
         threads.shutdown(cancel_futures=True)
+        for process in started:
+            process.end()
 
 
 class _Process(Generic[Task, Result]):
@@ -107,27 +118,9 @@ def _outcome(function: Callable[[Task], Result], task: Task) -> tuple[Exception 
 
 
 @contextmanager
-def _processes(
-    function: Callable[[Task], Result], count: int
-) -> Iterator["SimpleQueue[_Process[Task, Result]]"]:
-    """Started when the body begins, ended with it; all have nothing to do."""
-    started: list[_Process[Task, Result]] = []
-    idle: SimpleQueue[_Process[Task, Result]] = SimpleQueue()
-    try:
-        with _interrupts_held():
-            for _ in range(count):
-                started.append(_Process(function))
-                idle.put(started[-1])
-        yield idle
-    finally:
-        for process in started:
-            process.end()
-
-
-@contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C, which goes to all processes of a terminal, waits until the body ends. Processes that
-    start in it never get it: it is for their parent to act on."""
+    """Ctrl-C, which goes to all processes of a terminal, waits until the body ends. Threads and
+    processes that start in it never get it: it is for this thread to act on."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

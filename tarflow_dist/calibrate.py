@@ -19,7 +19,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from tarflow_dist.errors import UserError, run_command
-from tarflow_dist.options import add_guidance_options, guidance_of, load_model
+from tarflow_dist.options import add_guidance_options, enough_memory, guidance_of, load_model
 
 if TYPE_CHECKING:
     import torch
@@ -73,9 +73,11 @@ def main(argv: list[str]) -> None:
     except UserError as error:
         print(f"starting anew: {error}", file=sys.stderr)
     guidance = guidance_of(args, args.guidance, flow)
-    exact = draw(flow, guidance, None, images=args.images, seed=args.seed)
+    with enough_memory("lower --images"):
+        exact = draw(flow, guidance, None, images=args.images, seed=args.seed)
     for batch in sorted(set(args.batch_sizes)):
-        found = calibrate(flow, batch, guidance, exact, seed=args.seed)
+        with enough_memory(f"leave {batch} out of --batch-sizes"):
+            found = calibrate(flow, batch, guidance, exact, seed=args.seed)
         flow.policy = flow.policy.with_calibration(found)
         flow.policy.write(args.model)  # at once: what is measured survives an interruption
         m = found.measured

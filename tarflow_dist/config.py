@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from tarflow_dist.errors import UserError
+from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.flow.sizes import Noise, check_sizes
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -250,6 +251,14 @@ class Config(Section):
                 f"optimizer.warmup_images {self.optimizer.warmup_images} is longer than "
                 f"train.images {self.train.images}"
             )
+        preview = self.preview
+        try:
+            Guidance(preview.guidance, preview.annealed, attn_temp=preview.attn_temp).check(
+                conditional=self.model.num_classes > 0,
+                volume_preserving=self.model.volume_preserving,
+            )
+        except ValueError as error:
+            raise ValueError(f"preview: {error}") from error
         return self
 
     def micro_batch(self, world_size: int) -> int:

@@ -5,7 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
@@ -45,9 +45,7 @@ def init(timeout: timedelta | None = None) -> torch.device:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-    # before Python 3.14 a thread of gloo's aborts a process that ends before it let go of the last
-    # collective's tensor, and DeepSpeed keeps such threads beyond destroy_process_group
-    atexit.register(time.sleep, 0.1)
+    atexit.register(_wait_for_gloo)
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -56,6 +54,13 @@ def init(timeout: timedelta | None = None) -> torch.device:
         device = torch.device("cpu")
         dist.init_process_group("gloo", timeout=timeout)
     return device
+
+
+def _wait_for_gloo() -> None:
+    """Before Python 3.14 a thread of gloo's aborts a process that ends before it has let go of the
+    last collective's tensor, and DeepSpeed keeps such threads beyond destroy_process_group."""
+    with suppress(KeyboardInterrupt):
+        time.sleep(0.1)
 
 
 def device_name(device: torch.device) -> str:

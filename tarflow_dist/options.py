@@ -1,7 +1,8 @@
 """What several commands take on their command line, and make of it."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,15 +24,20 @@ def whole_numbers(text: str) -> list[int]:
 def add_guidance_options(add: Callable[..., object]) -> None:
     """All that `guidance_of` reads; a command's own is --guidance, the weight or several."""
     add("--annealed", action="store_true", help="let w grow along the sequence, as published")
-    add("--guide", default="both", choices=("both", "mu", "alpha"), help="default both")
+    add(
+        "--guide",
+        default="both",
+        choices=("both", "mu", "alpha"),
+        help="what is guided; default both",
+    )
     add("--attn-temp", type=float, default=1.0, help="guides an unconditional model; default 1")
     add(
         "--rule",
         default="linear",
         choices=("linear", "gaussian"),
-        help="of guidance: as published, or the ratio of densities; default linear",
+        help="how the two passes are combined: as published, or as densities; default linear",
     )
-    add("--guide-blocks", type=whole_numbers, help="flow blocks that are guided, 0,2; default all")
+    add("--guide-blocks", type=whole_numbers, help="blocks that are guided, 0 the first; all")
 
 
 def guidance_of(args: argparse.Namespace, weight: float, flow: "Flow") -> "Guidance":
@@ -52,6 +58,17 @@ def guidance_of(args: argparse.Namespace, weight: float, flow: "Flow") -> "Guida
     return guidance
 
 
+@contextmanager
+def enough_memory(advice: str) -> Iterator[None]:
+    """Raises `UserError`, with what to do about it, if the body doesn't fit into the device's."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"that doesn't fit into the device's memory: {advice}") from error
+
+
 def load_model(model: Path, device: str | None, *, calibrated: bool = True) -> "TarFlow":
     """The model in the folder `model` on `device`; None takes a GPU if there is one.
 
@@ -66,4 +83,4 @@ def load_model(model: Path, device: str | None, *, calibrated: bool = True) -> "
     try:
         return flow.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, AssertionError) as error:  # what torch says of a device it lacks
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--device {device or 'cuda'}: {str(error).splitlines()[0]}") from error

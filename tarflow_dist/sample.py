@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tarflow_dist.errors import UserError, run_command
-from tarflow_dist.options import add_guidance_options, guidance_of, load_model, whole_numbers
+from tarflow_dist.options import (
+    add_guidance_options,
+    enough_memory,
+    guidance_of,
+    load_model,
+    whole_numbers,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,26 +36,23 @@ SHOWN_SIDE = 64
 
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
-    import torch
-
     flow = load_model(args.model, args.device)
     guidance = guidance_of(args, args.guidance, flow)
     y = labels_of(args, flow)
     try:
-        if args.reconstruct:
-            rows = reconstruct(flow, read_images(flow, args.reconstruct), y)
-        elif args.interpolate:
-            rows = interpolate(flow, read_images(flow, args.interpolate), y, args.steps or 8)
-        elif args.trace:
-            rows = trace(flow, y, guidance, args)
-        else:
-            rows = sample(flow, y, guidance, args)
+        with enough_memory("ask for fewer images"):
+            if args.reconstruct:
+                rows = reconstruct(flow, read_images(flow, args.reconstruct), y)
+            elif args.interpolate:
+                rows = interpolate(flow, read_images(flow, args.interpolate), y, args.steps or 8)
+            elif args.trace:
+                rows = trace(flow, y, guidance, args)
+            else:
+                rows = sample(flow, y, guidance, args)
     except UserError:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
-    except torch.OutOfMemoryError as error:
-        raise UserError("so many images at once don't fit into memory: ask for fewer") from error
     write_grid(rows, args.out)
     print(f"{args.out}: {len(rows)} x {rows.shape[1]} images")
 

@@ -46,6 +46,8 @@ def test_what_is_dumped_loads_again(tmp_path: Path) -> None:
         ("model.noise=uniform", "sigma is 0.1, but noise is uniform"),
         ("model.sigma=null", "noise is gaussian, which needs a sigma"),
         ("model.num_classes=0", "train.label_drop is above 0, but model.num_classes is 0"),
+        ("preview.annealed=true", "preview: annealed, guide, attn_temp"),
+        ("preview.attn_temp=0.5", "preview: annealed, guide, attn_temp"),
         ("optimizer.min_lr=1", "min_lr 1.0 is above lr"),
         ("optimizer.warmup_images=1_000_000", "is longer than train.images"),
         ("log.wandb=off", "log.wandb is False"),
@@ -66,6 +68,13 @@ def test_a_mistake_is_told_in_one_sentence(override: str, sentence: str) -> None
         configs.load(DIGITS, [override])
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_preview_that_the_model_cannot_have() -> None:
+    unconditional = ["model.num_classes=0", "train.label_drop=0", "preview.guidance=1"]
+    with pytest.raises(UserError, match="preview: guidance needs class labels"):
+        configs.load(DIGITS, unconditional)
+    configs.load(DIGITS, [*unconditional, "preview.attn_temp=0.5"])
 
 
 def test_a_misspelt_section_is_told_before_the_missing_one(tmp_path: Path) -> None:

@@ -173,6 +173,20 @@ def test_samples_that_are_not_finite_are_no_measure(tmp_path: Path) -> None:
     assert not (tmp_path / "sampling.json").exists()
 
 
+def test_memory_that_is_too_small_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+
+    a_flow().save_pretrained(tmp_path)
+    monkeypatch.setattr(TarFlow, "decode", decode)
+    with pytest.raises(UserError, match="device's memory: ask for fewer images"):
+        sample.main([str(tmp_path), "--device", "cpu", "--out", str(tmp_path / "out.png")])
+    with pytest.raises(UserError, match="device's memory: lower --images"):
+        calibrate.main([str(tmp_path), "--device", "cpu"])
+
+
 def test_given_images_are_read_as_data_prep_reads_them(tmp_path: Path) -> None:
     """Sixteen bits scaled to eight, transparency on white."""
     deep = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)

@@ -111,19 +111,15 @@ def _draw_samples(flow: TarFlow, points: list[Point], device: torch.device) -> N
     """Fills the points' stores. The points differ in the denoising step alone, so each has the
     others' time too. Collective."""
     stores = [point.store for point in points]
-    names = ", ".join(point.name for point in points)
     with ExitStack() as stages:
         for point in points:
             stages.enter_context(point.stages.stage("sampling"))
-        try:
-            drawn = draw_missing_chunks(
-                stores,
-                make_draw(flow, [store.settings for store in stores]),
-                f"sampling {names}".strip(),
-                distributed.device_name(device),
-            )
-        except UserError as error:
-            raise UserError(f"{names}: {error}" if names else str(error)) from error
+        drawn = draw_missing_chunks(
+            stores,
+            make_draw(flow, [store.settings for store in stores]),
+            f"sampling {', '.join(point.name for point in points)}".strip(),
+            distributed.device_name(device),
+        )
     for point, chunks in zip(points, drawn.chunks, strict=True):
         point.drawn = result.describe_drawing(drawn, chunks)
 
@@ -155,9 +151,10 @@ def _measure_samples(point: Point, extractor: FeatureExtractor, device: torch.de
 
 def _is_measured(file: Path, who: dict[str, Any]) -> bool:
     try:
-        return file.exists() and FeatureSet.load(file).about.items() >= who.items()
-    except UserError:  # damaged
+        there = FeatureSet.load(file)
+    except UserError:  # not there, or damaged
         return False
+    return there.features is not None and there.about.items() >= who.items()
 
 
 def _measure_reference(

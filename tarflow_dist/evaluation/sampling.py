@@ -88,7 +88,8 @@ def draw_missing_chunks(
         device: the kind of device that draws, noted with the samples.
 
     Raises:
-        UserError: on every rank, if on one `draw` raised `ValueError`, or memory or disk was full.
+        UserError: on every rank, if on one `draw` raised `ValueError`, or its device's memory or
+            the disk was full.
     """
     # as rank 0 sees them: ranks may see a network folder at different times, and would remember
     # for a while that a file was not there
@@ -178,9 +179,12 @@ def _in_words(
 ) -> str:
     """What to tell the user; raises the error again if it is none of the user's."""
     if isinstance(error, torch.OutOfMemoryError):
-        return f"{stores[0].chunk_size} samples at once don't fit into memory: lower --batch-size"
+        return (
+            f"{stores[0].folder}: {stores[0].chunk_size} samples at once don't fit into the "
+            "device's memory: lower --batch-size, with another --out if samples are there"
+        )
     if isinstance(error, ValueError):
-        return str(error)
+        return f"{stores[0].folder}: {error}"
     if error.errno not in REFUSED_BY_MACHINE:
         raise error
     left = sum(len(store.missing_chunks()) for store in stores)

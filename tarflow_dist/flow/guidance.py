@@ -2,10 +2,10 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # a config can be checked without torch
+    from torch import Tensor
 
 Guide = Literal["both", "mu", "alpha"]
 Rule = Literal["linear", "gaussian"]
@@ -42,10 +42,12 @@ class Guidance:
                 raise ValueError(f"{name} is {value!r}, but must be {', '.join(get_args(kind))}")
         if not 0 < self.attn_temp < math.inf:
             raise ValueError(f"attn_temp is {self.attn_temp}, but must be a number above 0")
-        if self.weight == 0 and self.attn_temp != 1:
-            raise ValueError("attn_temp shapes the unguided pass: give a guidance above 0 with it")
-        if self.weight == 0 and self.blocks is not None:
-            raise ValueError("guide_blocks needs a guidance above 0")
+        how = (self.annealed, self.guide, self.attn_temp, self.rule, self.blocks)
+        if self.weight == 0 and how != (False, "both", 1, "linear", None):
+            raise ValueError(
+                "annealed, guide, attn_temp, rule and guide_blocks say how to guide: give a "
+                "guidance above 0 with them"
+            )
 
     @property
     def active(self) -> bool:
@@ -88,18 +90,18 @@ class Guidance:
         return [self if t in blocks else Guidance() for t in range(num_blocks)]
 
     def combine(
-        self, mu: Tensor, alpha: Tensor, patch: int | Tensor, num_patches: int
-    ) -> tuple[Tensor, Tensor]:
+        self, mu: "Tensor", alpha: "Tensor", patch: "int | Tensor", num_patches: int
+    ) -> tuple["Tensor", "Tensor"]:
         """μ and α (2B, S, D), first the conditional, then the unguided half → (B, S, D). `patch`
         says which ones of the sequence they are of: one, or (B, S)."""
         w: float | Tensor = self.weight
         if self.annealed:
-            place = patch.to(mu.dtype)[..., None] if isinstance(patch, Tensor) else patch
+            place = patch if isinstance(patch, int) else patch.to(mu.dtype)[..., None]
             w = self.weight * place / (num_patches - 1)
         (mu, mu_unguided), (alpha, alpha_unguided) = mu.chunk(2), alpha.chunk(2)
         if self.rule == "linear":
-            guided_mu = torch.lerp(mu_unguided, mu, 1 + w)
-            guided_alpha = torch.lerp(alpha_unguided, alpha, 1 + w)
+            guided_mu = mu_unguided.lerp(mu, 1 + w)
+            guided_alpha = alpha_unguided.lerp(alpha, 1 + w)
         else:
             ws = w * (2 * (alpha - alpha_unguided).clamp(max=0)).exp()
             precision = 1 + w - ws  # of the guided density, in units of the conditional one's

@@ -147,7 +147,7 @@ def test_killed_at_ten_random_moments(
     assert not processes_with(marker)  # the killed ones' workers ended, too
 
 
-@pytest.mark.parametrize("there", ["begun.json", "images.bin"])
+@pytest.mark.parametrize("there", ["begun.json", "images.jsonl"])
 def test_ctrl_c_is_one_sentence(there: str, src: Path, tmp_path: Path) -> None:
     """In all processes of the terminal, as the run begins and with its workers at work."""
     args = command(src, tmp_path / "out", "--workers", "2", "--encode", "webp")
@@ -157,7 +157,8 @@ def test_ctrl_c_is_one_sentence(there: str, src: Path, tmp_path: Path) -> None:
         text=True,
         start_new_session=True,
     ) as process:
-        while not (tmp_path / "out" / ".partial" / there).exists():
+        file = tmp_path / "out" / ".partial" / there
+        while not (file.exists() and file.stat().st_size):
             assert process.poll() is None
             time.sleep(0.001)
         os.killpg(process.pid, signal.SIGINT)
@@ -316,7 +317,8 @@ def test_a_killed_worker_is_one_sentence(
     with started(src, out, 2) as process:
         while not progress(out)[0]:
             time.sleep(0.01)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
+        children = [child for task in tasks for child in task.read_text().split()]
         workers = [child for child in children if "spawn_main" in cmdline(child)]
         os.kill(int(workers[0]), signal.SIGKILL)
     assert process.exitcode == 2

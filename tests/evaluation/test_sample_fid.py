@@ -103,7 +103,7 @@ def test_lists_that_make_no_sense(
         (10, ["--attn-temp", "0.9"], "give a guidance above 0"),
         (10, ["--guidance", "-1"], "must be a number, 0 or more"),
         (10, ["--guidance", "1", "--guide-blocks", "0,2"], "the model's blocks, 0 to 1"),
-        (10, ["--guide-blocks", "0"], "guide_blocks needs a guidance above 0"),
+        (10, ["--guide-blocks", "0"], "and guide_blocks say how to guide: give a guidance above 0"),
         (0, ["--labels", "balanced"], "leave --labels out"),
         (10, ["--labels", "3,x"], "random, balanced or class ids such as 3,7, and not '3,x'"),
         (10, ["--labels", ""], "random, balanced or class ids such as 3,7, and not ''"),
@@ -198,7 +198,7 @@ def test_the_point_of_a_sweep_that_runs_away_is_named(
 ) -> None:
     done = run(COMMAND, *options(model, digits, tmp_path, "--guidance", "0,1e9"), check=False)
     assert done.returncode == 2
-    assert "error: guidance-1e+09-denoise-1: samples [" in done.stderr
+    assert f"error: {tmp_path}/guidance-1e+09-denoise-1: samples [" in done.stderr
     assert len(list((tmp_path / "guidance-0-denoise-1").glob("samples-*"))) == 4
 
 

@@ -191,7 +191,7 @@ def test_samples_drawn_again_are_counted_on_any_ranks_and_after_a_resume(tmp_pat
 
 FAILURES = [
     (ValueError("sample 4 is not finite"), "sample 4 is not finite"),
-    (torch.OutOfMemoryError("2.00 GiB"), "4 samples at once don't fit into memory"),
+    (torch.OutOfMemoryError("2.00 GiB"), "4 samples at once don't fit into the device's memory"),
 ]
 
 
