@@ -1,15 +1,18 @@
 """A function over many tasks, in this process or in many: the same results in the same order."""
 
 import multiprocessing
+import os
+import pickle
 import signal
+import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from queue import Empty, SimpleQueue
+from operator import attrgetter
+from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from tarflow_dist.errors import UserError
@@ -17,6 +20,7 @@ from tarflow_dist.errors import UserError
 IN_FLIGHT = 4  # tasks that are waiting, at work or done, for each worker
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+Outcome = tuple[Exception | None, Any]  # an error, or a result
 
 
 def map_in_order(
@@ -40,42 +44,32 @@ def map_in_order(
 def _map_in_processes(
     function: Callable[[Task], Result], tasks: Iterable[Task], workers: int
 ) -> Iterator[Result]:
-    """Each of up to `workers` threads hands a task to an idle process, and waits for it."""
-    started: list[_Process[Task, Result]] = []
-    idle: SimpleQueue[_Process[Task, Result]] = SimpleQueue()
-
-    def in_a_process(task: Task) -> Result:
-        try:
-            process = idle.get_nowait()
-        except Empty:
-            process = _Process(function)
-            started.append(process)
-        try:
-            return process(task)
-        finally:
-            idle.put(process)
-
-    waiting: deque[Future[Result]] = deque()
+    processes: list[_Process[Task, Result]] = []
+    at: deque[_Process[Task, Result]] = deque()  # where each task is that was sent
     resource_tracker.ensure_running()  # or the first process starts it, which lets interrupts in
-    threads = ThreadPoolExecutor(workers)
     try:
         for task in tasks:
-            with _interrupts_held():  # a submission may start a thread, and that a process
-                waiting.append(threads.submit(in_a_process, task))
-            if len(waiting) >= IN_FLIGHT * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            process = min(processes, key=attrgetter("busy"), default=None)
+            if process is None or (process.busy and len(processes) < workers):
+                with _interrupts_held():
+                    process = _Process(function)
+                    processes.append(process)
+            process.send(task)
+            at.append(process)
+            if len(at) >= IN_FLIGHT * workers:
+                yield at.popleft().receive()
+        while at:
+            yield at.popleft().receive()
     finally:
-        threads.shutdown(cancel_futures=True)
-        for process in started:
+        for process in processes:
             process.end()
 
 
 class _Process(Generic[Task, Result]):
-    """Applies `function` in a process of its own. Nobody else holds the other end of its pipe, so
-    that each learns of the other's end, even in the middle of a message; with the one queue of a
-    ProcessPoolExecutor all wait forever for a worker that was killed there."""
+    """Applies `function` to one task after another in a process of its own. Nobody else holds the
+    other end of its pipe, so that each learns of the other's end, even in the middle of a message;
+    with the one queue of a ProcessPoolExecutor all wait forever for a worker that was killed there.
+    Threads on both sides empty the pipe, so that neither waits for the other to do so."""
 
     def __init__(self, function: Callable[[Task], Result]):
         # spawned, since a fork copies locks that this process's threads may hold
@@ -84,37 +78,77 @@ class _Process(Generic[Task, Result]):
         self._process = context.Process(target=_work, args=(function, its_pipe), daemon=True)
         self._process.start()
         its_pipe.close()
+        self._outcomes: SimpleQueue[Outcome | None] = SimpleQueue()
+        self._sent = self._done = 0
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
-    def __call__(self, task: Task) -> Result:
-        try:
+    @property
+    def busy(self) -> int:
+        """Tasks that were sent and aren't done."""
+        return self._sent - self._done
+
+    def send(self, task: Task) -> None:
+        self._sent += 1
+        with suppress(OSError):  # it was killed: `receive` tells
             self._pipe.send(task)
-            error, result = self._pipe.recv()
-        except (EOFError, OSError) as ended:
+
+    def receive(self) -> Result:
+        """Waits for the result of the first task that is without."""
+        outcome = self._outcomes.get()
+        if outcome is None:
             raise UserError(
                 "a worker process was killed, mostly that is for want of memory: give the same "
                 "command again to go on, with fewer --workers"
-            ) from ended
+            )
+        error, result = outcome
         if error is not None:
             raise error
         return result
 
     def end(self) -> None:
-        self._pipe.close()
+        self._process.terminate()
         self._process.join()
+        self._reader.join()
+        self._pipe.close()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                outcome = self._pipe.recv()
+            except (EOFError, OSError):
+                self._outcomes.put(None)
+                return
+            except Exception as error:  # whatever an object does that is unpickled
+                outcome = error, None
+            self._done += 1
+            self._outcomes.put(outcome)
 
 
 def _work(function: Callable[[Any], Any], pipe: Connection) -> None:
-    with suppress(EOFError, OSError):  # the parent is done, or was killed
+    tasks: SimpleQueue[Any] = SimpleQueue()
+    threading.Thread(target=_read_tasks, args=(pipe, tasks), daemon=True).start()
+    with suppress(OSError):  # the parent was killed
         while True:
-            pipe.send(_outcome(function, pipe.recv()))
+            pipe.send_bytes(_outcome(function, tasks.get()))
 
 
-def _outcome(function: Callable[[Task], Result], task: Task) -> tuple[Exception | None, Any]:
+def _read_tasks(pipe: Connection, tasks: "SimpleQueue[Any]") -> None:
+    """Ends this process when the parent was killed."""
     try:
-        return None, function(task)
+        while True:
+            tasks.put(pipe.recv())
+    finally:
+        os._exit(1)
+
+
+def _outcome(function: Callable[[Any], Any], task: Any) -> bytes:
+    """An `Outcome`, pickled."""
+    try:
+        return pickle.dumps((None, function(task)))
     except Exception as error:
         error.add_note("In a worker process:\n" + traceback.format_exc())
-        return error, None
+        return pickle.dumps((error, None))
 
 
 @contextmanager
