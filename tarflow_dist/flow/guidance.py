@@ -16,7 +16,7 @@ class Guidance:
     """How the conditional and the unguided prediction are combined.
 
     Attributes:
-        weight: w ≥ 0; 0 leaves the unguided pass out.
+        weight: w ≥ 0; 0 leaves the unguided pass out, and nothing else may be set then.
         annealed: patch i (0-based, in the block's own order) uses w·i/(N − 1).
         guide: which of μ and α is guided.
         attn_temp: τ, divides the attention logits of the unguided pass. An unconditional model is
