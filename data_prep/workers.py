@@ -17,10 +17,9 @@ from typing import Any, Generic, TypeVar
 
 from tarflow_dist.errors import UserError
 
-IN_FLIGHT = 4  # tasks that are waiting, at work or done, for each worker
+IN_FLIGHT = 4  # times the workers: tasks that are waiting, at work or done
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-Outcome = tuple[Exception | None, Any]  # an error, or a result
 
 
 def map_in_order(
@@ -45,7 +44,7 @@ def _map_in_processes(
     function: Callable[[Task], Result], tasks: Iterable[Task], workers: int
 ) -> Iterator[Result]:
     processes: list[_Process[Task, Result]] = []
-    at: deque[_Process[Task, Result]] = deque()  # where each task is that was sent
+    sent_to: deque[_Process[Task, Result]] = deque()  # for each task, the earliest first
     resource_tracker.ensure_running()  # or the first process starts it, which lets interrupts in
     try:
         for task in tasks:
@@ -55,21 +54,21 @@ def _map_in_processes(
                     process = _Process(function)
                     processes.append(process)
             process.send(task)
-            at.append(process)
-            if len(at) >= IN_FLIGHT * workers:
-                yield at.popleft().receive()
-        while at:
-            yield at.popleft().receive()
+            sent_to.append(process)
+            if len(sent_to) >= IN_FLIGHT * workers:
+                yield sent_to.popleft().receive()
+        while sent_to:
+            yield sent_to.popleft().receive()
     finally:
         for process in processes:
             process.end()
 
 
 class _Process(Generic[Task, Result]):
-    """Applies `function` to one task after another in a process of its own. Nobody else holds the
-    other end of its pipe, so that each learns of the other's end, even in the middle of a message;
-    with the one queue of a ProcessPoolExecutor all wait forever for a worker that was killed there.
-    Threads on both sides empty the pipe, so that neither waits for the other to do so."""
+    """Applies `function` to one task after another in a process with a pipe of its own, so that its
+    death is noticed even in the middle of a message; with the one queue of a ProcessPoolExecutor
+    all wait forever for a worker that was killed there. Threads on both sides empty the pipe, so
+    that neither waits for the other to do so."""
 
     def __init__(self, function: Callable[[Task], Result]):
         # spawned, since a fork copies locks that this process's threads may hold
@@ -78,7 +77,7 @@ class _Process(Generic[Task, Result]):
         self._process = context.Process(target=_work, args=(function, its_pipe), daemon=True)
         self._process.start()
         its_pipe.close()
-        self._outcomes: SimpleQueue[Outcome | None] = SimpleQueue()
+        self._outcomes: SimpleQueue[bytes | None] = SimpleQueue()
         self._sent = self._done = 0
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -89,19 +88,20 @@ class _Process(Generic[Task, Result]):
         return self._sent - self._done
 
     def send(self, task: Task) -> None:
+        data = pickle.dumps(task)
         self._sent += 1
-        with suppress(OSError):  # it was killed: `receive` tells
-            self._pipe.send(task)
+        with suppress(ConnectionError):  # it was killed: `receive` tells
+            self._pipe.send_bytes(data)
 
     def receive(self) -> Result:
-        """Waits for the result of the first task that is without."""
+        """Waits for the result of the earliest task whose result was not received."""
         outcome = self._outcomes.get()
         if outcome is None:
             raise UserError(
                 "a worker process was killed, mostly that is for want of memory: give the same "
                 "command again to go on, with fewer --workers"
             )
-        error, result = outcome
+        error, result = pickle.loads(outcome)
         if error is not None:
             raise error
         return result
@@ -113,39 +113,34 @@ class _Process(Generic[Task, Result]):
         self._pipe.close()
 
     def _read(self) -> None:
-        while True:
-            try:
-                outcome = self._pipe.recv()
-            except (EOFError, OSError):
-                self._outcomes.put(None)
-                return
-            except Exception as error:  # whatever an object does that is unpickled
-                outcome = error, None
-            self._done += 1
-            self._outcomes.put(outcome)
+        with suppress(EOFError, OSError):
+            while True:
+                outcome = self._pipe.recv_bytes()
+                self._done += 1
+                self._outcomes.put(outcome)
+        self._outcomes.put(None)
 
 
 def _work(function: Callable[[Any], Any], pipe: Connection) -> None:
-    tasks: SimpleQueue[Any] = SimpleQueue()
+    tasks: SimpleQueue[bytes] = SimpleQueue()
     threading.Thread(target=_read_tasks, args=(pipe, tasks), daemon=True).start()
-    with suppress(OSError):  # the parent was killed
+    with suppress(ConnectionError):  # the parent was killed
         while True:
             pipe.send_bytes(_outcome(function, tasks.get()))
 
 
-def _read_tasks(pipe: Connection, tasks: "SimpleQueue[Any]") -> None:
+def _read_tasks(pipe: Connection, tasks: "SimpleQueue[bytes]") -> None:
     """Ends this process when the parent was killed."""
-    try:
+    with suppress(EOFError, OSError):
         while True:
-            tasks.put(pipe.recv())
-    finally:
-        os._exit(1)
+            tasks.put(pipe.recv_bytes())
+    os._exit(1)
 
 
-def _outcome(function: Callable[[Any], Any], task: Any) -> bytes:
-    """An `Outcome`, pickled."""
+def _outcome(function: Callable[[Any], Any], task: bytes) -> bytes:
+    """The result of a pickled task, or the error: (error or None, result), pickled."""
     try:
-        return pickle.dumps((None, function(task)))
+        return pickle.dumps((None, function(pickle.loads(task))))
     except Exception as error:
         error.add_note("In a worker process:\n" + traceback.format_exc())
         return pickle.dumps((error, None))
@@ -155,8 +150,8 @@ def _outcome(function: Callable[[Any], Any], task: Any) -> bytes:
 def _interrupts_held() -> Iterator[None]:
     """Ctrl-C, which goes to all processes of a terminal, waits until the body ends. Threads and
     processes that start in it never get it: it is for this thread to act on."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
