@@ -18,8 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from tarflow_dist.errors import UserError, run_command
-from tarflow_dist.options import add_guidance_options, enough_memory, guidance_of, load_model
+from tarflow_dist.errors import UserError, enough_memory, run_command
+from tarflow_dist.options import add_guidance_options, guidance_of, load_model
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +44,6 @@ REPEATS = 3
 
 
 def main(argv: list[str]) -> None:
-    from tarflow_dist.policy import read_policy
-
     parser = argparse.ArgumentParser(
         prog="python -m tarflow_dist.calibrate",
         description=__doc__,
@@ -64,6 +62,9 @@ def main(argv: list[str]) -> None:
         raise UserError("--batch-sizes and --images must be 1 or more")
     if not os.access(args.model, os.W_OK):
         raise UserError(f"{args.model}/sampling.json can't be written")
+
+    from tarflow_dist.policy import read_policy
+
     flow = load_model(args.model, args.device, calibrated=False)
     assert flow.policy is not None
     try:
@@ -73,10 +74,10 @@ def main(argv: list[str]) -> None:
     except UserError as error:
         print(f"starting anew: {error}", file=sys.stderr)
     guidance = guidance_of(args, args.guidance, flow)
-    with enough_memory("lower --images"):
+    with enough_memory(f"{args.images} images at once", "lower --images"):
         exact = draw(flow, guidance, None, images=args.images, seed=args.seed)
     for batch in sorted(set(args.batch_sizes)):
-        with enough_memory(f"leave {batch} out of --batch-sizes"):
+        with enough_memory(f"batches of {batch}", f"leave {batch} out of --batch-sizes"):
             found = calibrate(flow, batch, guidance, exact, seed=args.seed)
         flow.policy = flow.policy.with_calibration(found)
         flow.policy.write(args.model)  # at once: what is measured survives an interruption

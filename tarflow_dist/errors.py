@@ -4,7 +4,8 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 USER_ERROR_EXIT_CODE = 2
@@ -16,6 +17,18 @@ REFUSED_BY_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errn
 
 class UserError(ValueError):
     """Something the user can put right. Its message is one sentence that says what to do."""
+
+
+@contextmanager
+def enough_memory(what: str, advice: str) -> Iterator[None]:
+    """Raises `UserError` if the device's memory is too small for the body: `what` names that, in
+    the plural, and `advice` says what to do."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{what} don't fit into the device's memory: {advice}") from error
 
 
 def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:

@@ -1,8 +1,7 @@
 """What several commands take on their command line, and make of it."""
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,25 +47,15 @@ def guidance_of(args: argparse.Namespace, weight: float, flow: "Flow") -> "Guida
     """
     from tarflow_dist.flow.guidance import Guidance
 
-    blocks = None if args.guide_blocks is None else tuple(sorted(set(args.guide_blocks)))
     try:
-        guidance = Guidance(weight, args.annealed, args.guide, args.attn_temp, args.rule, blocks)
+        guidance = Guidance(
+            weight, args.annealed, args.guide, args.attn_temp, args.rule, args.guide_blocks
+        )
         guidance.check(conditional=flow.num_classes > 0, volume_preserving=flow.volume_preserving)
         guidance.per_block(len(flow.blocks))
     except ValueError as error:
         raise UserError(str(error)) from error
     return guidance
-
-
-@contextmanager
-def enough_memory(advice: str) -> Iterator[None]:
-    """Raises `UserError`, with what to do about it, if the body doesn't fit into the device's."""
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"that doesn't fit into the device's memory: {advice}") from error
 
 
 def load_model(model: Path, device: str | None, *, calibrated: bool = True) -> "TarFlow":

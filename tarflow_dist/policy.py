@@ -117,14 +117,11 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _calibration(entry: dict[str, Any]) -> Calibration:
-    guidance = dict(entry["guidance"])
-    if guidance["blocks"] is not None:
-        guidance["blocks"] = tuple(guidance["blocks"])
     return Calibration(
         device=str(entry["device"]),
         dtype=str(entry["dtype"]),
         batch=int(entry["batch"]),
-        guidance=Guidance(**guidance),
+        guidance=Guidance(**entry["guidance"]),
         solvers=tuple(Solver(**solver) for solver in entry["solvers"]),
         measured=dict(entry["measured"]),
     )

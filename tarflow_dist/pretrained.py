@@ -16,7 +16,7 @@ from tarflow_dist.flow.guidance import Guidance, Guide, Rule
 from tarflow_dist.flow.inverse import Solver
 from tarflow_dist.flow.model import Flow
 from tarflow_dist.flow.noise import to_pixels
-from tarflow_dist.policy import Policy, fingerprint_of, read_policy
+from tarflow_dist.policy import Policy, dtype_name, fingerprint_of, read_policy
 from tarflow_dist.telemetry.progress import Progress
 
 WEIGHTS_FILE = "model.safetensors"
@@ -95,7 +95,7 @@ class TarFlow(Flow):
             raise UserError(f"{source} is of another model: it has {extra[0]} and this one has not")
         types = {weights[name].dtype for name, _ in self.named_parameters()}
         if len(types) > 1 or not all(dtype.is_floating_point for dtype in types):
-            named = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
+            named = ", ".join(sorted(map(dtype_name, types)))
             raise UserError(f"{source} should hold weights of one floating type, and not {named}")
         self.load_state_dict(weights, assign=True)
 

@@ -14,14 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tarflow_dist.errors import UserError, run_command
-from tarflow_dist.options import (
-    add_guidance_options,
-    enough_memory,
-    guidance_of,
-    load_model,
-    whole_numbers,
-)
+from tarflow_dist.errors import UserError, enough_memory, run_command
+from tarflow_dist.options import add_guidance_options, guidance_of, load_model, whole_numbers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +34,7 @@ def main(argv: list[str]) -> None:
     guidance = guidance_of(args, args.guidance, flow)
     y = labels_of(args, flow)
     try:
-        with enough_memory("ask for fewer images"):
+        with enough_memory("so many images at once", "ask for fewer images"):
             if args.reconstruct:
                 rows = reconstruct(flow, read_images(flow, args.reconstruct), y)
             elif args.interpolate:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tarflow_dist import rng
 from tarflow_dist.distributed import Counter, from_main, gather, is_main
-from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError
+from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError, enough_memory
 from tarflow_dist.evaluation.store import NO_LABEL, SampleStore
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.pretrained import Draws, TarFlow
@@ -107,7 +107,11 @@ def draw_missing_chunks(
             before = time.monotonic()
             # the last chunk too is drawn at full size, and then cut: another batch shape can take
             # other kernels, and with them other last bits
-            labels, found = draw(torch.arange(start, start + stores[0].chunk_size), places)
+            with enough_memory(
+                f"{stores[0].chunk_size} samples at once",
+                "lower --batch-size, with another --out if samples are there",
+            ):
+                labels, found = draw(torch.arange(start, start + stores[0].chunk_size), places)
             arrays = [Draws(draws.images.cpu(), draws.again.cpu()) for draws in found]
             model_seconds += time.monotonic() - before
             there = [stores[place] for place in places]
@@ -122,7 +126,7 @@ def draw_missing_chunks(
             for count in _run_behind(drawn_chunks()):
                 before, shown = shown, drawn.add(count)
                 progress.update(shown - before)
-        except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        except (ValueError, OSError) as error:
             problem = _in_words(error, stores)
             failed.add(1)
         while is_main() and shown < lacking and not failed.add(0):  # the others' last chunks
@@ -174,15 +178,8 @@ def _write_chunk(
     return count * len(stores)
 
 
-def _in_words(
-    error: ValueError | OSError | torch.OutOfMemoryError, stores: Sequence[SampleStore]
-) -> str:
+def _in_words(error: ValueError | OSError, stores: Sequence[SampleStore]) -> str:
     """What to tell the user; raises the error again if it is none of the user's."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return (
-            f"{stores[0].folder}: {stores[0].chunk_size} samples at once don't fit into the "
-            "device's memory: lower --batch-size, with another --out if samples are there"
-        )
     if isinstance(error, ValueError):
         return f"{stores[0].folder}: {error}"
     if error.errno not in REFUSED_BY_MACHINE:

@@ -10,6 +10,7 @@ from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation.reference_set import sha256
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.options import guidance_of
+from tarflow_dist.policy import dtype_name
 from tarflow_dist.pretrained import TarFlow
 
 UINT8_RULES = {  # flow/noise.py, to_pixels
@@ -37,7 +38,7 @@ def sweep_settings(
     common = {
         "weights_sha256": weights_sha256,
         "config_sha256": hashlib.sha256(json.dumps(flow.config).encode()).hexdigest(),
-        "dtype": str(next(flow.parameters()).dtype).removeprefix("torch."),
+        "dtype": dtype_name(next(flow.parameters()).dtype),
         "num_samples": args.num_samples,
         "chunk_size": args.batch_size,
         "seed": args.seed,

@@ -1,7 +1,8 @@
 """Classifier-free guidance of the inverse flow."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:  # a config can be checked without torch
@@ -24,7 +25,8 @@ class Guidance:
         rule: "linear", (1 + w)·conditional − w·unguided for μ and α each (arXiv 2412.06329,
             section 3.4), or "gaussian", the density p_c^(1 + w)·p_u^(−w), which is Gaussian again,
             with the unguided precision held below the conditional one (STARFlow, arXiv 2506.06276).
-        blocks: the flow blocks that are guided, numbered as in the forward pass; None for all.
+        blocks: the flow blocks that are guided, numbered as in the forward pass; None for all. Kept
+            in order, each once.
     """
 
     weight: float = 0.0
@@ -32,7 +34,7 @@ class Guidance:
     guide: Guide = "both"
     attn_temp: float = 1.0
     rule: Rule = "linear"
-    blocks: tuple[int, ...] | None = None
+    blocks: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight < math.inf:
@@ -42,8 +44,9 @@ class Guidance:
                 raise ValueError(f"{name} is {value!r}, but must be {', '.join(get_args(kind))}")
         if not 0 < self.attn_temp < math.inf:
             raise ValueError(f"attn_temp is {self.attn_temp}, but must be a number above 0")
-        how = (self.annealed, self.guide, self.attn_temp, self.rule, self.blocks)
-        if self.weight == 0 and how != (False, "both", 1, "linear", None):
+        if self.blocks is not None:
+            object.__setattr__(self, "blocks", tuple(sorted(set(self.blocks))))
+        if self.weight == 0 and any(getattr(self, f.name) != f.default for f in fields(self)):
             raise ValueError(
                 "annealed, guide, attn_temp, rule and guide_blocks say how to guide: give a "
                 "guidance above 0 with them"

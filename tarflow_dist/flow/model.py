@@ -198,14 +198,7 @@ class Flow(nn.Module):
             ValueError: shapes that are not this model's, labels out of range, or a guidance that
                 this model can't have (`Guidance`).
         """
-        guided = Guidance(
-            guidance,
-            annealed,
-            guide,
-            attn_temp,
-            rule,
-            None if guide_blocks is None else tuple(sorted(set(guide_blocks))),
-        )
+        guided = Guidance(guidance, annealed, guide, attn_temp, rule, guide_blocks)
         guided.check(conditional=y is not None, volume_preserving=self.volume_preserving)
         guidances = guided.per_block(len(self.blocks))
         self._check_latents(z, y)
