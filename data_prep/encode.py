@@ -12,8 +12,9 @@ from PIL import UnidentifiedImageError
 from xxhash import xxh3_64_hexdigest
 
 from data_prep.images import prepare_image
-from data_prep.sources.base import Content, FilePart, Item, readable
+from data_prep.sources.base import Content, FilePart, Item, read_content, readable
 from data_prep.workers import map_in_order
+from tarflow_dist.errors import UserError
 
 CHUNK = 8  # images sent to a worker at a time
 
@@ -52,15 +53,25 @@ class Recipe:
 
 
 def encode_item(recipe: Recipe, content: Content) -> Result:
-    """The stored image, or why there is none: a function of its arguments alone."""
+    """The stored image, or why there is none: a function of its arguments alone.
+
+    Raises:
+        UserError: the system refuses the file or the memory, which says nothing of the image.
+    """
     try:
-        if isinstance(content, Path):
-            content = content.read_bytes()
-        elif isinstance(content, FilePart):
-            content = content.read()
+        if isinstance(content, Path | FilePart):
+            content = read_content(content)
+        if content is None:
+            return Rejected("not there")
         stored = prepare_image(content, **vars(recipe))
     except UnidentifiedImageError:
         return Rejected("not an image that Pillow knows" if content else "empty")
+    except UserError:
+        raise
+    except MemoryError as error:
+        raise UserError(
+            "the memory is too small for an image: the same command goes on, with fewer --workers"
+        ) from error
     except Exception as error:  # decoders raise of every kind: whatever it is, it's this image's
         said = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         return Rejected(readable(said))

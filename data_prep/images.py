@@ -2,16 +2,21 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from io import BytesIO
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from data_prep.png import without_texts
+
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # of TIFF's tags
 ENCODINGS = ("png", "jpeg", "webp", "raw", "keep")
 # Pillow's formats that are read, and the names that their files go by. Not more than these: some
 # of the others run programs (EPS), or are no single picture.
 KINDS = {
+    "AVIF": "avif",
     "BMP": "bmp",
     "GIF": "gif",
     "JPEG": "jpg",
@@ -21,6 +26,9 @@ KINDS = {
     "WEBP": "webp",
 }
 MAX_PIXELS = 1 << 27  # of an image when its short side is `size`: 400 MB
+Image.MAX_IMAGE_PIXELS = 1 << 28  # of a file: phones make 200 million, and an attack more
+Image.init()
+FORMATS = [name for name in KINDS if name in Image.OPEN]  # older ones of Pillow have no AVIF
 
 
 class Stored(NamedTuple):
@@ -75,7 +83,7 @@ def prepare_image(
 def open_image(content: bytes | np.ndarray) -> Image.Image:
     if isinstance(content, np.ndarray):
         return Image.fromarray(content)
-    return Image.open(BytesIO(content), formats=list(KINDS))
+    return Image.open(BytesIO(without_texts(content)), formats=FORMATS)
 
 
 def to_8bit(image: Image.Image, channels: int) -> Image.Image:
@@ -85,18 +93,46 @@ def to_8bit(image: Image.Image, channels: int) -> Image.Image:
     Raises:
         ValueError: the range of its values is not known (floats, 32-bit integers).
     """
-    ImageOps.exif_transpose(image, in_place=True)
+    _halve_transparent_level(image)
+    image.load()
+    with suppress(Exception):  # damaged metadata tell nothing
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
         raise ValueError("floating-point pixels")
     if image.mode.startswith("I"):  # I;16 and kin; some 16-bit files open as 32-bit I
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise ValueError("32-bit pixels")
-        image = Image.fromarray(np.round(values / 257).astype(np.uint8))
+        image = _deep_grey_to_8bit(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("L" if channels == 1 else "RGB")
+
+
+def _halve_transparent_level(image: Image.Image) -> None:
+    """Pillow reads PNGs of 16-bit colours in 8 bits, but leaves the transparent colour as it is."""
+    level = image.info.get("transparency")
+    tiles = getattr(image, "tile", None)
+    rawmode = tiles[0][3] if image.format == "PNG" and tiles else ""
+    if rawmode == "RGB;16B" and isinstance(level, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in level)
+
+
+def _deep_grey_to_8bit(image: Image.Image) -> Image.Image:
+    """Grey of 9 to 16 bits, its transparent level white."""
+    values = np.asarray(image).astype(np.int64)
+    bits, white_is_zero = 16, False
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        bits, white_is_zero = tags.get(BITS_PER_SAMPLE, (16,))[0], tags.get(PHOTOMETRIC) == 0
+    top = (1 << bits) - 1 if 8 < bits < 16 else 0xFFFF
+    if values.min() < 0 or values.max() > top:
+        raise ValueError("32-bit pixels")
+    if white_is_zero:
+        values = top - values
+    grey = np.round(values * 255 / top).astype(np.uint8)
+    level = image.info.get("transparency")
+    if isinstance(level, int):
+        grey[values == level] = 255
+    return Image.fromarray(grey)
 
 
 def adm_crop(image: Image.Image, size: int) -> Image.Image:

@@ -24,7 +24,7 @@ from data_prep.shards import WRITERS, Sample
 from data_prep.sources import SPLITS, Source
 from data_prep.spool import Journal, Spool
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import only_run, publish_folder
+from tarflow_dist.files import only_run, publish_folder, read_json
 from tarflow_dist.telemetry.progress import Progress
 
 PARTIAL = ".partial"
@@ -36,38 +36,66 @@ def prepare(
 ) -> dict[str, Any]:
     """Writes `out`/FORMAT, a whole set, for each of `formats` (keys of WRITERS), and returns the
     summary that lies in each. A set appears whole or not at all; an unfinished run's work is gone
-    on with.
+    on with, and what this very preparation has finished stays as it is.
 
     Raises:
-        UserError: a set is there already, or another run or another run's work; `out` can't be
-            written to; too many images are bad.
+        UserError: another set is there already, or another run or another run's work; `out` can't
+            be written to; too many images are bad.
     """
-    partial = out / PARTIAL
+    about = _about(source, formats, settings)
     try:
-        if not partial.exists():
-            _refuse_finished(out, formats)
+        if not _is_begun(out) and _is_finished(out, formats, about):
+            return _read_summary(out / formats[0])
         out.mkdir(parents=True, exist_ok=True)
         with only_run(out):
-            if not (partial / "begun.json").exists():
-                _refuse_finished(out, formats)
-            spool.begin(partial, _about(source, formats, settings))
-            missing = [form for form in formats if not (out / form).exists()]
-            if missing:
-                _write_sets(source, out, missing, settings, workers)
-            spool.remove(partial)
-        return json.loads((out / formats[0] / "summary.json").read_text())
+            if _is_begun(out) or not _is_finished(out, formats, about):
+                spool.begin(out / PARTIAL, about)
+                missing = [form for form in formats if not (out / form).exists()]
+                if missing:
+                    _write_sets(source, out, missing, settings, workers, about)
+                spool.remove(out / PARTIAL)
+        return _read_summary(out / formats[0])
     except OSError as error:
         raise UserError(f"can't write to {out}: {error.strerror or error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{partial} is damaged: remove it to start over") from error
 
 
-def _refuse_finished(out: Path, formats: Sequence[str]) -> None:
+def _is_begun(out: Path) -> bool:
+    return (out / PARTIAL / "begun.json").exists()
+
+
+def _is_finished(out: Path, formats: Sequence[str], about: dict[str, Any]) -> bool:
+    """Whether the preparation that is `about` has written all of `formats`.
+
+    Raises:
+        UserError: there are sets of another one.
+    """
     if (out / "summary.json").exists():
         raise UserError(f"{out} is a set already: choose another folder")
-    for form in formats:
-        if (out / form).exists():
+    there = [form for form in formats if (out / form).exists()]
+    for form in there:
+        if _made_by(out / form) != _digest(about):
             raise UserError(f"{out / form} already holds a set: remove it or choose another")
+    if there and len(there) < len(formats):
+        raise UserError(f"{out / there[0]} already holds a set: remove it or choose another")
+    return bool(there)
+
+
+def _made_by(folder: Path) -> str | None:
+    try:
+        return read_json(folder / "timing.json")["preparation"]
+    except (OSError, ValueError, LookupError, TypeError):  # of another program, or version
+        return None
+
+
+def _digest(about: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def _read_summary(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json(folder / "summary.json")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}/summary.json is damaged: remove the set") from error
 
 
 def _about(source: Source, formats: Sequence[str], settings: Settings) -> dict[str, Any]:
@@ -84,7 +112,12 @@ def _about(source: Source, formats: Sequence[str], settings: Settings) -> dict[s
 
 
 def _write_sets(
-    source: Source, out: Path, formats: Sequence[str], settings: Settings, workers: int
+    source: Source,
+    out: Path,
+    formats: Sequence[str],
+    settings: Settings,
+    workers: int,
+    about: dict[str, Any],
 ) -> None:
     began = time.monotonic()
     partial = out / PARTIAL
@@ -107,6 +140,7 @@ def _write_sets(
                 "seconds": round(time.monotonic() - began, 1),
                 "workers": workers,
                 "images_before": before,
+                "preparation": _digest(about),
             }
             (part / "timing.json").write_text(json.dumps(timing) + "\n")
         for form in formats:
@@ -184,8 +218,7 @@ def _read_back(index: int, source: Source, images: Spool, placed: np.ndarray) ->
     for row in images.rows(placed):
         data = images.read(row["offset"], row["bytes"])
         if hashlib.sha256(data).hexdigest() != row["sha256"]:
-            folder = images.journal.file.parent
-            raise UserError(f"{folder} is damaged: remove it to start over")
+            raise spool.damaged(images.journal.file.parent)
         label = row["label"]
         yield Sample(index, label, source.classes[label], row["source"], row["kind"], data)
         index += 1

@@ -14,6 +14,10 @@ import numpy as np
 import xxhash
 from PIL import Image
 
+from data_prep.images import open_image
+from tarflow_dist.data.images import decode_image
+from tarflow_dist.files import read_json
+
 BLOCK = 512  # of a tar
 
 
@@ -47,10 +51,10 @@ def read_index(folder: Path, split: str) -> tuple[str, dict[str, Listed]]:
     """
     if (folder / "_info.json").exists() or any((folder / split).glob("*.tar")):
         name = "_info.json"
-        shards = _read_info(json.loads((folder / name).read_text()), split)
+        shards = _read_info(read_json(folder / name), split)
     else:
         name = f"{split}/index.json"
-        shards = _read_mds_index(json.loads((folder / name).read_text()), split)
+        shards = _read_mds_index(read_json(folder / name), split)
     return name, {shard.name: shard for shard in shards}
 
 
@@ -151,15 +155,16 @@ def decode(data: bytes, summary: dict[str, Any]) -> Image.Image:
     Raises:
         Exception: of any kind, it is no such image.
     """
-    side, channels = summary["image_size"], summary["channels"]
-    mode = "L" if channels == 1 else "RGB"
-    if summary["settings"]["encode"] == "raw":
-        return Image.frombytes(mode, (side, side), data)
-    image = Image.open(BytesIO(data))
-    image.load()
-    if side is not None and (image.size, image.mode) != ((side, side), mode):
-        raise ValueError(f"{image.width}x{image.height} {image.mode}, not {side}x{side} {mode}")
-    return image
+    if summary["settings"]["encode"] == "keep":
+        image = open_image(data)
+        image.load()
+        return image
+    return decode_image(
+        data,
+        encode=summary["settings"]["encode"],
+        side=summary["image_size"],
+        channels=summary["channels"],
+    )
 
 
 def _expect(condition: bool, what: str) -> None:

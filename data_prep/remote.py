@@ -13,7 +13,7 @@ from data_prep.pipeline import prepare
 from data_prep.records import Settings
 from data_prep.sources import Source
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import write_whole
+from tarflow_dist.files import read_json, write_whole
 from tarflow_dist.telemetry.progress import Progress
 
 LAST = "summary.json"  # a set is there once this is
@@ -41,7 +41,10 @@ def prepare_and_upload(
         summary = prepare(source, staged, formats, settings, workers=workers)
         with write_whole(done) as part:
             part.write_text(json.dumps(summary))
-    summary = json.loads(done.read_text())
+    try:
+        summary = read_json(done)
+    except ValueError as error:
+        raise UserError(f"{staged} is damaged: remove it to start over") from error
     for form in formats:
         upload(staged / form, f"{url}/{form}")
     shutil.rmtree(staged)

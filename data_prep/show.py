@@ -1,19 +1,20 @@
 """`python -m data_prep show OUT`: a finished set at a glance, in a table and a contact sheet."""
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from data_prep.images import to_8bit
 from data_prep.read_back import decode
 from data_prep.sources import SPLITS
 from data_prep.verify import find_sets, on_disk
+from tarflow_dist.data.shards import Summary
 from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError
-from tarflow_dist.files import write_whole
+from tarflow_dist.files import inside, open_regular, read_json, regular, write_whole
+from tarflow_dist.telemetry.pictures import font
 
 ROWS, COLUMNS = 10, 10
 CELL = 128
@@ -34,8 +35,9 @@ def run(args: argparse.Namespace) -> None:
     out = on_disk(args.out)
     folder = find_sets(out)[0]
     try:
-        summary = json.loads((folder / "summary.json").read_text())
-        manifest = pq.read_table(folder / "manifest.parquet")
+        summary = read_json(folder / "summary.json")
+        Summary.of(summary)
+        manifest = pq.read_table(regular(folder / "manifest.parquet"))
         for name, value in table(summary, manifest):
             print(f"{name:<14}{value}")
         sheet = contact_sheet(folder, summary, manifest)
@@ -103,19 +105,19 @@ def contact_sheet(folder: Path, summary: dict[str, Any], manifest: Any) -> Image
     step = CELL + GAP
     sheet = Image.new("RGB", (NAMES + COLUMNS * step, len(labels) * step + GAP), "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=16)
+    letters = font(16)
     for row, label in enumerate(labels):
         top = GAP + row * step
         draw.text(
             (GAP * 2, top + CELL // 2),
-            _fitting(_readable(summary, label), draw, font),
+            _fitting(_readable(summary, label), draw, letters),
             "black",
-            font,
+            letters,
             anchor="lm",
         )
         of_class = manifest.filter(pc.equal(manifest["label"], label)).slice(0, COLUMNS)
         for column, image in enumerate(of_class.to_pylist()):
-            with (folder / image["shard"]).open("rb") as file:
+            with open(open_regular(inside(folder, image["shard"])), "rb") as file:
                 file.seek(image["offset"])
                 picture = _sized(to_8bit(decode(file.read(image["bytes"]), summary), 3))
             left = NAMES + column * step
@@ -133,9 +135,9 @@ def _sized(picture: Image.Image) -> Image.Image:
     return picture.resize(size, Image.Resampling.NEAREST)
 
 
-def _fitting(name: str, draw: ImageDraw.ImageDraw, font: Any) -> str:
-    if draw.textlength(name, font) <= NAMES - 4 * GAP:
+def _fitting(name: str, draw: ImageDraw.ImageDraw, letters: Any) -> str:
+    if draw.textlength(name, letters) <= NAMES - 4 * GAP:
         return name
-    while draw.textlength(f"{name}…", font) > NAMES - 4 * GAP:
+    while draw.textlength(f"{name}…", letters) > NAMES - 4 * GAP:
         name = name[:-1]
     return f"{name}…"

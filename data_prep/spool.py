@@ -2,7 +2,7 @@
 
 A spool is a folder: `begun.json` says what the run is, `images.bin` is the stored images one after
 another, `images.jsonl` a line an item of the source, in its order. Images are on disk before their
-lines are, and a line counts once it is whole.
+lines are, and a line counts once it is whole; each ends with a hash of itself and all before it.
 """
 
 import json
@@ -13,13 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from xxhash import xxh3_64_hexdigest
 
 from data_prep.encode import Rejected, Result
 from data_prep.sources import Item
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import write_whole
+from tarflow_dist.files import open_regular, read_json, write_whole
 
 COMMIT_EVERY = 256  # images; at most so many are done again
+SEAL = ', "hash": "%s"}\n'  # what a line ends with
+SEAL_LENGTH = len(SEAL % xxh3_64_hexdigest(b""))
+
+
+def damaged(folder: Path) -> UserError:
+    return UserError(f"{folder} is damaged: remove it to start over")
 
 
 class Journal:
@@ -27,17 +34,24 @@ class Journal:
 
     Attributes:
         lines: that were there when it was opened.
+
+    Raises:
+        UserError: a line was changed, lost or put in.
     """
 
     def __init__(self, file: Path):
-        self._descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        self._descriptor = open_regular(file, os.O_RDWR | os.O_CREAT)
         self.file = file
+        self._hash = ""
         end = self.lines = 0
         with file.open("rb") as there:
             for line in there:
-                if line.endswith(b"\n"):
-                    end += len(line)
-                    self.lines += 1
+                if not line.endswith(b"\n"):
+                    break
+                if line != self._seal(line[:-SEAL_LENGTH]):
+                    raise damaged(file.parent)
+                end += len(line)
+                self.lines += 1
         truncate(self._descriptor, end)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -56,8 +70,14 @@ class Journal:
 
     def append(self, *rows: dict[str, Any]) -> None:
         """They are on disk when it returns."""
-        write_all(self._descriptor, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        lines = [self._seal(json.dumps(row)[:-1].encode()) for row in rows]
+        write_all(self._descriptor, b"".join(lines))
         os.fsync(self._descriptor)
+
+    def _seal(self, row: bytes) -> bytes:
+        """The next line, of `row`, a JSON object without its closing brace."""
+        self._hash = xxh3_64_hexdigest(self._hash.encode() + row)
+        return row + (SEAL % self._hash).encode()
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -80,7 +100,7 @@ class Spool:
             self.rejected += row["reason"] is not None
             self._end = row["offset"] + row["bytes"]
         if os.fstat(self._images).st_size < self._end:
-            raise UserError(f"{folder} is damaged: remove it to start over")
+            raise damaged(folder)
         truncate(self._images, self._end)
 
     def add(self, item: Item, result: Result) -> None:
@@ -160,7 +180,12 @@ def begin(folder: Path, about: dict[str, Any]) -> None:
         folder.mkdir(parents=True)
         with write_whole(begun) as part:
             part.write_text(json.dumps(about, indent=1))
-    there = json.loads(begun.read_text())
+    try:
+        there = read_json(begun)
+    except (OSError, ValueError) as error:
+        raise damaged(folder) from error
+    if not isinstance(there, dict):
+        raise damaged(folder)
     if changed := [key for key in about if there.get(key) != about[key]]:
         first = changed[0]
         was = "other images" if first == "source" else f"{first} {there.get(first)}"

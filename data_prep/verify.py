@@ -1,7 +1,6 @@
 """`python -m data_prep verify OUT`: reads a finished set back and says what is wrong, and where."""
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -14,12 +13,15 @@ from data_prep.read_back import READERS, Listed, Stored, decode, digest, read_in
 from data_prep.remote import is_remote
 from data_prep.sources import SPLITS
 from data_prep.workers import map_in_order
+from tarflow_dist.data.shards import COLUMNS as READ_COLUMNS
+from tarflow_dist.data.shards import Summary, check_types
 from tarflow_dist.errors import UserError
+from tarflow_dist.files import inside, read_json, read_regular, regular
 from tarflow_dist.telemetry.progress import Progress
 
 MAX_LINES = 1000
 HASHES = ("sha256", "xxh3_64")
-COLUMNS = ["split", "index", "source", "class", "label", "shard", "offset", "bytes", *HASHES]
+COLUMNS = READ_COLUMNS | {"source": "string", "class": "string", "sha256": "string"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -88,12 +90,15 @@ def _verify_set(folder: Path, workers: int) -> Iterator[str]:
     name = ""
     try:
         name = "summary.json"
-        summary = json.loads((folder / name).read_text())
+        summary = read_json(folder / name)
+        Summary.of(summary)
         name = "errors.parquet"
-        errors = pq.read_table(folder / name, page_checksum_verification=True).num_rows
+        errors = pq.read_table(regular(folder / name), page_checksum_verification=True).num_rows
         name = "manifest.parquet"
-        rows = pq.read_table(folder / name, columns=COLUMNS, page_checksum_verification=True)
+        file = regular(folder / name)
+        rows = pq.read_table(file, columns=list(COLUMNS), page_checksum_verification=True)
         rows.validate(full=True)
+        check_types(rows, COLUMNS)
         wrong = list(_check_records(summary, rows, errors))
         splits = [_list_split(folder, split, rows, summary) for split in SPLITS]
     except Exception as error:  # whatever damage does to a parser
@@ -169,8 +174,8 @@ def _check_shard(job: Job) -> str:
     """What is wrong with a shard; nothing if it is whole."""
     shard, rows = job.shard, job.rows.to_pylist()
     try:
-        data = (job.folder / shard.name).read_bytes()
-    except OSError as error:
+        data = read_regular(inside(job.folder, shard.name))
+    except (OSError, ValueError) as error:
         return _gist(error)
     wrong = []
     if len(data) != shard.bytes != -1:

@@ -1,15 +1,17 @@
 """ImageNet's own archives, as the challenge's site hands them out."""
 
+import multiprocessing
 import re
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.sources.base import Group, Grouped, is_image
+from data_prep.sources.base import Group, Grouped, check_distinct, is_image
 from tarflow_dist.errors import UserError
 
 TRAIN = "ILSVRC2012_img_train.tar"
@@ -47,21 +49,42 @@ class Archives(Grouped):
 
 def read_devkit(file: Path) -> tuple[dict[str, str], list[str]]:
     """The names of the classes by wnid, and the wnid of each validation image in order."""
-    from scipy.io import loadmat
-
+    # in a process of its own, since scipy's reader crashes on some damage
+    spawn = multiprocessing.get_context("spawn")
     try:
         with tarfile.open(file) as tar:
             members = {re.sub(r"^.*/data/", "data/", member.name): member for member in tar}
             meta = _read(tar, members["data/meta.mat"])
             truth = _read(tar, members["data/ILSVRC2012_validation_ground_truth.txt"])
-        synsets = loadmat(BytesIO(meta), squeeze_me=True)["synsets"]
-        # the inner nodes of WordNet's tree stand there as well, and are no classes
-        leaves = [synset for synset in np.atleast_1d(synsets) if synset["num_children"] == 0]
-        wnids = {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in leaves}
-        names = {str(synset["WNID"]): str(synset["words"]) for synset in leaves}
+        with ProcessPoolExecutor(1, spawn) as pool:
+            leaves = pool.submit(read_leaves, meta).result()
+        wnids = {number: wnid for number, wnid, _ in leaves}
+        names = {wnid: words for _, wnid, words in leaves}
         return names, [wnids[int(number)] for number in truth.split()]
+    except BrokenProcessPool as error:
+        raise UserError(f"{file} is damaged: its meta.mat crashes scipy; fetch it again") from error
     except (tarfile.TarError, EOFError, OSError, KeyError, ValueError) as error:
         raise UserError(f"{file} is damaged or no devkit ({error}): fetch it again") from error
+
+
+def read_leaves(meta: bytes) -> list[tuple[int, str, str]]:
+    """Of the devkit's meta.mat, the classes: number, wnid, and what people call it. The inner nodes
+    of WordNet's tree stand there as well, and are no classes.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    from scipy.io import loadmat
+
+    try:
+        synsets = np.atleast_1d(loadmat(BytesIO(meta), squeeze_me=True)["synsets"])
+        return [
+            (int(synset["ILSVRC2012_ID"]), str(synset["WNID"]), str(synset["words"]))
+            for synset in synsets
+            if synset["num_children"] == 0
+        ]
+    except Exception as error:  # whatever damage does to a parser
+        raise ValueError(f"meta.mat: {type(error).__name__} {error}") from None
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -71,7 +94,9 @@ def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 def _train(archive: Path, classes: list[str]) -> list[Group]:
     with tarfile.open(archive, "r:") as tar:
-        inside = {Path(member.name).stem: member for member in tar if member.name.endswith(".tar")}
+        members = [member for member in tar if member.name.endswith(".tar")]
+    inside = {Path(member.name).stem: member for member in members}
+    check_distinct([Path(member.name).stem for member in members], f"{archive} has two classes")
     if missing := sorted(set(classes) - set(inside)):
         raise UserError(
             f"{archive} lacks {len(missing)} of the devkit's {len(classes)} classes, first "

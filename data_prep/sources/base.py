@@ -1,17 +1,24 @@
 """What a source of images is, and what the layouts have in common."""
 
 import re
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from PIL import Image
+
+from data_prep.images import KINDS
+from tarflow_dist.errors import UserError
+from tarflow_dist.files import NotRegularError, open_regular, read_regular
 
 SPLITS = ("train", "val")
 IMAGE_SUFFIXES = frozenset(
-    (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+    suffix for suffix, kind in Image.registered_extensions().items() if kind in KINDS
 )
 
 
@@ -23,13 +30,40 @@ class FilePart(NamedTuple):
     size: int
 
     def read(self) -> bytes:
-        with self.file.open("rb", buffering=0) as file:
+        with open(open_regular(self.file), "rb", buffering=0) as file:
             file.seek(self.offset)
             return file.read(self.size)
 
 
-Content = Path | FilePart | bytes | np.ndarray
-"""A file, a part of one, a file's bytes, or pixels: uint8, (H, W) or (H, W, 3)."""
+Content = Path | FilePart | bytes | np.ndarray | None
+"""A file, a part of one, a file's bytes, or pixels: uint8, (H, W) or (H, W, 3). None is an image
+that the source names and has not."""
+WAITS = (0.5, 2.0, 8.0)
+"""Seconds before something that the system refused is tried again."""
+
+
+def read_content(content: Path | FilePart) -> bytes:
+    """The bytes of a file or a part of one. What the system refuses may be there in a moment: it is
+    tried again after each of WAITS.
+
+    Raises:
+        NotRegularError: it is no file.
+        UserError: it still can't be read.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return read_regular(content) if isinstance(content, Path) else content.read()
+        except NotRegularError:
+            raise
+        except OSError as error:
+            if wait is None:
+                file = content if isinstance(content, Path) else content.file
+                raise UserError(
+                    f"can't read {readable(str(file))} ({error.strerror}), after "
+                    f"{len(WAITS)} more attempts: once it can be read, the same command goes on"
+                ) from error
+            time.sleep(wait)
+    raise AssertionError
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +121,25 @@ class Group:
     """Of the files: in the folder `where`, or in the archive."""
     parts: np.ndarray | None = None
     """(len(names), 2) int64: offset and size of each in the archive `where`."""
+    absent: frozenset[str] = frozenset()
+    """Those of `names` that are not there."""
 
     def item(self, i: int) -> Item:
-        content: Path | FilePart
+        content: Content = None
         if self.parts is None:
-            content = self.where / self.names[i]
+            if self.names[i] not in self.absent:
+                content = self.where / self.names[i]
         else:
             content = FilePart(self.where, *self.parts[i].tolist())
         return Item(self.split, self.label, f"{self.prefix}{readable(self.names[i])}", content)
 
 
 class Grouped:
-    """A source that knows beforehand where each image lies."""
+    """A source that knows beforehand where each image lies.
+
+    Raises:
+        UserError: two of the images have one name.
+    """
 
     channels = 3
 
@@ -113,6 +154,9 @@ class Grouped:
         self.layout, self.name = layout, set_name(path, classes)
         self.classes, self.class_names = classes, class_names
         self.groups = groups
+        for prefix, alike in groupby(groups, lambda group: (group.prefix, group.where)):
+            names = [name for group in alike for name in group.names]
+            check_distinct(names, f"{path}: {prefix[0]} has two images")
 
     def __len__(self) -> int:
         return sum(len(group.names) for group in self.groups)
@@ -141,6 +185,17 @@ def is_image(name: str) -> bool:
 def readable(name: str) -> str:
     """A file name as text: bytes that are not UTF-8 become replacement characters."""
     return name.encode(errors="surrogateescape").decode(errors="replace")
+
+
+def check_distinct(names: Sequence[str], what: str) -> None:
+    """Raises `UserError` if two of `names` are one to a reader; `what` says whose they are."""
+    seen: set[str] = set()
+    for name in map(readable, names):
+        if name in seen:
+            raise UserError(
+                f"{what} that are both called {name}, as far as their names are UTF-8: rename one"
+            )
+        seen.add(name)
 
 
 def set_name(path: Path, classes: Sequence[str]) -> str:

@@ -3,9 +3,10 @@
 import csv
 from pathlib import Path
 
-from data_prep.sources.base import Group, Grouped, is_image
+from data_prep.sources.base import Group, Grouped, check_distinct, is_image
 from data_prep.sources.folder import images_by_class
 from tarflow_dist.errors import UserError
+from tarflow_dist.files import inside, read_regular
 
 IMAGES = Path("ILSVRC/Data/CLS-LOC")
 SOLUTION = "LOC_val_solution.csv"
@@ -29,18 +30,21 @@ class Kaggle(Grouped):
             odd = sorted(set(train) ^ set(classes))[0]
             raise UserError(f"{path / MAPPING} and {path / IMAGES / 'train'} disagree about {odd}")
         groups = [
-            Group("train", label, f"train/{wnid}/", *train[wnid])
+            train[wnid].group("train", label, f"train/{wnid}/")
             for label, wnid in enumerate(classes)
         ]
         solution = _solution(path / SOLUTION)
         if unknown := sorted(set(solution) - set(classes)):
             raise UserError(f"{path / SOLUTION} has a class that train lacks: {unknown[0]}")
         val = path / IMAGES / "val"
-        there = {f.stem for f in val.iterdir() if is_image(f.name)} if val.is_dir() else set()
-        if unknown := sorted(there - {Path(f).stem for files in solution.values() for f in files}):
+        there = {f.name for f in val.iterdir() if is_image(f.name)} if val.is_dir() else set()
+        labelled = [name for names_of_class in solution.values() for name in names_of_class]
+        check_distinct(labelled, f"{path / SOLUTION} labels two images")
+        if unknown := sorted(there - set(labelled)):
             raise UserError(f"{path / SOLUTION} does not label {unknown[0]}, which is in {val}")
+        absent = frozenset(labelled) - there
         groups += [
-            Group("val", label, f"val/{wnid}/", val, sorted(solution[wnid]))
+            Group("val", label, f"val/{wnid}/", val, sorted(solution[wnid]), absent=absent)
             for label, wnid in enumerate(classes)
             if wnid in solution
         ]
@@ -57,7 +61,10 @@ def _solution(file: Path) -> dict[str, list[str]]:
     try:
         for row in csv.DictReader(_text(file).splitlines()):
             wnid = row["PredictionString"].split()[0]  # then boxes, and other boxes' wnids
-            found.setdefault(wnid, []).append(f"{row['ImageId']}.JPEG")
+            name = inside(Path(), f"{row['ImageId']}.JPEG")
+            found.setdefault(wnid, []).append(str(name))
+    except ValueError as error:
+        raise UserError(f"{file} names an image that can't be one: {error}") from error
     except (KeyError, IndexError, AttributeError, csv.Error) as error:
         raise UserError(f"{file} has no ImageId and PredictionString in each line") from error
     return found
@@ -65,6 +72,6 @@ def _solution(file: Path) -> dict[str, list[str]]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text()
+        return read_regular(file).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"can't read {file}, which is needed beside ILSVRC/: {error}") from error

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -256,6 +256,53 @@ def test_a_damaged_unfinished_run_is_refused(
     with pytest.raises(UserError, match="is damaged: remove it to start over"):
         main(command(few, unfinished))
     assert not (unfinished / "mds").exists()
+
+
+def lose_a_line(lines: list[bytes]) -> list[bytes]:
+    return lines[:3] + lines[4:]
+
+
+def swap_lines(lines: list[bytes]) -> list[bytes]:
+    return [*lines[:3], lines[4], lines[3], *lines[5:]]
+
+
+def repeat_a_line(lines: list[bytes]) -> list[bytes]:
+    return lines[:4] + lines[3:]
+
+
+def change_a_label(lines: list[bytes]) -> list[bytes]:
+    return [lines[0].replace(b'"label": 0', b'"label": 1'), *lines[1:]]
+
+
+@pytest.mark.parametrize("change", [lose_a_line, swap_lines, repeat_a_line, change_a_label])
+def test_a_journal_that_says_something_else_is_refused(
+    few: Path, unfinished: Path, change: Callable[[list[bytes]], list[bytes]]
+) -> None:
+    """Each line is as it was written, but not the journal: it would make another set."""
+    journal = unfinished / ".partial" / "images.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    changed = change(lines)
+    assert changed != lines
+    journal.write_bytes(b"".join(changed))
+    with pytest.raises(UserError, match="is damaged: remove it to start over"):
+        main(command(few, unfinished))
+
+
+def test_a_finished_preparation_is_finished(
+    few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same command says so again, and any other is refused."""
+    out = tmp_path / "out"
+    assert main(command(few, out)) == 0
+    said, before = capsys.readouterr().out, contents(out)
+    assert main(command(few, out)) == 0
+    assert capsys.readouterr().out == said
+    end = "already holds a set: remove it or choose another"
+    assert refused(few, out, "--seed", "1") == f"{out}/mds {end}"
+    assert refused(few, out, "--format", "both") == f"{out}/mds {end}"
+    (few / "a" / "0.png").rename(few / "a" / "00.png")
+    assert refused(few, out) == f"{out}/mds {end}"
+    assert contents(out) == before
 
 
 def test_a_kill_between_two_formats(few: Path, tmp_path: Path) -> None:

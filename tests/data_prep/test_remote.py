@@ -5,6 +5,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -18,14 +19,21 @@ from tarflow_dist.errors import UserError
 
 def objects(prefix: str) -> dict[str, bytes]:
     """Names below `prefix` and contents."""
-    client = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])
-    listed = client.list_objects_v2(Bucket="bucket", Prefix=f"{prefix}/").get("Contents", [])
+    client = store()
     return {
-        entry["Key"].removeprefix(f"{prefix}/"): client.get_object(
-            Bucket="bucket", Key=entry["Key"]
-        )["Body"].read()
-        for entry in listed
+        name: client.get_object(Bucket="bucket", Key=f"{prefix}/{name}")["Body"].read()
+        for name in names(client, prefix)
     }
+
+
+def store() -> Any:
+    return boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])
+
+
+def names(client: Any, prefix: str) -> list[str]:
+    """Of the objects below `prefix`."""
+    listed = client.list_objects_v2(Bucket="bucket", Prefix=f"{prefix}/").get("Contents", [])
+    return [entry["Key"].removeprefix(f"{prefix}/") for entry in listed]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -85,15 +93,16 @@ def run_apart(arguments: list[str], tmp: str, env: dict[str, str]) -> None:
 def test_killed_while_it_uploads_it_goes_on(s3: object, digits: Path, staging: Path) -> None:
     command = ["digits", "s3://bucket/kill", "--format", "mds"]
     env = {name: os.environ[name] for name in os.environ if name.startswith(("AWS", "S3"))}
+    client = store()  # once: it takes as long as an upload
     for uploaded in (0, 1, 3, 5):
         process = FRESH.Process(target=run_apart, args=(command, str(staging), env))
         process.start()
-        while len(objects("kill/mds")) < uploaded or not any(staging.glob("data_prep-*")):
+        while len(names(client, "kill/mds")) < uploaded or not any(staging.glob("data_prep-*")):
             assert process.is_alive()
             time.sleep(0.001)
         process.kill()
         process.join()
-        assert LAST not in objects("kill/mds")
+        assert LAST not in names(client, "kill/mds")
     main(command)
     assert but_for_times(objects("kill/mds")) == but_for_times(contents(digits / "mds"))
 

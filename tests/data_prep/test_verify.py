@@ -1,6 +1,7 @@
 """`python -m data_prep verify`: whole sets are whole, and damage is named wherever it is."""
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -113,7 +114,7 @@ def edit_manifest(folder: Path, change: Callable[[list[dict[str, Any]]], object]
         (lambda s: s["classes"].pop(), "labels are not among the 9 classes"),
         (lambda s: s.update(image_size=16), "8x8 L, not 16x16 L"),
         (lambda s: s.update(channels=3), "8x8 L, not 8x8 RGB"),
-        (lambda s: s.pop("classes"), "missing or damaged (KeyError"),
+        (lambda s: s.pop("classes"), "the summary's classes is not as written"),
     ],
 )
 def test_a_summary_that_is_not_of_this_set(
@@ -155,3 +156,22 @@ def test_no_set_is_a_user_error(tmp_path: Path) -> None:
     done = run("data_prep", "verify", tmp_path, check=False)
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path} holds no set: give a folder that data_prep wrote\n"
+
+
+@pytest.mark.parametrize("name", ["../outside.mds", "/etc/passwd"])
+def test_a_manifest_leads_nowhere_else(copy: Path, name: str) -> None:
+    rows = pq.read_table(copy / "mds" / "manifest.parquet")
+    shards = rows["shard"].to_pylist()
+    (copy / "mds" / shards[0]).rename(copy / "outside.mds")
+    shards = [name if shard == shards[0] else shard for shard in shards]
+    place = rows.schema.get_field_index("shard")
+    rows = rows.set_column(place, "shard", pa.array(shards))
+    pq.write_table(rows, copy / "mds" / "manifest.parquet")
+    assert any("leads out of its folder" in line for line in verify(copy / "mds"))
+
+
+def test_a_pipe_is_no_shard(copy: Path) -> None:
+    shard = copy / "mds" / "train" / "shard.00000.mds"
+    shard.unlink()
+    os.mkfifo(shard)
+    assert "train/shard.00000.mds: it is not a regular file" in list(verify(copy / "mds"))
