@@ -1,7 +1,8 @@
 """Turns a checkpoint into a model folder: model.safetensors and config.json.
 
-SOURCE is a run's folder or one of its checkpoints, a DeepSpeed ZeRO checkpoint of another program
-(with --trust-pickle), or a published TARFlow .pth file (with --sigma).
+SOURCE is a run's folder or one of its checkpoints, a DeepSpeed checkpoint of another program (with
+--trust-pickle), or a .pth file with a TARFlow in it, as published or as a trainer saved it (with
+--sigma), or an iTARFlow (with --sigma-range).
 """
 
 import argparse
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 RUN_WEIGHTS = {"ema": "ema", "raw": "weights"}
 RUN_OPTIONS = ("weights",)
-FOREIGN_OPTIONS = ("trust_pickle", "sigma", "uniform", "in_channels", "head_dim")
+FOREIGN_OPTIONS = (
+    *("trust_pickle", "sigma", "uniform", "sigma_range", "in_channels", "head_dim", "key"),
+)
 
 
 def main(argv: list[str]) -> None:
@@ -47,6 +50,14 @@ def main(argv: list[str]) -> None:
     foreign.add_argument(
         "--uniform", action="store_true", help="it was trained with uniform noise, without a sigma"
     )
+    foreign.add_argument(
+        "--sigma-range",
+        type=float,
+        nargs=2,
+        metavar=("LEAST", "LARGEST"),
+        help="noise levels that an iTARFlow was trained with",
+    )
+    foreign.add_argument("--key", help="which state dict in it, such as model or ema")
     foreign.add_argument("--in-channels", type=int, help="channels of its images (default 3)")
     foreign.add_argument("--head-dim", type=int, help="channels an attention head (default 64)")
     arguments = parser.parse_args(argv)
@@ -67,7 +78,7 @@ def convert(arguments: argparse.Namespace) -> None:
         kind = "a run of ours" if is_run else "no run of ours"
         option = given[0].replace("_", "-")
         raise UserError(f"{source} is {kind}, to which --{option} does not apply: leave it out")
-    weights, model, provenance = (_read_run if is_run else _read_foreign)(source, arguments)
+    weights, sizes, provenance = (_read_run if is_run else _read_foreign)(source, arguments)
 
     import torch
 
@@ -78,10 +89,14 @@ def convert(arguments: argparse.Namespace) -> None:
         weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
     try:
         with torch.device("meta"):
-            flow = TarFlow(**model)
+            flow = TarFlow(**sizes)
     except ValueError as error:
         raise UserError(f"{source} makes no TARFlow: {error}") from error
     flow.load_weights(weights, source=source)
+    for name, tensor in flow.state_dict().items():
+        if not tensor.isfinite().all():
+            kind = f"in {arguments.dtype} " if arguments.dtype else ""
+            raise UserError(f"{source} makes no model: its {name} {kind}is not finite")
     flow.provenance = {"source": str(source), **provenance}
     try:
         flow.save_pretrained(out)
@@ -89,7 +104,7 @@ def convert(arguments: argparse.Namespace) -> None:
         raise UserError(f"{out} can't be written: {error.strerror}") from error
     count = sum(p.numel() for p in flow.parameters())
     dtype = next(flow.parameters()).dtype
-    shown = f"{flow.config['width']} wide in heads of {flow.config['head_dim']}"
+    shown = f"{flow.config.width} wide in heads of {flow.config.head_dim}"
     print(f"{out}: {count / 1e6:.4g} M parameters, {shown}, {dtype}".replace("torch.", ""))
 
 
@@ -101,11 +116,11 @@ def _is_run(source: Path) -> bool:
 def _read_run(
     source: Path, arguments: argparse.Namespace
 ) -> tuple[dict[str, "Tensor"], dict[str, Any], dict[str, Any]]:
-    from tarflow_dist.training import checkpoint
+    from tarflow_dist.training import checkpoint, pointer
 
     saved: checkpoint.Checkpoint | None
-    if (source / checkpoint.FOLDER).is_dir():
-        saved = checkpoint.newest_whole(source / checkpoint.FOLDER)
+    if (source / pointer.FOLDER).is_dir():
+        saved = checkpoint.newest_whole(source / pointer.FOLDER)
     else:
         saved = checkpoint.Checkpoint(source)
         saved.verify()
@@ -114,7 +129,7 @@ def _read_run(
     kind = arguments.weights or "ema"
     weights = saved.read_all(RUN_WEIGHTS[kind]) | saved.read_all("buffers")
     provenance = {"images": saved.state.images, "weights": kind}
-    return weights, saved.model, provenance
+    return weights, saved.model.to_json(), provenance
 
 
 def _read_foreign(
@@ -127,15 +142,16 @@ def _read_foreign(
             f"{source} is neither a run's folder, nor one of its checkpoints, nor a DeepSpeed "
             "checkpoint, which has a file latest"
         )
-    if (arguments.sigma is None) != arguments.uniform:
+    given = (arguments.sigma is not None, arguments.sigma_range is not None, arguments.uniform)
+    if sum(given) != 1:
         raise UserError(
             f"{source} doesn't say what noise it was trained with: give either --sigma S or "
-            "--uniform"
+            "--uniform, or for an iTARFlow --sigma-range LEAST LARGEST"
         )
     if source.is_file():
-        weights = foreign.read_published(source)
+        weights = foreign.read_published(source, arguments.key)
     elif arguments.trust_pickle:
-        weights = foreign.read_deepspeed(source)
+        weights = foreign.read_deepspeed(source, arguments.key)
     else:
         raise UserError(
             f"{source} is no run of ours; if it is a DeepSpeed checkpoint that you trust, whose "
@@ -146,7 +162,15 @@ def _read_foreign(
         in_channels=3 if arguments.in_channels is None else arguments.in_channels,
         source=source,
     )
-    noise = {"noise": "uniform" if arguments.uniform else "gaussian", "sigma": arguments.sigma}
+    has_levels = any(".time_embed." in name for name in weights)
+    if has_levels != (arguments.sigma_range is not None):
+        kind, option = ("an iTARFlow", "--sigma-range") if has_levels else ("a TARFlow", "--sigma")
+        raise UserError(f"{source} is {kind}, for which {option} says the noise")
+    noise = {
+        "noise": "uniform" if arguments.uniform else "gaussian",
+        "sigma": arguments.sigma,
+        "sigma_range": arguments.sigma_range,
+    }
     # heads leave no trace in the shapes; the published models' are 64 wide
     head_dim = 64 if arguments.head_dim is None else arguments.head_dim
     return weights, {**model, **noise, "head_dim": head_dim}, {}

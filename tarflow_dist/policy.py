@@ -1,7 +1,6 @@
 """sampling.json: how a model's blocks are best inverted, as `calibrate` measured it."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,11 +11,12 @@ from torch import Tensor
 
 from tarflow_dist.distributed import device_name
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import write_whole
+from tarflow_dist.files import read_sealed, write_sealed
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.flow.inverse import Solver
 
 POLICY_FILE = "sampling.json"
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,7 @@ class Policy:
         return Policy(self.fingerprint, (*others, new))
 
     def write(self, folder: Path) -> None:
-        with write_whole(folder / POLICY_FILE) as part:
-            part.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_sealed(folder / POLICY_FILE, asdict(self), version=VERSION)
 
 
 def read_policy(folder: Path, *, fingerprint: str, num_blocks: int) -> Policy:
@@ -82,7 +81,7 @@ def read_policy(folder: Path, *, fingerprint: str, num_blocks: int) -> Policy:
     if not file.exists():
         return Policy(fingerprint)
     try:
-        saved = json.loads(file.read_text())
+        saved = read_sealed(file, version=VERSION)
         calibrations = tuple(_calibration(entry) for entry in saved["calibrations"])
         if any(len(c.solvers) != num_blocks for c in calibrations):
             raise ValueError(f"it should have {num_blocks} solvers, one a block")

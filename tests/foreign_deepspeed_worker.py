@@ -27,6 +27,7 @@ flow = Flow(
     num_classes=3,
     sigma=0.1,
 )
+flow.blocks[1].class_embed = flow.blocks[0].class_embed  # tied, which other programs may do
 engine, _, _, _ = deepspeed.initialize(
     model=flow,
     optimizer=torch.optim.AdamW(flow.parameters(), lr=1e-2),
@@ -40,7 +41,10 @@ for _ in range(2):
     engine.backward(flow.loss(*engine(torch.randn(2, 1, 8, 8), torch.tensor([0, -1]))))
     engine.step()
 engine.save_checkpoint(str(saved))
-weights = {name: safe_get_full_fp32_param(p) for name, p in flow.named_parameters()}
+weights = {
+    name: safe_get_full_fp32_param(p) if stage else p.detach()
+    for name, p in flow.named_parameters(remove_duplicate=False)
+}
 if torch.distributed.get_rank() == 0:
     torch.save({**weights, "var": flow.var}, saved.parent / "expected.pt")
 distributed.shutdown()

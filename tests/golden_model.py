@@ -23,14 +23,21 @@ def golden_flow(case: str, dtype: torch.dtype) -> Flow:
         patch_size=s["patch_size"],
         in_channels=s["in_channels"],
         width=s["channels"],
-        num_blocks=s["num_blocks"],
+        num_blocks=s.get("num_blocks", 3),
         layers_per_block=s["layers_per_block"],
         num_classes=s["num_classes"],
-        volume_preserving=not s["nvp"],
-        sigma=s["sigma"],
+        volume_preserving=not s.get("nvp", True),
+        sigma=s.get("sigma"),
+        sigma_range=(s["sigma_min"], s["sigma_max"]) if "sigma_min" in s else None,
     ).double()
     weights = load_file(GOLDEN / f"{case}.weights.safetensors")
-    flow.load_state_dict({k: v for k, v in weights.items() if not k.endswith("attn_mask")})
+    flow.load_state_dict(
+        {
+            k.replace(".head_blocks.", ".attn_blocks."): v
+            for k, v in weights.items()
+            if not k.endswith("attn_mask")
+        }
+    )
     return flow.to(dtype)
 
 

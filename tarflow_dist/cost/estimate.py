@@ -1,6 +1,5 @@
 """The whole cost of a run: does it fit, how long does it take, what does it read and write."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from tarflow_dist.config import Config
 from tarflow_dist.cost.cards import Card
 from tarflow_dist.cost.memory import FP32, STAGES, Memory, Stage, training_memory
+from tarflow_dist.files import read_json
 from tarflow_dist.flow.counts import Counts
 
 # Share of a card's memory that is left for CUDA's context, NCCL, cuBLAS and fragmentation: ours,
@@ -112,7 +112,7 @@ def estimate(config: Config, card: Card, gpus: int, *, mfu: float) -> Estimate:
     Raises:
         UserError: the batch can't be cut over that many GPUs.
     """
-    counts = Counts(**config.model.model_dump())
+    counts = Counts(config.model)
     micro_batch = config.micro_batch(gpus)
     passes = config.train.batch_size // (micro_batch * gpus)
     every = config.train.activation_checkpointing
@@ -147,7 +147,7 @@ def estimate(config: Config, card: Card, gpus: int, *, mfu: float) -> Estimate:
 
 def checkpoint_bytes(counts: Counts) -> int:
     """Size of one checkpoint of that model."""
-    prior = counts.num_patches * counts.patch_dim
+    prior = counts.num_patches * counts.config.patch_dim
     return FP32 * (CHECKPOINT_COPIES * counts.num_parameters + prior)
 
 
@@ -211,7 +211,7 @@ def _stored_image_bytes(config: Config) -> float | None:
     """Mean size of a training image in the shards, if they lie here."""
     folder = Path(config.data.path)
     try:
-        images = json.loads((folder / "summary.json").read_text())["images"]["train"]
+        images = read_json(folder / "summary.json")["images"]["train"]
         return sum(file.stat().st_size for file in (folder / "train").iterdir()) / images
     except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError):
         return None

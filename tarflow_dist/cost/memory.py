@@ -150,20 +150,23 @@ def image_activations(counts: Counts, precision: Precision, checkpoint_every: in
     if recomputed:
         saved += layer
     # around the layers: what proj_in and proj_out multiply, x − μ and exp(−α), and the last z
-    D = counts.patch_dim
-    affine = FP32 * N * D * (1 if counts.volume_preserving else 2)
-    saved += counts.num_blocks * (value * N * D + affine + value * (N - 1) * w) + FP32 * N * D
+    D = counts.config.patch_dim
+    affine = FP32 * N * D * (1 if counts.config.volume_preserving else 2)
+    saved += (
+        counts.config.num_blocks * (value * N * D + affine + value * (N - 1) * w) + FP32 * N * D
+    )
     return saved + WORKING_VECTORS * value * N * w
 
 
 def layer_activations(counts: Counts, precision: Precision) -> int:
-    """Bytes an image that autograd saves in one transformer layer: inputs (fp32), means and
-    deviations of the two norms; in the type of the products what they feed (2 widths), q, k, v (3),
-    attention's output (1) and log-sums, and the MLP before and after its GELU (8)."""
+    """Bytes an image that autograd saves in one transformer layer: inputs of the two norms, with
+    means and deviations in fp32; in the type of the products what they feed (2 widths), q, k, v
+    (3), attention's output (1) and log-sums, and the MLP before and after its GELU (8)."""
     N, w = counts.num_patches, counts.width
     value = FP32 if precision == "fp32" else 2
-    norms = 2 * FP32 * N * (w + 2)
-    return norms + 14 * value * N * w + FP32 * N * (w // counts.head_dim)
+    stream = 2 if precision == "bf16" else FP32
+    norms = 2 * N * (stream * w + FP32 * 2)
+    return norms + 14 * value * N * w + FP32 * N * (w // counts.config.head_dim)
 
 
 def _offloaded(memory: Memory, weights: float) -> Memory:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tarflow_dist.flow.noise_level import NoiseLevelEmbedding
 from tarflow_dist.flow.transformer import KVCache, TransformerLayer, accurate_dtype
 
 
@@ -15,6 +16,7 @@ class FlowBlock(nn.Module):
         patch_dim: D, values a patch.
         width, num_layers, head_dim: size of the transformer.
         num_classes: 0 for an unconditional model.
+        noise_conditional: the noise level is a condition as well.
         reverse: the block sees the patches last to first.
         volume_preserving: α = 0 everywhere.
     """
@@ -28,6 +30,7 @@ class FlowBlock(nn.Module):
         num_layers: int,
         head_dim: int,
         num_classes: int,
+        noise_conditional: bool = False,
         reverse: bool,
         volume_preserving: bool,
     ):
@@ -40,24 +43,28 @@ class FlowBlock(nn.Module):
         self.class_embed = (
             nn.Parameter(torch.randn(num_classes, 1, width) * 1e-2) if num_classes else None
         )
+        self.time_embed = NoiseLevelEmbedding(width) if noise_conditional else None
         self.attn_blocks = nn.ModuleList(
             TransformerLayer(width, head_dim) for _ in range(num_layers)
         )
         self.proj_out = nn.Linear(width, patch_dim if volume_preserving else 2 * patch_dim)
         nn.init.zeros_(self.proj_out.weight)  # training starts (nearly) at the identity
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, y: Tensor | None = None, sigma: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Data to latent.
 
         Args:
             x: (B, N, D) patches in image order, at least float32.
             y: (B,) int64 class ids, −1 for a dropped label; None drops all.
+            sigma: (B,) noise levels, where they are a condition.
 
         Returns:
             z (B, N, D) in image order, and log|det dz/dx| (B,) in nats.
         """
         x = self.permute(x)
-        h = self.embed(x, self.permuted_positions(), self.class_vector(y))
+        h = self.embed(x, self.permuted_positions(), self.condition(y, sigma))
         for layer in self.attn_blocks:
             h = layer(h)
         mu, alpha = self.mu_alpha(self.proj_out(h[:, :-1]))
@@ -73,20 +80,28 @@ class FlowBlock(nn.Module):
         """Position embeddings (N, width) in the block's own order."""
         return self.pos_embed.flip(0) if self.reverse else self.pos_embed
 
-    def class_vector(self, y: Tensor | None) -> Tensor | None:
-        """Class ids (B,), −1 for none → what is added to every token, (B, 1, width), or (1, width)
-        where no sample has a label; None for an unconditional model."""
-        if self.class_embed is None:
-            return None
-        no_class = self.class_embed.mean(dim=0)
+    def condition(self, y: Tensor | None, sigma: Tensor | None = None) -> Tensor | None:
+        """Class ids (B,), −1 for none, and noise levels (B,) → what is added to every token:
+        (B, 1, width), or (1, width) if it is the same for all; None for a model of neither."""
+        classes = None if self.class_embed is None else self._class_vector(self.class_embed, y)
+        if self.time_embed is None:
+            return classes
+        assert sigma is not None
+        levels = self.time_embed(sigma)[:, None]
+        return levels if classes is None else classes + levels
+
+    @staticmethod
+    def _class_vector(class_embed: Tensor, y: Tensor | None) -> Tensor:
+        """(B, 1, width), or (1, width) where no sample has a label."""
+        no_class = class_embed.mean(dim=0)
         if y is None:
             return no_class
-        return torch.where((y < 0)[:, None, None], no_class, self.class_embed[y.clamp(min=0)])
+        return torch.where((y < 0)[:, None, None], no_class, class_embed[y.clamp(min=0)])
 
-    def embed(self, x: Tensor, positions: Tensor, class_vector: Tensor | None) -> Tensor:
+    def embed(self, x: Tensor, positions: Tensor, condition: Tensor | None) -> Tensor:
         """Patches (B, S, D) at `positions` (S, width) → the transformer's input (B, S, width)."""
         h = self.proj_in(x.to(self.proj_in.weight.dtype)) + positions
-        return h if class_vector is None else h + class_vector
+        return h if condition is None else h + condition
 
     def mu_alpha(self, out: Tensor) -> tuple[Tensor, Tensor]:
         """The output projection (B, S, 2D) at patches i → μ and α (B, S, D) of patches i + 1, at

@@ -28,21 +28,23 @@ class CachedTransformer(Protocol):
 
 
 def cached_transformer(
-    block: FlowBlock, y: Tensor | None, rows: int, temperature: Tensor | None
+    block: FlowBlock, condition: Tensor | None, rows: int, temperature: Tensor | None
 ) -> CachedTransformer:
-    """For `rows` sequences of the classes y (rows,), as in `FlowBlock.class_vector`; `temperature`
+    """For `rows` sequences under the `condition` that `FlowBlock.condition` gives; `temperature`
     (rows, 1, 1, 1) divides their attention logits."""
     kind = native.NativeTransformer if native.can_run(block) else TorchTransformer
-    return kind(block, y, rows, temperature)
+    return kind(block, condition, rows, temperature)
 
 
 class TorchTransformer:
     """On every device, in every type."""
 
-    def __init__(self, block: FlowBlock, y: Tensor | None, rows: int, temperature: Tensor | None):
+    def __init__(
+        self, block: FlowBlock, condition: Tensor | None, rows: int, temperature: Tensor | None
+    ):
         self._block = block
         self._positions = block.permuted_positions()
-        self._class_vector = block.class_vector(y)
+        self._condition = condition
         self._caches = block.new_caches(rows)
         self._temperature = temperature
 
@@ -50,7 +52,7 @@ class TorchTransformer:
         mask = None
         if isinstance(at, Tensor):
             mask = torch.arange(stop, device=x.device) <= at[:, None, :, None]
-        h = self._block.embed(x, self._positions[at], self._class_vector)
+        h = self._block.embed(x, self._positions[at], self._condition)
         for layer, cache in zip(self._block.attn_blocks, self._caches, strict=True):
             assert isinstance(layer, TransformerLayer)
             h = layer.extend(h, cache, at, stop, mask, self._temperature)
@@ -61,5 +63,5 @@ class TorchTransformer:
             cache.keep(rows)
         if self._temperature is not None:
             self._temperature = self._temperature[rows]
-        if self._class_vector is not None and self._class_vector.ndim == 3:
-            self._class_vector = self._class_vector[rows]
+        if self._condition is not None and self._condition.ndim == 3:
+            self._condition = self._condition[rows]

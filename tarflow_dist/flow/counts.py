@@ -5,46 +5,22 @@ a thousand. Attention counts only the pairs of patches that causality leaves, N(
 its kernels skip the others.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-from tarflow_dist.flow.sizes import layers_of_blocks
+from tarflow_dist.flow.config import FlowConfig
 
 
-@dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Counts of the model that `Flow` builds from the same arguments: `Counts(**flow.config)`.
+    """Counts of the flow of `config`.
 
     Attributes:
-        num_patches, patch_dim: N and D.
+        num_patches, width: as in `config`.
         layers: transformer layers of each flow block.
         parameters: number of values of each parameter, by the name it has in the model.
     """
 
-    image_size: int
-    patch_size: int
-    in_channels: int = 3
-    width: int
-    num_blocks: int
-    layers_per_block: int | Sequence[int]
-    head_dim: int = 64
-    num_classes: int = 0
-    volume_preserving: bool = False
-    noise: str = "gaussian"
-    sigma: float | None = None
-
-    num_patches: int = field(init=False)
-    patch_dim: int = field(init=False)
-    layers: list[int] = field(init=False)
-    parameters: dict[str, int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        # the way to set what follows from the fields of a frozen dataclass
-        set_field = object.__setattr__
-        set_field(self, "num_patches", (self.image_size // self.patch_size) ** 2)
-        set_field(self, "patch_dim", self.in_channels * self.patch_size**2)
-        set_field(self, "layers", layers_of_blocks(self.num_blocks, self.layers_per_block))
-        set_field(self, "parameters", self._parameters())
+    def __init__(self, config: FlowConfig):
+        self.config = config
+        self.num_patches, self.width, self.layers = config.num_patches, config.width, config.layers
+        self.parameters = self._parameters()
 
     @property
     def num_parameters(self) -> int:
@@ -53,7 +29,7 @@ class Counts:
     @property
     def forward_flops(self) -> int:
         """Of images to latents."""
-        return sum(self.layers) * self.layer_flops + self.num_blocks * (
+        return sum(self.layers) * self.layer_flops + self.config.num_blocks * (
             self._proj_in_flops + self._proj_out_flops
         )
 
@@ -88,7 +64,7 @@ class Counts:
 
     @property
     def _proj_in_flops(self) -> int:
-        return 2 * self.num_patches * self.patch_dim * self.width
+        return 2 * self.num_patches * self.config.patch_dim * self.width
 
     @property
     def _proj_out_flops(self) -> int:
@@ -96,7 +72,7 @@ class Counts:
 
     @property
     def _out_dim(self) -> int:
-        return self.patch_dim * (1 if self.volume_preserving else 2)
+        return self.config.patch_dim * (1 if self.config.volume_preserving else 2)
 
     def _parameters(self) -> dict[str, int]:
         w = self.width
@@ -105,9 +81,12 @@ class Counts:
         for t, num_layers in enumerate(self.layers):
             block = f"blocks.{t}"
             sizes[f"{block}.pos_embed"] = self.num_patches * w
-            if self.num_classes:
-                sizes[f"{block}.class_embed"] = self.num_classes * w
-            sizes |= _linear(f"{block}.proj_in", self.patch_dim, w)
+            if self.config.num_classes:
+                sizes[f"{block}.class_embed"] = self.config.num_classes * w
+            sizes |= _linear(f"{block}.proj_in", self.config.patch_dim, w)
+            if self.config.sigma_range is not None:
+                sizes |= _linear(f"{block}.time_embed.mlp.0", w, 4 * w)
+                sizes |= _linear(f"{block}.time_embed.mlp.2", 4 * w, w)
             for k in range(num_layers):
                 for part, names in (("attention", ("qkv", "proj")), ("mlp", ("main.0", "main.2"))):
                     prefix = f"{block}.attn_blocks.{k}.{part}"

@@ -1,6 +1,7 @@
-"""Tweedie's one-step denoising through the forward flow."""
+"""Removing the training noise from samples, along the flow's own score."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -28,3 +29,34 @@ def score_denoise(
             log_prob = unit_prior_log_prob(part, labels).sum()
         scores += torch.autograd.grad(log_prob, part)
     return x.detach() + sigma**2 * torch.cat(scores)
+
+
+def denoise_in_steps(
+    score_step: Callable[[Tensor, float], Tensor],
+    x: Tensor,
+    levels: Sequence[float],
+    *,
+    clip: bool,
+    normal: Callable[[int], Tensor] | None,
+) -> Tensor:
+    """Iterative denoising (iTARFlow): from each noise level to the next on the line that leads to
+    the score step's answer, which is the last level's result.
+
+    Args:
+        score_step: x (B, C, H, W) and its σ → x + σ²·∇ log p(x | y, σ).
+        x: of the first level.
+        levels: falling, above 0.
+        clip: keep the score step's answers in [−1, 1].
+        normal: step → standard normal numbers like x, for the stochastic rule; None for the
+            deterministic one.
+    """
+    for step, (sigma, lower) in enumerate(pairwise([*levels, 0.0])):
+        clean = score_step(x, sigma)
+        if clip:
+            clean = clean.clamp(-1, 1)
+        direction = (x - clean) / sigma
+        if normal is not None and lower > 0:
+            kept = (lower / sigma) ** 2
+            direction = kept**0.5 * direction + (1 - kept) ** 0.5 * normal(step)
+        x = clean + lower * direction
+    return x

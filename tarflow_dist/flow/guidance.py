@@ -9,7 +9,7 @@ if TYPE_CHECKING:  # a config can be checked without torch
     from torch import Tensor
 
 Guide = Literal["both", "mu", "alpha"]
-Rule = Literal["linear", "gaussian"]
+Rule = Literal["linear", "gaussian", "scale"]
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,9 @@ class Guidance:
         attn_temp: τ, divides the attention logits of the unguided pass. An unconditional model is
             guided through τ ≠ 1 alone.
         rule: "linear", (1 + w)·conditional − w·unguided for μ and α each (arXiv 2412.06329,
-            section 3.4), or "gaussian", the density p_c^(1 + w)·p_u^(−w), which is Gaussian again,
-            with the unguided precision held below the conditional one (STARFlow, arXiv 2506.06276).
+            section 3.4); "scale", the same for μ and exp(α) (iTARFlow), which may turn negative; or
+            "gaussian", the density p_c^(1 + w)·p_u^(−w), which is Gaussian again, with the unguided
+            precision held below the conditional one (STARFlow, arXiv 2506.06276).
         blocks: the flow blocks that are guided, numbered as in the forward pass; None for all. Kept
             in order, each once.
     """
@@ -95,22 +96,25 @@ class Guidance:
     def combine(
         self, mu: "Tensor", alpha: "Tensor", patch: "int | Tensor", num_patches: int
     ) -> tuple["Tensor", "Tensor"]:
-        """μ and α (2B, S, D), first the conditional, then the unguided half → (B, S, D). `patch`
-        says which ones of the sequence they are of: one, or (B, S)."""
+        """μ and α (2B, S, D), first the conditional, then the unguided half → μ and exp(α), guided,
+        (B, S, D). `patch` says which ones of the sequence they are of: one, or (B, S)."""
         w: float | Tensor = self.weight
         if self.annealed:
             place = patch if isinstance(patch, int) else patch.to(mu.dtype)[..., None]
             w = self.weight * place / (num_patches - 1)
         (mu, mu_unguided), (alpha, alpha_unguided) = mu.chunk(2), alpha.chunk(2)
-        if self.rule == "linear":
-            guided_mu = mu_unguided.lerp(mu, 1 + w)
-            guided_alpha = alpha_unguided.lerp(alpha, 1 + w)
-        else:
+        if self.rule == "gaussian":
             ws = w * (2 * (alpha - alpha_unguided).clamp(max=0)).exp()
             precision = 1 + w - ws  # of the guided density, in units of the conditional one's
             guided_mu = ((1 + w) * mu - ws * mu_unguided) / precision
-            guided_alpha = alpha - 0.5 * precision.log()
+            guided_scale = (alpha - 0.5 * precision.log()).exp()
+        else:
+            guided_mu = mu_unguided.lerp(mu, 1 + w)
+            if self.rule == "linear":
+                guided_scale = alpha_unguided.lerp(alpha, 1 + w).exp()
+            else:
+                guided_scale = alpha_unguided.exp().lerp(alpha.exp(), 1 + w)
         return (
             guided_mu if self.guide != "alpha" else mu,
-            guided_alpha if self.guide != "mu" else alpha,
+            guided_scale if self.guide != "mu" else alpha.exp(),
         )

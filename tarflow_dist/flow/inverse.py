@@ -57,6 +57,7 @@ def invert_block(
     y: Tensor | None,
     guidance: Guidance,
     solver: Solver = SEQUENTIAL,
+    sigma: Tensor | None = None,
 ) -> Tensor:
     """Latent to data through one block.
 
@@ -66,6 +67,7 @@ def invert_block(
     Args:
         z: (B, N, D) in image order, at least float32.
         y: (B,) int64 class ids, −1 for none; None for no label at all.
+        sigma: (B,) noise levels, where they are a condition.
 
     Returns:
         x (B, N, D) in image order.
@@ -73,7 +75,7 @@ def invert_block(
     if len(z) == 0:
         return z
     z = block.permute(z)
-    predict = Predictor(block, y, len(z), guidance)
+    predict = Predictor(block, y, len(z), guidance, sigma)
     one_by_one = solver.window == 1 and not has_graphs(z.device)
     x = _in_sequence(predict, z) if one_by_one else _in_windows(predict, z, solver)
     return block.permute(x)
@@ -82,8 +84,8 @@ def invert_block(
 def _in_sequence(predict: "Predictor", z: Tensor) -> Tensor:
     x = z.clone()
     for i in range(z.shape[1] - 1):
-        mu, alpha = predict(x[:, i : i + 1], i, i + 1)
-        torch.addcmul(mu, z[:, i + 1 : i + 2], alpha.exp(), out=x[:, i + 1 : i + 2])
+        mu, scale = predict(x[:, i : i + 1], i, i + 1)
+        torch.addcmul(mu, z[:, i + 1 : i + 2], scale, out=x[:, i + 1 : i + 2])
     return x
 
 
@@ -131,9 +133,9 @@ def _sweep(
     going = settled < last
     at = (settled[:, None] + window).clamp(max=last - 1)  # at the end, the last patch repeatedly
     sample = torch.arange(len(x), device=x.device)[:, None]
-    mu, alpha = predict(x[sample, at], at, stop)
+    mu, scale = predict(x[sample, at], at, stop)
     old, latent = x[sample, at + 1], z[sample, at + 1]
-    new = torch.addcmul(mu, latent, alpha.exp())
+    new = torch.addcmul(mu, latent, scale)
     kept = ((new - old).abs().amax(dim=2) < tolerance)[:, :-1] | (at[:, 1:] == at[:, :-1])
     settles = torch.cat([torch.ones_like(going)[:, None], kept], dim=1).cumprod(dim=1)
     # a guess that overflows would reach the patches before it, masked or not, as 0 · inf
@@ -143,27 +145,34 @@ def _sweep(
 
 
 class Predictor:
-    """μ and α of a block, guided, for patches whose predecessors it has been given before.
+    """μ and exp(α) of a block, guided, for patches whose predecessors it has been given before.
 
     The conditional and the unguided pass run as one batch of 2B.
     """
 
-    def __init__(self, block: FlowBlock, y: Tensor | None, batch: int, guidance: Guidance):
+    def __init__(
+        self,
+        block: FlowBlock,
+        y: Tensor | None,
+        batch: int,
+        guidance: Guidance,
+        sigma: Tensor | None = None,
+    ):
         self._block, self._guidance = block, guidance
         temperature: Tensor | None = None
         rows = batch
         if guidance.active:
             rows = 2 * batch
-            if y is not None:
-                y = torch.cat([y, torch.full_like(y, -1)])
+            y = None if y is None else torch.cat([y, torch.full_like(y, -1)])
+            sigma = None if sigma is None else torch.cat([sigma, sigma])
             if guidance.attn_temp != 1:
                 weight = block.proj_out.weight
                 temperature = weight.new_ones(rows, 1, 1, 1, dtype=accurate_dtype(weight.dtype))
                 temperature[batch:] = guidance.attn_temp
-        self._transformer = cached_transformer(block, y, rows, temperature)
+        self._transformer = cached_transformer(block, block.condition(y, sigma), rows, temperature)
 
     def __call__(self, x: Tensor, at: int | Tensor, stop: int) -> tuple[Tensor, Tensor]:
-        """The patches x (B, S, D) → μ and α (B, S, D) of those that come after each.
+        """The patches x (B, S, D) → μ and exp(α) (B, S, D) of those that come after each.
 
         Their keys and values are kept, for calls with later patches.
 
@@ -178,10 +187,9 @@ class Predictor:
             if isinstance(at, Tensor):
                 places = torch.cat([at, at])
         mu, alpha = self._block.mu_alpha(self._transformer(x, places, stop))
-        if self._guidance.active:
-            num_patches = len(self._block.pos_embed)
-            mu, alpha = self._guidance.combine(mu, alpha, at + 1, num_patches)
-        return mu, alpha
+        if not self._guidance.active:
+            return mu, alpha.exp()
+        return self._guidance.combine(mu, alpha, at + 1, len(self._block.pos_embed))
 
     def keep(self, samples: Tensor) -> None:
         """Goes on with some of the samples: (B,) bool."""

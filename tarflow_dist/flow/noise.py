@@ -7,7 +7,7 @@ bins, x = (k + u)/128 − 1 with u in [0, 1). Random numbers are the caller's.
 import torch
 from torch import Tensor
 
-from tarflow_dist.flow.sizes import Noise
+from tarflow_dist.flow.config import Noise
 
 
 def scale_pixels(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

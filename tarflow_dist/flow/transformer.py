@@ -9,21 +9,8 @@ from torch.nn import functional as F
 
 
 def accurate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type that norms and affine arithmetic run in: float32, or float64 for a float64 model."""
+    """The type that affine arithmetic runs in: float32, or float64 for a float64 model."""
     return torch.promote_types(dtype, torch.float32)
-
-
-class LayerNorm(nn.LayerNorm):
-    """Layer norm worked out in at least float32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = accurate_dtype(x.dtype)
-        if x.dtype == dtype:
-            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-        y = F.layer_norm(
-            x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.bias.to(dtype), self.eps
-        )
-        return y.to(x.dtype)
 
 
 class KVCache:
@@ -65,7 +52,7 @@ class Attention(nn.Module):
     def __init__(self, width: int, head_dim: int):
         super().__init__()
         self.num_heads = width // head_dim
-        self.norm = LayerNorm(width)
+        self.norm = nn.LayerNorm(width)  # in bf16, torch works it out in float32
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -104,7 +91,7 @@ class MLP(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.norm = LayerNorm(width)
+        self.norm = nn.LayerNorm(width)  # in bf16, torch works it out in float32
         self.main = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )

@@ -34,7 +34,7 @@ def random_flow(**changes: object) -> Flow:
 
 def images(flow: Flow, count: int = 4) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    shape = (count, flow.in_channels, flow.image_size, flow.image_size)
+    shape = (count, flow.config.in_channels, flow.image_size, flow.image_size)
     return 2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1
 
 

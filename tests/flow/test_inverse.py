@@ -201,11 +201,11 @@ def test_the_gaussian_rule_multiplies_densities() -> None:
     """p_c^(1+w) · p_u^(−w) up to a constant, wherever the unguided density is the wider."""
     mu, alpha = torch.randn(2, 2, 5, 3, dtype=torch.float64)
     alpha[1] = alpha[0] + alpha[1].abs()
-    guided_mu, guided_alpha = Guidance(1.7, rule="gaussian").combine(
+    guided_mu, guided_scale = Guidance(1.7, rule="gaussian").combine(
         mu.flatten(0, 0), alpha.flatten(0, 0), 1, 6
     )
     c, u = (Normal(mu[i], alpha[i].exp()) for i in (0, 1))
-    guided = Normal(guided_mu[0], guided_alpha[0].exp())
+    guided = Normal(guided_mu[0], guided_scale[0])
     x = torch.randn(4, 5, 3, dtype=torch.float64)
     constant = 2.7 * c.log_prob(x) - 1.7 * u.log_prob(x) - guided.log_prob(x)
     assert (constant - constant[:1]).abs().max() < 1e-10
@@ -215,9 +215,9 @@ def test_the_gaussian_rule_where_the_unguided_density_is_narrower() -> None:
     """It is held to the conditional's width, and only the mean moves."""
     mu = torch.tensor([[[1.0]], [[0.5]]])
     alpha = torch.tensor([[[0.0]], [[-1.0]]])
-    guided_mu, guided_alpha = Guidance(2.0, rule="gaussian").combine(mu, alpha, 1, 2)
+    guided_mu, guided_scale = Guidance(2.0, rule="gaussian").combine(mu, alpha, 1, 2)
     assert float(guided_mu) == pytest.approx(3 * 1.0 - 2 * 0.5)
-    assert float(guided_alpha) == pytest.approx(0.0)
+    assert float(guided_scale) == pytest.approx(1.0)
 
 
 def test_only_the_blocks_named_are_guided() -> None:

@@ -93,8 +93,9 @@ def test_tokens_come_out_as_from_torch(instructions: str, width: int, head_dim: 
     block, rows, places = random_block(width=width, head_dim=head_dim), 5, 40
     temperature = torch.tensor([1.0, 1.0, 0.7, 1.5, 1.0]).view(rows, 1, 1, 1)
     y = torch.tensor([0, 3, -1, 2, -1])
-    fast = NativeTransformer(block, y, rows, temperature)
-    reference = TorchTransformer(block.double(), y, rows, temperature.double())
+    fast = NativeTransformer(block, block.condition(y), rows, temperature)
+    block = block.double()
+    reference = TorchTransformer(block, block.condition(y), rows, temperature.double())
     for at in windows(random.Random(width), rows, places):
         x = torch.randn(rows, at.shape[1], PATCH_DIM)
         expected = reference(x.double(), at, int(at.max()) + 1)
@@ -105,8 +106,9 @@ def test_tokens_come_out_as_from_torch(instructions: str, width: int, head_dim: 
 def test_single_tokens_and_leaving_sequences() -> None:
     block, places = random_block(width=64, head_dim=32), 40
     y = torch.tensor([2, 1, 0, -1])
-    fast = NativeTransformer(block, y, 4, None)
-    reference = TorchTransformer(block.double(), y, 4, None)
+    fast = NativeTransformer(block, block.condition(y), 4, None)
+    block = block.double()
+    reference = TorchTransformer(block, block.condition(y), 4, None)
     rows = 4
     for i in range(places):
         if i == 20:

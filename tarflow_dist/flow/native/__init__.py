@@ -69,7 +69,9 @@ class NativeTransformer:
     """The `flow.cached.CachedTransformer` of a float32 model on a CPU. It has a copy of the
     matrices, so the weights must stay as they are."""
 
-    def __init__(self, block: FlowBlock, y: Tensor | None, rows: int, temperature: Tensor | None):
+    def __init__(
+        self, block: FlowBlock, condition: Tensor | None, rows: int, temperature: Tensor | None
+    ):
         found = library()
         assert found is not None
         self._library = found
@@ -85,10 +87,9 @@ class NativeTransformer:
             num_layers=len(layers),
         )
         num_patches, width = block.pos_embed.shape
-        self._classes = block.pos_embed.new_zeros(rows, 1, width)
-        class_vector = block.class_vector(y)
-        if class_vector is not None:
-            self._classes += class_vector
+        self._condition = block.pos_embed.new_zeros(rows, 1, width)
+        if condition is not None:
+            self._condition += condition
         self._scale = block.pos_embed.new_full((rows,), block.head_dim**-0.5)
         if temperature is not None:
             self._scale /= temperature.flatten()
@@ -124,12 +125,12 @@ class NativeTransformer:
     def keep(self, rows: Tensor) -> None:
         for number, cache in enumerate(self._caches):  # one at a time: they are large
             self._caches[number] = cache[rows]
-        self._scale, self._classes = self._scale[rows], self._classes[rows]
+        self._scale, self._condition = self._scale[rows], self._condition[rows]
         self._point_at_sequences()
 
     def _point_at_sequences(self) -> None:
         self._tokens.logit_scale = self._scale.data_ptr()
-        self._transformer.classes = self._classes.data_ptr()
+        self._transformer.classes = self._condition.data_ptr()
         for layer, keys, values in zip(
             self._layers, self._caches[::2], self._caches[1::2], strict=True
         ):
