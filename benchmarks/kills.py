@@ -1,15 +1,21 @@
 """Kill −9 at random moments, among them while a checkpoint is written: does the run go on exactly?
 
-    python benchmarks/kills.py WORK [KILLS]
+    python -m benchmarks.kills WORK [KILLS] [--power]
 
-Trains the digits on two ranks, ZeRO stage 2; kills all processes at a random moment; checks that no
-announced checkpoint was lost and that each is whole; starts the same command again; and so on. At
-the end every row of metrics is compared with those of an unbroken run.
+Trains the digits on two ranks, ZeRO stage 2; kills all processes at a random moment; checks that
+no announced checkpoint was lost, that each is whole and has all rows of metrics before it; starts
+the same command again; and so on. At the end every row is compared with those of an unbroken run.
+
+With --power the run lies on an ext4 file system of its own, which loses all that is not on disk at
+each kill, its journal included (needs root).
 """
 
+import argparse
+import fcntl
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -18,7 +24,8 @@ from pathlib import Path
 import psutil
 
 from tarflow_dist.telemetry.metrics import read_metrics
-from tarflow_dist.training.checkpoint import Checkpoint, newest
+from tarflow_dist.training.checkpoint import Checkpoint
+from tarflow_dist.training.pointer import newest
 
 BATCH, STEPS = 32, 400
 TIMING = {
@@ -32,7 +39,14 @@ TIMING = {
 
 
 def main() -> None:
-    work, kills = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 25
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("work", type=Path)
+    parser.add_argument("kills", type=int, nargs="?", default=25)
+    parser.add_argument("--power", action="store_true")
+    args = parser.parse_args()
+    work, kills = args.work, args.kills
     work.mkdir(parents=True, exist_ok=True)
     digits = work / "digits"
     if not digits.exists():
@@ -48,7 +62,8 @@ def main() -> None:
         "log.wandb=disabled",
     ]
     start([*arguments, f"run={work / 'unbroken'}"]).wait()
-    killed = work / "killed"
+    disk = Disk(work / "disk") if args.power else None
+    killed = disk.folder / "killed" if disk else work / "killed"
     chance = random.Random(0)
     writing = 0
     for number in range(1, kills + 1):
@@ -64,19 +79,55 @@ def main() -> None:
         if job.poll() is not None:
             print("the run was over before the last kill: raise STEPS")
             break
+        if disk:
+            disk.lose_power()
         kill(job)
+        if disk:
+            disk.mount()
         writing += caught
         last = announced(killed)
         assert last >= before, "an announced checkpoint is lost"
         if last:
             Checkpoint(killed / "checkpoints" / f"{last:011d}").verify()
+            there = {row["images"] for row in read_metrics(killed)}
+            assert there >= set(range(BATCH, last + 1, BATCH)), "rows before it are lost"
         print(f"kill {number}: checkpoint {last}{', while writing one' if caught else ''}")
     assert start([*arguments, f"run={killed}"]).wait() == 0
     same = rows(killed) == rows(work / "unbroken")
     print(
         f"{kills} kills, {writing} while a checkpoint was written: all {STEPS} rows equal: {same}"
     )
+    if disk:
+        disk.unmount()
     sys.exit(not same)
+
+
+class Disk:
+    """A file system in a file, mounted at `folder`."""
+
+    SHUT_DOWN, WITHOUT_JOURNAL = 0x8004587D, 2  # Linux's EXT4_IOC_SHUTDOWN, …FLAGS_NOLOGFLUSH
+
+    def __init__(self, folder: Path):
+        self.folder, self.image = folder, folder.with_suffix(".img")
+        folder.mkdir()
+        with self.image.open("wb") as image:
+            image.truncate(2**30)
+        subprocess.run(["mkfs.ext4", "-q", self.image], check=True)
+        self.mount()
+
+    def mount(self) -> None:
+        """Once more, if power was lost: only what had reached the disk is there."""
+        if self.folder.is_mount():
+            self.unmount()
+        subprocess.run(["mount", "-o", "loop", self.image, self.folder], check=True)
+
+    def unmount(self) -> None:
+        subprocess.run(["umount", self.folder], check=True)
+
+    def lose_power(self) -> None:
+        descriptor = os.open(self.folder, os.O_RDONLY)
+        fcntl.ioctl(descriptor, self.SHUT_DOWN, struct.pack("I", self.WITHOUT_JOURNAL))
+        os.close(descriptor)
 
 
 def start(arguments: list[str]) -> subprocess.Popen:

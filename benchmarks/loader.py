@@ -32,7 +32,7 @@ from data_prep.images import ENCODINGS
 from data_prep.pipeline import prepare
 from data_prep.records import Settings
 from data_prep.sources import Folder
-from tarflow_dist.data.loader import train_batches
+from tarflow_dist.data.loader import Batch, train_batches
 from tarflow_dist.data.order import ImageOrder
 from tarflow_dist.data.shards import Shards, open_shards
 
@@ -43,17 +43,21 @@ IMAGES = {"png": 768, "webp": 768, "jpeg": 1536, "raw": 8192, "folder": 256}
 
 
 def loader_rate(shards: Shards, images: int) -> float:
-    batches = train_batches(
+    return _rate(batches_of(shards, BATCH, PROCESSES), images)
+
+
+def batches_of(shards: Shards, batch_size: int, workers: int) -> Iterator[Batch]:
+    """As a single rank trains on them, from the first on."""
+    return train_batches(
         shards,
         ImageOrder(shards.sizes, seed=0, window=16),
         position=0,
-        batch_size=BATCH,
-        micro_batch_size=BATCH,
+        batch_size=batch_size,
+        micro_batch_size=batch_size,
         rank=0,
         world_size=1,
-        num_workers=PROCESSES,
+        num_workers=workers,
     )
-    return _rate(batches, images)
 
 
 def folder_rate(folder: Path, images: int) -> float:

@@ -109,10 +109,10 @@ def load_peer(folder: Path, module: str, flow: TarFlow) -> Any:
     sys.path.insert(0, str(folder))
     config = flow.config
     peer = __import__(module).Model(
-        in_channels=config["in_channels"], img_size=config["image_size"],
-        patch_size=config["patch_size"], channels=config["width"],
-        num_blocks=config["num_blocks"], layers_per_block=config["layers_per_block"],
-        num_classes=config["num_classes"],
+        in_channels=config.in_channels, img_size=config.image_size,
+        patch_size=config.patch_size, channels=config.width,
+        num_blocks=config.num_blocks, layers_per_block=config.layers_per_block,
+        num_classes=config.num_classes,
     )  # fmt: skip
     peer.load_state_dict(flow.state_dict(), strict=False)  # but for its attention masks
     return peer.requires_grad_(False).to(flow.device)

@@ -72,7 +72,7 @@ def row(
     runs = {name: lambda way=way: timed(way, flow.device) for name, way in ways.items()}
     times = alternate(runs, rounds=args.rounds)
     ours = median(times["ours"])
-    counts = Counts(**flow.config)
+    counts = Counts(flow.config)
     layers, tokens = counts.layers[0], counts.num_patches
     computing = 2 * batch * counts.forward_flops / flops
     # two passes; a key and a value of 4 bytes a number, for each pair of patches

@@ -243,7 +243,7 @@ def report(
     config: Config, device: torch.device, times: dict[str, float], peak: int | None
 ) -> Iterator[str]:
     train, ranks = config.train, distributed.world_size()
-    counts = Counts(**config.model.model_dump())
+    counts = Counts(config.model)
     name = distributed.device_name(device)
     known = find_card(name)
     yield (
