@@ -7,12 +7,15 @@ should requeue the job. Loads no torch.
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from slurm.job import EXIT_INTERRUPTED, OUTCOME
 from slurm.records import STOP, Record, last_error
-from tarflow_dist.files import write_whole
+from tarflow_dist.errors import UserError
+from tarflow_dist.files import read_json
+from tarflow_dist.training import run_folder
 
 ENDS = "ends.jsonl"
 
@@ -53,8 +56,8 @@ def main(argv: list[str]) -> int:
 def _outcome(folder: Path, code: int) -> dict[str, str]:
     """What the ranks noted, or what can be told of ranks that were killed before they could."""
     try:
-        return json.loads((folder / OUTCOME).read_text())
-    except (OSError, ValueError):
+        return dict(read_json(folder / OUTCOME))
+    except (OSError, TypeError, ValueError):
         killed = f" (signal {code - 128})" if code > 128 else ""
         said = last_error(folder)
         return {
@@ -65,9 +68,10 @@ def _outcome(folder: Path, code: int) -> dict[str, str]:
 
 def _ends_without_progress(folder: Path, *, counts_interruptions: bool) -> int:
     """How often in a row the job has ended at the checkpoint that it ended at now."""
-    ends: list[dict[str, Any]] = [
-        json.loads(line) for line in (folder / ENDS).read_text().splitlines()
-    ]
+    ends: list[dict[str, Any]] = []
+    for line in (folder / ENDS).read_text(errors="replace").splitlines():
+        with suppress(ValueError):  # what a lost disk left of one
+            ends.append({"checkpoint": None, "state": None} | json.loads(line))
     count = 0
     for end in reversed(ends):
         if end["checkpoint"] != ends[-1]["checkpoint"]:
@@ -78,10 +82,11 @@ def _ends_without_progress(folder: Path, *, counts_interruptions: bool) -> int:
 
 def _note_failure(run: Path, reason: str) -> None:
     """Adds state and reason to the run's status.json."""
-    file = run / "status.json"
-    status = json.loads(file.read_text()) if file.exists() else {}
-    with write_whole(file) as part:
-        part.write_text(json.dumps(status | {"state": "failed", "error": reason}) + "\n")
+    try:
+        status = run_folder.read_status(run)
+    except UserError:
+        status = {}
+    run_folder.write_status(run, status | {"state": "failed", "error": reason})
     print(f"given up: {reason}", file=sys.stderr)
 
 

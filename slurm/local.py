@@ -1,6 +1,5 @@
 """--local: the same job through submitit's local executor."""
 
-import json
 import os
 import shlex
 import signal
@@ -18,6 +17,7 @@ from slurm.job import EXIT_INTERRUPTED, OUTCOME
 from slurm.resources import Resources
 from slurm.script import CODE
 from slurm.tasks import Task
+from tarflow_dist.files import read_json
 
 EXIT_CODES = {"finished": 0, "interrupted": EXIT_INTERRUPTED, "refused": 2, "crashed": 1}
 
@@ -88,7 +88,7 @@ def _outcome(folder: Path) -> str:
     if not file.exists():
         print(f"the ranks were killed; their logs are in {folder}", file=sys.stderr)
         return "crashed"
-    outcome = json.loads(file.read_text())
+    outcome = read_json(file)
     if outcome["reason"]:  # of whichever rank was first, and the log that was shown is rank 0's
         print(f"{outcome['state']}: {outcome['reason']}", file=sys.stderr)
     return str(outcome["state"])

@@ -2,7 +2,6 @@
 
 import argparse
 import datetime
-import json
 import time
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from slurm.records import STOP, Record, last_error, records
 from tarflow_dist import config as configs
 from tarflow_dist.errors import UserError
 from tarflow_dist.telemetry.metrics import read_metrics
+from tarflow_dist.training import pointer, run_folder
 
 SHOWN = 4  # submissions
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -78,21 +78,21 @@ def _progress(run: Path) -> list[tuple[str, str]]:
     """What the run's own files say."""
     if not (run / "config.yaml").exists():
         return []
-    total = configs.load(run / "config.yaml").train.images
-    told = json.loads((run / "status.json").read_text()) if (run / "status.json").exists() else {}
+    total = configs.load_saved(run)[0].train.images
+    told = run_folder.read_status(run)
     metrics = read_metrics(run) if (run / "metrics.jsonl").exists() else []
     images = int(metrics[-1]["images"]) if metrics else int(told.get("images", 0))
     rows = [("state", str(told.get("state", "not started")))]
     if reason := told.get("error"):
         rows.append(("reason", str(reason)))
     rows.append(("images", f"{images:,} of {total:,} ({images / total:.1%})"))
-    if metrics and told.get("state") == "running":
-        rate = metrics[-1]["images_per_second"]
+    rates = [row["images_per_second"] for row in metrics if row.get("images_per_second")]
+    if rates and told.get("state") == "running":
+        rate = rates[-1]
         left = datetime.timedelta(seconds=round(max(total - images, 0) / rate))
         end = datetime.datetime.now() + left
         rows.append(("rate", f"{rate:,.1f} images/s"))
         rows.append(("ETA", f"{left}, {end:%a %d %b %H:%M}"))
-    latest = run / "checkpoints" / "latest"
-    if latest.exists():
-        rows.append(("checkpoint", str(run / "checkpoints" / latest.read_text().strip())))
+    if newest := pointer.newest(run / pointer.FOLDER):
+        rows.append(("checkpoint", str(newest)))
     return rows

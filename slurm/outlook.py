@@ -10,6 +10,7 @@ from tarflow_dist.config import Config
 from tarflow_dist.cost.cards import card
 from tarflow_dist.cost.estimate import CHECKPOINT_COPIES, estimate
 from tarflow_dist.flow.counts import Counts
+from tarflow_dist.training import pointer
 
 MFU = 0.4  # assumed for the images an hour
 
@@ -53,7 +54,7 @@ def bytes_to_write(task: Task) -> int:
     """What must be free on disk: two checkpoints of a training."""
     if task.config is None:
         return 0
-    parameters = Counts(**task.config.model.model_dump()).num_parameters
+    parameters = Counts(task.config.model).num_parameters
     return 2 * CHECKPOINT_COPIES * 4 * parameters
 
 
@@ -61,8 +62,8 @@ def _training_rows(config: Config, resources: Resources) -> tuple[dict[str, str]
     world_size, batch = resources.world_size, config.train.batch_size
     micro = config.micro_batch(world_size)
     passes = batch // (world_size * micro)
-    latest = config.run / "checkpoints" / "latest"
-    start = int(latest.read_text()) if latest.exists() else 0
+    newest = pointer.newest(config.run / pointer.FOLDER)
+    start = int(newest.name) if newest else 0
     steps = -(-config.train.images // batch)
     rows = {
         "batch": f"{batch} images: {batch // world_size} a rank, in {passes} passes of {micro}",

@@ -1,14 +1,16 @@
 """What is kept of each submission: RUN/slurm/TIME-TASK/, with its code, config, logs, job.json."""
 
-import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tarflow_dist.files import write_whole
+from tarflow_dist.errors import UserError
+from tarflow_dist.files import from_saved, read_sealed, write_sealed
+from tarflow_dist.training import pointer
 
 FOLDER = "slurm"
 FILE = "job.json"
+VERSION = 1
 STOP = "stop"  # in a job's folder: it ends instead of being requeued
 ERROR = re.compile(r"error|exception|killed|traceback", re.IGNORECASE)
 # lines that only say that something else went wrong
@@ -43,18 +45,21 @@ class Record:
 
     def newest_checkpoint(self) -> str:
         """The name of the run's newest checkpoint; empty for none, and for tasks without."""
-        pointer = self.run / "checkpoints" / "latest"
-        return pointer.read_text().strip() if self.is_training and pointer.exists() else ""
+        newest = pointer.newest(self.run / pointer.FOLDER) if self.is_training else None
+        return newest.name if newest else ""
 
     def write(self) -> None:
-        with write_whole(self.folder / FILE) as part:
-            part.write_text(json.dumps(asdict(self), indent=2, default=str) + "\n")
+        saved = asdict(self) | {"folder": str(self.folder), "run": str(self.run)}
+        write_sealed(self.folder / FILE, saved, version=VERSION)
 
     @classmethod
     def read(cls, folder: Path) -> "Record":
-        saved = json.loads((folder / FILE).read_text())
-        values = {field.name: saved[field.name] for field in fields(cls)}
-        return cls(**values | {"folder": folder, "run": Path(values["run"])})
+        """Raises `UserError` if it is damaged."""
+        try:
+            saved = read_sealed(folder / FILE, version=VERSION)
+            return from_saved(cls, saved | {"folder": folder, "run": Path(saved["run"])})
+        except (OSError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{folder / FILE} can't be read ({error}): remove {folder}") from error
 
 
 def records(run: Path) -> list[Record]:

@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_type_hints
 
 import yaml
 from pydantic import (
@@ -19,13 +19,15 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
 
 from tarflow_dist.errors import UserError
+from tarflow_dist.files import read_regular, take_version
+from tarflow_dist.flow.config import FlowConfig
 from tarflow_dist.flow.guidance import Guidance
-from tarflow_dist.flow.sizes import Noise, check_sizes
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -35,49 +37,6 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
-
-
-class ModelConfig(Section):
-    """The TARFlow: the arguments of `Flow`. None of it can change in a run."""
-
-    image_size: PositiveInt
-    """Height and width of the images in pixels."""
-    patch_size: PositiveInt
-    """Side of a patch in pixels; divides image_size."""
-    in_channels: PositiveInt = 3
-    """Channels of the images: 3 for colour, 1 for grey."""
-    width: PositiveInt
-    """Channels of the transformers; a multiple of head_dim."""
-    num_blocks: PositiveInt
-    """Autoregressive flow blocks (T)."""
-    layers_per_block: PositiveInt | list[PositiveInt]
-    """Transformer layers a block (K): one number, or a list with one for each block."""
-    head_dim: PositiveInt = 64
-    """Channels an attention head."""
-    num_classes: NonNegativeInt = 0
-    """Classes of a class-conditional model; 0 trains without labels."""
-    volume_preserving: bool = False
-    """No scale in the flow (alpha = 0); the prior's variance is learned instead."""
-    noise: Noise = "gaussian"
-    """Training noise: gaussian to generate, uniform (within the 8-bit bins) for likelihoods."""
-    sigma: PositiveFloat | None = None
-    """Std of the gaussian noise, for images in [-1, 1]."""
-
-    @model_validator(mode="after")
-    def _sizes_fit(self) -> Self:
-        check_sizes(
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            in_channels=self.in_channels,
-            width=self.width,
-            head_dim=self.head_dim,
-            num_blocks=self.num_blocks,
-            layers_per_block=self.layers_per_block,
-            num_classes=self.num_classes,
-            noise=self.noise,
-            sigma=self.sigma,
-        )
-        return self
 
 
 class DataConfig(Section):
@@ -148,8 +107,12 @@ class TrainConfig(Section):
     activation_checkpointing: NonNegativeInt = 0
     """Recompute every k-th transformer layer in the backward pass instead of keeping its
     activations: 0 none, 1 every layer."""
+    deterministic: bool = False
+    """On a GPU, take only kernels that give the same bits every time, so that a resumed run equals
+    an unbroken one there too; they are slower. A CPU's are such."""
     compile: bool = False
-    """Compile each transformer layer with torch.compile."""
+    """Compile each transformer layer with torch.compile. At zero_stage 3 little is gained: there
+    the gathering of weights breaks each layer's graph."""
     label_drop: Share = 0.0
     """Share of images whose label is dropped, so that the model learns to do without (guidance)."""
     stop_after: Annotated[timedelta, Field(gt=timedelta(0))] | None = None
@@ -176,6 +139,8 @@ class CheckpointConfig(Section):
     """Checkpoints kept; older ones are deleted."""
     permanent_every_images: PositiveInt | None = None
     """Of the checkpoints, the first one past each multiple of this is never deleted."""
+    keep_best: bool = False
+    """Keep the one with the least held-out loss as well; needs eval.every_images."""
     on_failure: Literal["stop", "continue"] = "stop"
     """When a checkpoint can't be written, as on a full disk: stop the run, or train on and try
     again at the next one."""
@@ -196,7 +161,18 @@ class HealthConfig(Section):
     """Seconds until the first step must be done, compilation included; else every rank dumps its
     stacks and exits."""
     step_timeout: PositiveFloat = 600
-    """The same for each later step, with its checkpoint or preview."""
+    """The same for each later step, with its checkpoint or preview, and for each batch of held-out
+    images."""
+
+
+class EvalConfig(Section):
+    """The loss on held-out images as the run goes: in nats a dimension, of the averaged weights in
+    fp32, always under the same noise."""
+
+    every_images: PositiveInt | None = None
+    """Images from one measurement to the next, with one at the run's end; null measures none."""
+    count: PositiveInt | None = None
+    """Images that are taken, evenly spread over the val split; null takes all."""
 
 
 class PreviewConfig(Section):
@@ -233,17 +209,21 @@ class Config(Section):
     """The run's folder. The same command on an existing folder goes on where it stopped."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the weights, the order of images, noise, dropped labels and flips."""
-    model: ModelConfig
+    model: FlowConfig
+    """The flow. None of it can change in a run."""
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
     checkpoint: CheckpointConfig
     health: HealthConfig = HealthConfig()
+    eval: EvalConfig = EvalConfig()
     preview: PreviewConfig = PreviewConfig()
     log: LogConfig
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
+        if self.model.sigma_range is not None:
+            raise ValueError("model.sigma_range: an iTARFlow can't be trained here yet")
         if self.train.label_drop and not self.model.num_classes:
             raise ValueError("train.label_drop is above 0, but model.num_classes is 0: no labels")
         if self.optimizer.warmup_images > self.train.images:
@@ -251,6 +231,13 @@ class Config(Section):
                 f"optimizer.warmup_images {self.optimizer.warmup_images} is longer than "
                 f"train.images {self.train.images}"
             )
+        if self.checkpoint.keep_best:
+            every = self.eval.every_images
+            if every is None or self.checkpoint.every_images % every:
+                raise ValueError(
+                    "checkpoint.keep_best needs the held-out loss of each checkpoint: "
+                    "checkpoint.every_images must be a multiple of eval.every_images"
+                )
         preview = self.preview
         try:
             Guidance(preview.guidance, preview.annealed, attn_temp=preview.attn_temp).check(
@@ -277,8 +264,11 @@ class Config(Section):
         return micro
 
 
+UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # a key, to pydantic
 # A run goes on with these as they were; everything else may change from one start to the next.
 FIXED_IN_A_RUN = ("model", "seed")
+SAVED_FILE = "config.yaml"  # in the run's folder
+VERSION = 1  # of a config file, which may say it
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -287,25 +277,70 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: one sentence that names the key, and the nearest one if the key is unknown.
     """
+    tree = _read_tree(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    return _validated(tree, path)
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(read_regular(path).decode())
     except FileNotFoundError as error:
         raise UserError(f"there is no config {path}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} is not a config: it should hold keys such as model and data")
-    for override in overrides:
-        _apply_override(tree, override)
+    try:
+        take_version(tree, newest=VERSION)
+    except ValueError as error:
+        raise UserError(f"{path} is of {error}") from error
+    return tree
+
+
+def _validated(tree: dict[str, Any], path: Path) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{path}: {_first_problem(error)}") from error
 
 
+def load_saved(run: Path) -> tuple[Config, dict[str, Any]]:
+    """The config that a run was last started with, by whatever version, and the settings in it that
+    there are no more. What is absent has its default.
+
+    Raises:
+        UserError: it is damaged, or one of those is of a kind that can't change in a run.
+    """
+    path = run / SAVED_FILE
+    tree = _read_tree(path)
+    gone = dict(_take_unknown(tree, Config))
+    for key, value in gone.items():
+        if key.partition(".")[0] in FIXED_IN_A_RUN and value:
+            raise UserError(
+                f"{path} has {key} {value}, which this version of tarflow_dist does not know: go "
+                "on with the one that wrote it"
+            )
+    return _validated(tree, path), gone
+
+
+def _take_unknown(
+    tree: Any, section: type[Section] | type[FlowConfig], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Takes what isn't a field out of `tree`, and gives dotted keys and values."""
+    kinds = get_type_hints(section)
+    for name in list(tree) if isinstance(tree, dict) else ():
+        kind = kinds.get(name)
+        if kind is None:
+            yield f"{prefix}{name}", tree.pop(name)
+        elif isinstance(kind, type) and issubclass(kind, Section | FlowConfig):
+            yield from _take_unknown(tree[name], kind, f"{prefix}{name}.")
+
+
 def dump(config: Config) -> str:
     """The whole tree as YAML, as `load` reads it."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.safe_dump({"version": VERSION, **config.model_dump(mode="json")}, sort_keys=False)
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -314,15 +349,19 @@ def flat(config: Config) -> dict[str, Any]:
     return {key: _lookup(tree, key) for key, _, _ in fields(Config)}
 
 
-def fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+def fields(
+    section: type[Section] | type[FlowConfig], prefix: str = ""
+) -> Iterator[tuple[str, str, str]]:
     """Every field below `section`: dotted key, default as text, description."""
-    for name, info in section.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            yield from fields(kind, f"{prefix}{name}.")
+    schema = TypeAdapter(section).json_schema()
+    kinds = get_type_hints(section)
+    for name, about in schema["properties"].items():
+        if isinstance(kinds[name], type) and issubclass(kinds[name], Section | FlowConfig):
+            yield from fields(kinds[name], f"{prefix}{name}.")
         else:
-            default = "required" if info.is_required() else f"default {info.default}"
-            yield f"{prefix}{name}", default, " ".join((info.description or "").split())
+            required = name in schema.get("required", ())
+            default = "required" if required else f"default {about.get('default')}"
+            yield f"{prefix}{name}", default, " ".join(about.get("description", "").split())
 
 
 def help_text() -> str:
@@ -349,12 +388,12 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _first_problem(error: ValidationError) -> str:
     # a misspelt key is both unknown and, under its right name, missing: tell the former
-    problem = min(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
+    problem = min(error.errors(), key=lambda p: p["type"] not in UNKNOWN)
     known = [key for key, _, _ in fields(Config)]
     path = ".".join(str(part) for part in problem["loc"])
     # pydantic names a union's branches in the path: keep the part that is a field
     key = next((k for k in known if path == k or path.startswith(f"{k}.")), path)
-    if problem["type"] == "extra_forbidden":
+    if problem["type"] in UNKNOWN:
         return f"unknown key {path}; did you mean {_nearest(path, known)}?"
     if problem["type"] == "missing":
         return f"{key} is missing"

@@ -4,9 +4,10 @@ Every step is a command that a user would type, and is shown. Steps that are don
 out, so a demo that was interrupted goes on; remove demo/ to start over.
 """
 
-import json
+import argparse
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from tarflow_dist import config as configs
 from tarflow_dist.errors import run_command
+from tarflow_dist.files import read_json
 
 CONFIG = Path("configs/digits.yaml")
 FOLDER = Path("demo")
@@ -24,8 +26,13 @@ NUM_SAMPLES = 2000
 
 
 def main(argv: list[str]) -> None:
-    if argv:
-        sys.exit("usage: python -m tarflow_dist.demo (it takes no arguments)")
+    parser = argparse.ArgumentParser(
+        prog="python -m tarflow_dist.demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a step in progress ends as well
     began = time.monotonic()
     ranks, precision = _machine()
     step("data_prep", ["digits", SHARDS], done=SHARDS / "wds" / "summary.json")
@@ -63,14 +70,20 @@ def step(
     launcher = ["-m", "torch.distributed.run", *shown[1:]] if ranks > 1 else []
     # one thread a rank: more would spin against each other
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    code = subprocess.run([sys.executable, *launcher, *command], env=environment).returncode
+    process = subprocess.Popen([sys.executable, *launcher, *command], env=environment)
+    try:
+        code = process.wait()
+    except BaseException:
+        process.terminate()  # torchrun passes it on, and training saves first
+        process.wait()
+        raise
     if code:
         sys.exit(code)
 
 
 def report(seconds: float) -> None:
     """Measures the model and prints a short table."""
-    guided, unguided = (json.loads((out / "result.json").read_text()) for out in (GUIDED, UNGUIDED))
+    guided, unguided = (read_json(out / "result.json") for out in (GUIDED, UNGUIDED))
     rows = [
         ("held-out loss (297 digits)", f"{_held_out_loss():.3f} nats a dimension"),
         ("guided samples of the class asked for", f"{_class_agreement():.1%} of {NUM_SAMPLES}"),
@@ -100,8 +113,8 @@ def _held_out_loss() -> float:
     from tarflow_dist import TarFlow
     from tarflow_dist.data.loader import eval_batches
     from tarflow_dist.data.shards import open_shards
-    from tarflow_dist.evaluation.likelihood import mean_log_prob
     from tarflow_dist.flow.units import loss_of
+    from tarflow_dist.likelihood import mean_log_prob
 
     shards = open_shards(SHARDS / "mds", "val")
     batches = eval_batches(shards, batch_size=100, rank=0, world_size=1, num_workers=0)

@@ -2,7 +2,6 @@
 
 import atexit
 import os
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -29,30 +28,41 @@ def init(timeout: timedelta | None = None) -> torch.device:
     MASTER_PORT), as torchrun sets it; without RANK this is the only process.
 
     Raises:
-        UserError: srun started several processes and nothing told them their ranks.
+        UserError: srun started several processes and nothing told them their ranks, or a machine
+            with GPUs has fewer of them than ranks, or there is no network at all.
     """
-    if "RANK" not in os.environ:
+    alone = "RANK" not in os.environ
+    if alone:
         if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
             raise UserError("srun alone sets no ranks: start torchrun, one task a node, under it")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ |= {
-            "RANK": "0",
-            "WORLD_SIZE": "1",
-            "LOCAL_RANK": "0",
-            "LOCAL_WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    ranks, cards = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if torch.cuda.is_available() and ranks > cards:
+        raise UserError(
+            f"{ranks} ranks were started on a machine where {cards} GPU{'s' * (cards > 1)} can be "
+            "seen: start one a GPU, or set CUDA_VISIBLE_DEVICES= (to nothing) to compute on the CPU"
+        )
     atexit.register(_wait_for_gloo)
+    device, backend, device_id = torch.device("cpu"), "gloo", None
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = device_id = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=timeout)
-    else:
-        device = torch.device("cpu")
-        dist.init_process_group("gloo", timeout=timeout)
+        backend = "cpu:gloo,cuda:nccl"
+    if not alone:
+        dist.init_process_group(backend, device_id=device_id, timeout=timeout)
+        return device
+    try:
+        store = dist.HashStore()
+        dist.init_process_group(
+            backend, store=store, rank=0, world_size=1, device_id=device_id, timeout=timeout
+        )
+    except RuntimeError as error:
+        if "interface" not in str(error):
+            raise
+        raise UserError(
+            "there is no network here, not even within this machine, which gloo needs for a "
+            "single process, too: bring up the loopback interface (ip link set lo up)"
+        ) from error
     return device
 
 

@@ -6,13 +6,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from tarflow_dist import launcher
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130  # a shell's 128 + SIGINT
 SECONDS_FOR_RANK_0 = 5.0
 # what the machine refuses for reasons that are the user's to mend, wherever it is met
-REFUSED_BY_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+REFUSED_BY_MACHINE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+)
 
 
 class UserError(ValueError):
@@ -33,7 +38,10 @@ def enough_memory(what: str, advice: str) -> Iterator[None]:
 
 def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Runs a command's `main(argv)` and exits: with what it returns, or with code 2 and a sentence
-    on a `UserError`, a full disk or a missing permission."""
+    on a `UserError`, a full disk or a missing permission. Output that nobody reads is dropped, and
+    a rank ends with its torchrun."""
+    _keep_streams_open()
+    launcher.follow()
     try:
         code = main(sys.argv[1:]) or 0
     except UserError as error:
@@ -46,6 +54,42 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED_EXIT_CODE
     sys.exit(code)
+
+
+class _Unbreakable:
+    """A standard stream that drops what it can't write: its reader is gone, or its disk is full."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):  # for good; processes it started, too
+                with open(os.devnull, "w") as nowhere:
+                    os.dup2(nowhere.fileno(), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _keep_streams_open() -> None:
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: or the next file that is opened would get the stream's number
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+        setattr(sys, name, _Unbreakable(stream))
 
 
 def _report(sentence: str) -> int:

@@ -40,9 +40,9 @@ def main(argv: list[str]) -> None:
     from tarflow_dist import distributed
     from tarflow_dist.data.loader import eval_batches
     from tarflow_dist.data.shards import open_shards
-    from tarflow_dist.evaluation.likelihood import mean_log_prob
     from tarflow_dist.evaluation.measure import check_image_shape
     from tarflow_dist.flow.units import bits_per_dim, loss_of
+    from tarflow_dist.likelihood import mean_log_prob
     from tarflow_dist.pretrained import TarFlow
 
     device = distributed.init()
@@ -50,6 +50,7 @@ def main(argv: list[str]) -> None:
     flow = TarFlow.from_pretrained(args.model).float().to(device)
     shards = open_shards(args.data, args.split)
     check_image_shape(args.data, shards.image_shape, flow.image_shape)
+    shards.check_classes(flow.num_classes)
     batches = eval_batches(
         shards,
         batch_size=args.batch_size,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from tarflow_dist.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from tarflow_dist.flow.guidance import Guidance
     from tarflow_dist.flow.model import Flow
     from tarflow_dist.pretrained import TarFlow
@@ -33,8 +35,9 @@ def add_guidance_options(add: Callable[..., object]) -> None:
     add(
         "--rule",
         default="linear",
-        choices=("linear", "gaussian"),
-        help="how the two passes are combined: as published, or as densities; default linear",
+        choices=("linear", "gaussian", "scale"),
+        help="how the two passes are combined: as published, as densities, or as published with "
+        "iTARFlow; default linear",
     )
     add("--guide-blocks", type=whole_numbers, help="blocks that are guided, 0 the first; all")
 
@@ -58,8 +61,28 @@ def guidance_of(args: argparse.Namespace, weight: float, flow: "Flow") -> "Guida
     return guidance
 
 
-def load_model(model: Path, device: str | None, *, calibrated: bool = True) -> "TarFlow":
-    """The model in the folder `model` on `device`; None takes a GPU if there is one.
+def add_dtype_option(add: Callable[..., object]) -> None:
+    add(
+        "--dtype",
+        choices=("bfloat16", "float32", "float64"),
+        help="type that the model computes in; default bfloat16 on a GPU, else that of its weights",
+    )
+
+
+def dtype_on(flow: "TarFlow", device: "torch.device", dtype: str | None) -> "torch.dtype":
+    """What `--dtype` means for `flow` on `device`."""
+    import torch
+
+    if dtype is not None:
+        return getattr(torch, dtype)
+    return torch.bfloat16 if device.type == "cuda" else next(flow.parameters()).dtype
+
+
+def load_model(
+    model: Path, device: str | None, dtype: str | None, *, calibrated: bool = True
+) -> "TarFlow":
+    """The model in the folder `model` on `device`, which computes in `dtype`; None takes a GPU if
+    there is one, and --dtype's default.
 
     Raises:
         UserError: the model can't be read, or there is no such device.
@@ -70,6 +93,7 @@ def load_model(model: Path, device: str | None, *, calibrated: bool = True) -> "
 
     flow = TarFlow.from_pretrained(model, calibrated=calibrated).requires_grad_(False)
     try:
-        return flow.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return flow.to(place, dtype_on(flow, place, dtype))
     except (RuntimeError, AssertionError) as error:  # what torch says of a device it lacks
         raise UserError(f"--device {device or 'cuda'}: {str(error).splitlines()[0]}") from error

@@ -69,8 +69,7 @@ def _lines(result: Estimate, config: Config, card_memory: int) -> Iterator[str]:
         "FLOPs an image": f"forward {_si(result.forward_flops)}, training "
         f"{_si(result.training_flops)}, recomputing {recompute} {_si(again.flops)}",
         "images/s": f"{plain.images_per_second:,.0f}; recomputing {again.images_per_second:,.0f}",
-        "days": f"{plain.days:,.2f} for {train.images / 1e6:,.1f} M images; recomputing "
-        f"{again.days:,.2f}",
+        "time": f"{_time(plain.days)} for {train.images:,} images; recomputing {_time(again.days)}",
         "shards read": f"{_si(plain.read_per_second)}B/s{source}",
         "checkpoint": f"{_si(result.checkpoint_bytes)}B; {config.checkpoint.keep} are kept",
         f"{sampling.count // 1000}k guided": f"{_si(sampling.count * sampling.flops)}FLOP, "
@@ -111,6 +110,14 @@ def _cells(layout: Layout) -> tuple[str, ...]:
         "yes" if layout.fits else "no",
         str(layout.largest_micro_batch or "none"),
     )
+
+
+def _time(days: float) -> str:
+    """In the unit that it has a few of."""
+    for unit, size in (("days", 1.0), ("hours", 1 / 24), ("minutes", 1 / 1440)):
+        if days >= size:
+            return f"{days / size:,.1f} {unit}"
+    return f"{days * 86_400:,.0f} seconds"
 
 
 def _si(value: float) -> str:

@@ -1,6 +1,5 @@
 """`TarFlow`: the flow with its files, and sampling from labels to uint8 images."""
 
-import json
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -11,16 +10,19 @@ from torch import Tensor
 
 from tarflow_dist import rng
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import write_whole
+from tarflow_dist.files import describe, from_saved, read_sealed, regular, write_sealed, write_whole
+from tarflow_dist.flow.config import FlowConfig
 from tarflow_dist.flow.guidance import Guidance, Guide, Rule
 from tarflow_dist.flow.inverse import Solver
-from tarflow_dist.flow.model import Flow
+from tarflow_dist.flow.model import Flow, Labels
 from tarflow_dist.flow.noise import to_pixels
 from tarflow_dist.policy import Policy, dtype_name, fingerprint_of, read_policy
 from tarflow_dist.telemetry.progress import Progress
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+VERSION = 1
+"""Of config.json."""
 ATTEMPTS = 5
 """To draw a sample that is finite and in range."""
 RUNAWAY = 100.0
@@ -60,13 +62,14 @@ class TarFlow(Flow):
         """
         path = Path(path)
         saved = _read_config(path / CONFIG_FILE)
+        try:
+            config = from_saved(FlowConfig, saved["model"])
+        except ValueError as error:
+            raise UserError(f"{path / CONFIG_FILE} describes no TARFlow: {error}") from error
+        weights = _read_weights(path / WEIGHTS_FILE, saved.get("weights"))
         with torch.device("meta"):
-            try:
-                flow = cls(**saved["model"])
-            except (TypeError, ValueError) as error:
-                raise UserError(f"{path / CONFIG_FILE} describes no TARFlow: {error}") from error
+            flow = cls(**config.to_json())
         flow.provenance = saved.get("provenance", {})
-        weights = _read_weights(path / WEIGHTS_FILE)
         flow.load_weights(weights, source=path / WEIGHTS_FILE)
         flow.policy = Policy(fingerprint_of(weights))
         if calibrated:
@@ -107,12 +110,15 @@ class TarFlow(Flow):
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        config = {"model": self.config, "provenance": self.provenance}
-        with write_whole(path / CONFIG_FILE) as part:
-            part.write_text(json.dumps(config, indent=2) + "\n")
-        # last: where there are weights, the model is whole
-        with write_whole(path / WEIGHTS_FILE) as part:
-            save_file(weights, part, metadata={"format": "pt"})
+        # the weights appear last: where they are, the model is whole
+        with write_whole(path / WEIGHTS_FILE) as weights_part:
+            save_file(weights, weights_part, metadata={"format": "pt"})
+            content = {
+                "model": self.config.to_json(),
+                "provenance": self.provenance,
+                "weights": describe(weights_part),
+            }
+            write_sealed(path / CONFIG_FILE, content, version=VERSION)
 
     def solvers_for(self, batch: int, guidance: Guidance) -> list[Solver]:
         """How `decode` inverts the blocks for `batch` samples: as calibrated for this device, type
@@ -131,7 +137,7 @@ class TarFlow(Flow):
 
     def sample(
         self,
-        y: Tensor | Sequence[int] | None = None,
+        y: Labels | None = None,
         *,
         guidance: float = 0.0,
         annealed: bool = False,
@@ -166,6 +172,8 @@ class TarFlow(Flow):
             ValueError: labels or guidance that this model can't have, or samples that ran away each
                 time.
         """
+        if isinstance(y, int):
+            raise ValueError(f"labels are a list, one a sample: give [{y}] for class {y}")
         if index is None:
             index = torch.arange(1 if y is None else len(y))
         (drawn,) = self.draw(
@@ -186,7 +194,7 @@ class TarFlow(Flow):
 
     def draw(
         self,
-        y: Tensor | Sequence[int] | None,
+        y: Labels | None,
         denoise: Sequence[bool],
         *,
         seed: int,
@@ -196,17 +204,16 @@ class TarFlow(Flow):
     ) -> list[Draws]:
         """`sample` for each value of `denoise`: with and without the score step, both from one
         decoding. `guidance` are the arguments of `Guidance`."""
-        if y is not None:
-            y = torch.as_tensor(y, device=self.device)
+        labels = self.labels(y, len(index))
         index = index.cpu()
 
         @cache
         def decode(*attempts: int) -> Tensor:
             z = self.noise_of(index, seed=seed, attempt=torch.tensor(attempts, dtype=torch.int64))
             with Progress("sampling", len(self.blocks), unit="block", enabled=progress) as shown:
-                return self.decode(z, y, on_block=partial(_count_block, shown), **guidance)
+                return self.decode(z, labels, on_block=partial(_count_block, shown), **guidance)
 
-        return [self._until_finite(decode, y, index, score_step) for score_step in denoise]
+        return [self._until_finite(decode, labels, index, score_step) for score_step in denoise]
 
     def _until_finite(
         self, decode: Callable[..., Tensor], y: Tensor | None, index: Tensor, denoise: bool
@@ -256,19 +263,25 @@ def _read_config(file: Path) -> dict[str, Any]:
             "python -m tarflow_dist.convert"
         )
     try:
-        saved = json.loads(file.read_text())
-        if isinstance(saved, dict) and isinstance(saved.get("model"), dict):
+        saved = read_sealed(file, version=VERSION)
+        if isinstance(saved.get("model"), dict):
             return saved
     except (OSError, ValueError) as error:
         raise UserError(f"{file} can't be read: {error}") from error
     raise UserError(f"{file} is not a TARFlow's: it has no entry 'model'")
 
 
-def _read_weights(file: Path) -> dict[str, Tensor]:
+def _read_weights(file: Path, described: dict[str, Any] | None) -> dict[str, Tensor]:
+    """The tensors of `file`, which is held against what config.json says of it, if it does."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return load_file(file)
+        if described is not None and describe(file) != described:
+            raise UserError(
+                f"{file} is damaged, or not the one that {CONFIG_FILE} was written with: fetch it "
+                f"again, or if it is meant, take the entry weights out of {CONFIG_FILE}"
+            )
+        return load_file(regular(file))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} is missing or damaged: {error}") from error

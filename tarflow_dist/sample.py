@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tarflow_dist.errors import UserError, enough_memory, run_command
-from tarflow_dist.options import add_guidance_options, guidance_of, load_model, whole_numbers
+from tarflow_dist.options import (
+    add_dtype_option,
+    add_guidance_options,
+    guidance_of,
+    load_model,
+    whole_numbers,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +36,7 @@ SHOWN_SIDE = 64
 
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
-    flow = load_model(args.model, args.device)
+    flow = load_model(args.model, args.device, args.dtype)
     guidance = guidance_of(args, args.guidance, flow)
     y = labels_of(args, flow)
     try:
@@ -72,6 +78,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     what.add_argument("--interpolate", type=Path, nargs=2, metavar="IMAGE")
     add("--steps", type=int, help="images from one to the other, with --interpolate; default 8")
     add("--device", help="default cuda if there is one, else cpu")
+    add_dtype_option(add)
     add("--guidance", type=float, default=0.0, help="w; default 0: none")
     add_guidance_options(add)
     args = parser.parse_args(argv)
@@ -214,7 +221,7 @@ def read_images(flow: "TarFlow", files: Sequence[Path]) -> "Tensor":
         try:
             with open_image(file.read_bytes()) as image:
                 fitted = ImageOps.fit(
-                    to_8bit(image, flow.in_channels), (flow.image_size, flow.image_size)
+                    to_8bit(image, flow.config.in_channels), (flow.image_size, flow.image_size)
                 )
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{file} is no image that can be read: {error}") from error

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tarflow_dist.errors import UserError, run_command
 from tarflow_dist.evaluation.features import EXTRACTORS, check_features
-from tarflow_dist.options import add_guidance_options
+from tarflow_dist.options import add_dtype_option, add_guidance_options
 
 if TYPE_CHECKING:
     from tarflow_dist.evaluation.wandb_log import TrainingRun
@@ -58,6 +58,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     add("--seed", type=int, default=0, help="of noise and labels; default 0")
     add("--batch-size", type=int, default=100, help="and samples a file; default 100")
+    add_dtype_option(add)
 
     add = parser.add_argument_group("what they are compared with").add_argument
     add(
@@ -130,6 +131,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name, what in TAKEN.items():
         if (args.out / name).exists():
             raise UserError(f"--out {args.out} is the folder of {what}: choose another for samples")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out} can't be written to: {error.strerror}") from error
     if args.wandb is not None and not (args.wandb / "config.yaml").is_file():
         raise UserError(f"--wandb {args.wandb} is not the folder of a training run")
     check_features(args.features, args.inception_weights)
@@ -144,12 +149,12 @@ def find_training_run(folder: Path, model: Path) -> "TrainingRun":
     from tarflow_dist import config as configs
     from tarflow_dist.evaluation.wandb_log import TrainingRun
     from tarflow_dist.pretrained import TarFlow
-    from tarflow_dist.training import checkpoint
+    from tarflow_dist.training import checkpoint, pointer
 
-    log = configs.load(folder / "config.yaml").log
+    log = configs.load_saved(folder)[0].log
     if log.wandb == "disabled":
         raise UserError(f"--wandb {folder}: this run was trained with log.wandb=disabled")
-    newest = checkpoint.newest(folder / checkpoint.FOLDER)
+    newest = pointer.newest(folder / pointer.FOLDER)
     if newest is None:
         raise UserError(f"--wandb {folder}: this run has no checkpoint yet")
     state = checkpoint.Checkpoint(newest).state

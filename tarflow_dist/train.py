@@ -4,6 +4,7 @@ The same command again goes on from the run's newest checkpoint.
 """
 
 import argparse
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +26,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
     arguments = parser.parse_args(argv)
     config = configs.load(arguments.config, arguments.overrides)
+
+    if config.train.deterministic:  # cuBLAS reads it when it is loaded
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
     from tarflow_dist import distributed
     from tarflow_dist.training.loop import train

@@ -17,6 +17,12 @@ from commands import run
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """The tests mean the CPU, those of `-m cuda` apart, and so do the commands they start."""
+    if config.option.markexpr != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits as `python -m data_prep digits` writes them: a folder with mds/ and wds/."""

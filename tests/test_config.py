@@ -46,6 +46,7 @@ def test_what_is_dumped_loads_again(tmp_path: Path) -> None:
         ("model.noise=uniform", "sigma is 0.1, but noise is uniform"),
         ("model.sigma=null", "noise is gaussian, which needs a sigma"),
         ("model.num_classes=0", "train.label_drop is above 0, but model.num_classes is 0"),
+        ("checkpoint.keep_best=true", "must be a multiple of eval.every_images"),
         ("preview.annealed=true", "preview: annealed, guide, attn_temp"),
         ("preview.attn_temp=0.5", "preview: annealed, guide, attn_temp"),
         ("optimizer.min_lr=1", "min_lr 1.0 is above lr"),

@@ -149,7 +149,43 @@ def test_only_samples_that_ran_away_are_drawn_again(monkeypatch: pytest.MonkeyPa
     assert torch.equal(alone[0], images[1])
 
 
+def test_one_number_is_no_list_of_labels() -> None:
+    with pytest.raises(ValueError, match=r"give \[4\]"):
+        small_flow(num_classes=10).sample(4)  # type: ignore[arg-type]
+
+
 def test_no_samples_are_an_empty_batch() -> None:
     """As a rank may draw of a grid that is smaller than the number of ranks."""
     flow = small_flow()
     assert flow.sample(torch.arange(0), seed=0).shape == (0, 8, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_blocks", 10**6),
+        ("layers_per_block", 10**7),
+        ("width", 6.4e9),
+        ("width", 6_400_000_000),
+        ("image_size", "32"),
+        ("image_size", True),
+        ("num_classes", 10**12),
+        ("layers_per_block", [1, 10**9]),
+        ("layers_per_block", []),
+        ("sigma", "0.1"),
+        ("sigma", float("nan")),
+        ("sigma_range", [0.3, 0.1]),
+        ("sigma_range", 7),
+        ("volume_preserving", 1),
+    ],
+)
+def test_sizes_out_of_all_bounds_are_refused_at_once(
+    field: str, value: object, tmp_path: Path
+) -> None:
+    small_flow().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    del content["xxh3_128"]
+    content["model"][field] = value
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"describes no TARFlow: {field} "):
+        TarFlow.from_pretrained(tmp_path)

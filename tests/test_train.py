@@ -2,17 +2,19 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from commands import ROOT, command, run
+from commands import ROOT, command, processes_of, run
 
 from tarflow_dist.files import only_run
 from tarflow_dist.telemetry.metrics import read_metrics
-from tarflow_dist.training.checkpoint import Checkpoint, newest
+from tarflow_dist.training.checkpoint import Checkpoint
+from tarflow_dist.training.pointer import newest
 
 BATCH = 32
 # 50 steps at a constant learning rate, a row of metrics for each
@@ -24,6 +26,8 @@ CURVE = [
     "optimizer.schedule=constant",
     "optimizer.warmup_images=0",
     f"log.every_images={BATCH}",
+    f"eval.every_images={10 * BATCH}",
+    "eval.count=100",
     "log.wandb=disabled",
 ]
 TIMING = (
@@ -32,11 +36,16 @@ TIMING = (
     "slowest_rank_lag",
     "memory_gib",
     "checkpoint_stall_seconds",
+    "val_seconds",
 )
 
 
 def losses(folder: Path) -> list[float]:
-    return [row["loss"] for row in read_metrics(folder)]
+    return [row["loss"] for row in read_metrics(folder) if "loss" in row]
+
+
+def val_losses(folder: Path) -> dict[int, float]:
+    return {r["images"]: r["val_loss"] for r in read_metrics(folder) if "val_loss" in r}
 
 
 def rows_without_timing(folder: Path) -> list[dict]:
@@ -68,7 +77,10 @@ def test_a_run_leaves_what_it_promises(unbroken: Path) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("overrides", [["train.micro_batch_size=4"], ["train.zero_stage=2"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [["train.micro_batch_size=4"], ["train.zero_stage=2"], ["train.zero_stage=3"]],
+)
 def test_the_curve_is_the_same_on_two_ranks(
     overrides: list[str], unbroken: Path, digits: Path, tmp_path: Path
 ) -> None:
@@ -77,6 +89,23 @@ def test_the_curve_is_the_same_on_two_ranks(
     where = [f"run={folder}", f"data.path={digits / 'wds'}"]
     run("tarflow_dist.train", *CURVE, *where, *overrides, ranks=2)
     assert largest_difference(losses(folder), losses(unbroken)) < 1e-5
+    assert val_losses(folder) == pytest.approx(val_losses(unbroken), abs=1e-6)
+
+
+@pytest.mark.e2e
+def test_the_held_out_loss_is_the_finished_models(unbroken: Path, digits: Path, tmp_path: Path):
+    """As evaluate_bpd measures it, once more on all images of the val split."""
+    folder, model = tmp_path / "run", tmp_path / "model"
+    where = [f"run={folder}", f"data.path={digits / 'mds'}"]
+    run("tarflow_dist.train", *CURVE, *where, "eval.count=null", "train.zero_stage=0")
+    run("tarflow_dist.convert", folder, model)
+    said = run("tarflow_dist.evaluate_bpd", "--model", model, "--data", digits / "mds").stdout
+    measured = val_losses(folder)
+    assert list(measured) == [n * BATCH for n in (10, 20, 30, 40, 50)]
+    assert f"{measured[50 * BATCH]:.5f} nats" in said
+    assert measured[50 * BATCH] < measured[10 * BATCH]
+    assert val_losses(unbroken).keys() == measured.keys()
+    assert val_losses(unbroken) != pytest.approx(measured, abs=1e-3)  # 100 of the 297 images
 
 
 @pytest.mark.e2e
@@ -155,13 +184,47 @@ def test_ctrl_c_saves_and_leaves_with_a_sentence(
     assert largest_difference(losses(folder), losses(unbroken)) < 1e-5
 
 
+@pytest.mark.e2e
+def test_ranks_end_with_a_killed_torchrun(unbroken: Path, digits: Path, tmp_path: Path) -> None:
+    """They save first, and the run goes on as ever."""
+    folder = tmp_path / "orphaned"
+    arguments = [*CURVE, f"run={folder}", f"data.path={digits / 'mds'}"]
+    process = start(arguments, ranks=2)
+    wait_for_row(folder, 5 * BATCH)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 120
+    while processes_of(str(folder)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert json.loads((folder / "status.json").read_text())["state"] == "interrupted"
+    run("tarflow_dist.train", *arguments, ranks=2)
+    assert largest_difference(losses(folder), losses(unbroken)) < 1e-5
+
+
 def test_what_changed_is_said_or_refused(unbroken: Path, digits: Path, tmp_path: Path) -> None:
     where = [f"run={unbroken}", f"data.path={digits / 'wds'}"]
     done = run("tarflow_dist.train", *CURVE, *where)
     assert f"data.path changed from {digits / 'mds'} to {digits / 'wds'}" in done.stderr
+    assert "the data are others" not in done.stderr  # but for their format
     done = run("tarflow_dist.train", *CURVE, *where, "model.num_blocks=2", check=False)
     assert done.returncode == 2
     assert "was started with model.num_blocks 4 and can't go on with 2" in done.stderr
+
+
+def test_a_set_that_was_written_anew_is_noticed(digits: Path, tmp_path: Path) -> None:
+    """Under the same path, with other images in train."""
+    data = shutil.copytree(digits / "mds", tmp_path / "mds")
+    arguments = [*CURVE, f"run={tmp_path / 'run'}", f"data.path={data}", "train.images=64"]
+    run("tarflow_dist.train", *arguments)
+    arguments.append("train.images=128")
+    shutil.rmtree(data)
+    run("data_prep", "digits", tmp_path / "again", "--seed", 1, "--format", "mds")
+    (tmp_path / "again" / "mds").rename(data)
+    said = run("tarflow_dist.train", *arguments).stderr
+    assert "going on at 64 images; " in said
+    assert "the data are others than before" in said
+    assert "the data are others" not in run("tarflow_dist.train", *arguments).stderr
 
 
 @pytest.mark.e2e
@@ -196,7 +259,8 @@ def test_mistakes_are_told_in_one_line(digits: Path, tmp_path: Path) -> None:
         ([f"data.path={tmp_path}/nothing"], "there are no shards at"),
         ([f"data.path={digits}"], "did you mean"),
         (["model.image_size=16"], "model.image_size say (1, 16, 16)"),
-        (["model.num_classes=5"], "holds 10 classes, but model.num_classes is 5"),
+        (["model.num_classes=5"], "holds 10 classes, and the model has 5"),
+        (["model.num_classes=12"], "holds 10 classes, and the model has 12"),
         (["train.micro_batch_size=5"], "train.batch_size 32 is not divisible by"),
     ]:
         done = run("tarflow_dist.train", *CURVE, *where, *overrides, check=False)

@@ -75,11 +75,19 @@ def train_batches(
 
 
 def eval_batches(
-    shards: Shards, *, batch_size: int, rank: int, world_size: int, num_workers: int
+    shards: Shards,
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    num_workers: int,
+    count: int | None = None,
 ) -> Iterator[Batch]:
-    """Every image once over all ranks, in order: rank r has images r, r + world_size, … in batches
-    of `batch_size`, the last one short. A rank may have one batch fewer than another."""
-    mine = np.arange(rank, len(shards), world_size)
+    """Every image once over all ranks, or `count` of them, evenly spread, in order: rank r has the
+    r-th, the (r + world_size)-th, … in batches of `batch_size`, the last one short. A rank may have
+    one batch fewer than another."""
+    taken = min(count or len(shards), len(shards))
+    mine = np.arange(rank, taken, world_size) * len(shards) // taken
     parts = (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
     picks = ((np.zeros_like(part), part) for part in parts)
     return _load(shards, picks, batch_size, num_workers)
@@ -161,8 +169,11 @@ def _take_out(slots: Tensor, decoded: _Decoded | UserError) -> Batch:
         if isinstance(decoded, UserError):
             raise decoded
         images = slots[decoded.slot, : len(decoded.labels)]
-        images = images.pin_memory() if torch.cuda.is_available() else images.clone()
         labels, index, epoch = map(torch.from_numpy, (decoded.labels, decoded.index, decoded.epoch))
+        if torch.cuda.is_available():  # from pinned memory a copy to the GPU waits for nothing
+            images, labels, index, epoch = map(Tensor.pin_memory, (images, labels, index, epoch))
+        else:
+            images = images.clone()
         return Batch(images.permute(0, 3, 1, 2), labels, index, epoch)
     finally:
         # error, traceback and this frame would hold each other, and the loader with them: it can

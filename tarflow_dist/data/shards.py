@@ -1,19 +1,50 @@
 """Reads the sets that data_prep writes, by image index, MDS and WebDataset tar alike: the manifest
 says in which shard each image lies, where in it, and what its hash is."""
 
-import json
-from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from PIL import Image
-from xxhash import xxh3_64_hexdigest
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from xxhash import xxh3_64_hexdigest, xxh3_128
 
+from tarflow_dist.data.images import decode_image
 from tarflow_dist.data.store import Folder, Store, open_store
 from tarflow_dist.errors import UserError
+from tarflow_dist.files import inside, read_json, regular
 
-COLUMNS = ["split", "index", "label", "shard", "offset", "bytes", "xxh3_64"]
+COLUMNS = {
+    "split": "string",
+    "index": "int64",
+    "label": "int64",
+    "shard": "string",
+    "offset": "int64",
+    "bytes": "int64",
+    "xxh3_64": "string",
+}
+
+
+class _Settings(BaseModel):
+    encode: str
+
+
+class Summary(BaseModel):
+    """What readers need of a set's summary.json."""
+
+    model_config = ConfigDict(strict=True)
+    image_size: Annotated[int, Field(ge=1, le=1 << 16)] | None
+    channels: Literal[1, 3]
+    classes: list[str]
+    settings: _Settings
+
+    @classmethod
+    def of(cls, content: Any) -> "Summary":
+        """Raises `ValueError`, which names the field, if it is no summary's content."""
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            field = ".".join(map(str, error.errors()[0]["loc"]))
+            raise ValueError(f"the summary's {field or 'content'} is not as written") from error
 
 
 class Shards:
@@ -28,16 +59,16 @@ class Shards:
 
     def __init__(self, path: str | Path, split: str, store: Store):
         self._path, self._split, self._store = path, split, store
-        summary = _read_summary(path, store)
-        side = summary["image_size"]
+        summary = Summary.of(_read_summary(path, store))
+        side = summary.image_size
         if side is None:
             raise UserError(
                 f"{path} keeps the images in their own sizes: prepare a set of one --size to read "
                 "batches from"
             )
-        self.num_classes = len(summary["classes"])
-        self.image_shape = (summary["channels"], side, side)
-        self._raw = summary["settings"]["encode"] == "raw"
+        self.num_classes = len(summary.classes)
+        self.image_shape = (summary.channels, side, side)
+        self._encode = summary.settings.encode
         self.manifest = store.path("manifest.parquet")
         rows = _read_manifest(path, split, self.manifest)
         # one image's row here and there: plain arrays, which workers share until they write
@@ -47,13 +78,18 @@ class Shards:
         self._hashes = np.array(rows["xxh3_64"].to_numpy(zero_copy_only=False), "S16")
         shards = rows["shard"].combine_chunks().dictionary_encode()
         self._names: list[str] = shards.dictionary.to_pylist()
+        for name in self._names:
+            inside(Path(), name)  # before any of them is read or downloaded
         self._shard = shards.indices.to_numpy()
         self.sizes: list[int] = np.bincount(self._shard).tolist()
-        ends = np.cumsum(self.sizes) - 1
+        last = np.cumsum(self.sizes) - 1
+        ends = self._offsets + self._bytes
         # up to the end of its last image
-        self._shard_bytes = (self._offsets[ends] + self._bytes[ends]).tolist()
+        self._shard_bytes = ends[last].tolist()
         if (
-            not np.array_equal(rows["index"].to_numpy(), np.arange(len(self)))
+            not ((self._offsets >= 0) & (self._offsets <= ends)).all()
+            or not (ends <= ends[last][self._shard]).all()
+            or not np.array_equal(rows["index"].to_numpy(), np.arange(len(self)))
             or (np.diff(self._shard) < 0).any()
             or not 0 <= self._labels.min() <= self._labels.max() < self.num_classes
         ):
@@ -62,13 +98,36 @@ class Shards:
     def __len__(self) -> int:
         return len(self._labels)
 
+    @property
+    def fingerprint(self) -> str:
+        """Another one for other images, labels, or another order; the format doesn't count."""
+        digest = xxh3_128(self._hashes.tobytes())
+        digest.update(self._labels.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def check_classes(self, num_classes: int) -> None:
+        """Raises `UserError` if a model of `num_classes` has not just the classes that are here; 0
+        are those of an unconditional model, which asks for none."""
+        if num_classes not in (0, self.num_classes):
+            raise UserError(
+                f"{self._path} holds {self.num_classes} classes, and the model has {num_classes}: "
+                "train one with model.num_classes as in the data, or give the data it was made for"
+            )
+
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         """The image, uint8 (C, H, W), and its label.
 
         Raises:
             UserError: it is not there, or is not the image that data_prep wrote.
         """
-        return self._decode(self.stored(index)), int(self._labels[index])
+        data = self.stored(index)
+        channels, side, _ = self.image_shape
+        try:
+            image = decode_image(data, encode=self._encode, side=side, channels=channels)
+        except ValueError as error:
+            raise UserError(f"{self._where(index)} is {error}: write the set again") from error
+        pixels = np.asarray(image).reshape(side, side, channels).transpose(2, 0, 1)
+        return pixels, int(self._labels[index])
 
     def stored(self, index: int) -> bytes:
         """The bytes of an image as they are stored.
@@ -76,15 +135,33 @@ class Shards:
         Raises:
             UserError: as above.
         """
-        name = self._names[self._shard[index]]
-        where = f"image {index} of {self._split}, in {self._path}/{name},"
         try:
-            data = self._store.read(name, int(self._offsets[index]), int(self._bytes[index]))
+            data = self._read(index)
+            if self._is_whole(index, data):
+                return data
+            kept = self._store.renew(self._names[self._shard[index]])
+            if kept is None:
+                raise UserError(f"{self._where(index)} is damaged: {MEND}")
+            if self._is_whole(index, data := self._read(index)):
+                return data
         except OSError as error:
-            raise UserError(f"{where} can't be read ({error.strerror}): {MEND}") from error
-        if xxh3_64_hexdigest(data).encode() != self._hashes[index]:
-            raise UserError(f"{where} is damaged: {MEND}")
-        return data
+            raise UserError(
+                f"{self._where(index)} can't be read ({error.strerror}): {MEND}"
+            ) from error
+        raise UserError(
+            f"{self._where(index)} is damaged, and so is what was fetched again to {kept}: {MEND}"
+        )
+
+    def _where(self, index: int) -> str:
+        name = self._names[self._shard[index]]
+        return f"image {index} of {self._split}, in {self._path}/{name},"
+
+    def _read(self, index: int) -> bytes:
+        name = self._names[self._shard[index]]
+        return self._store.read(name, int(self._offsets[index]), int(self._bytes[index]))
+
+    def _is_whole(self, index: int, data: bytes) -> bool:
+        return xxh3_64_hexdigest(data).encode() == self._hashes[index]
 
     def check_cache(self, limit: int, window: int) -> None:
         """Raises `UserError` if the `window` largest shards are more than `limit` bytes."""
@@ -99,19 +176,12 @@ class Shards:
     def check_files(self, folder: Path) -> None:
         """Raises `UserError` if a shard in `folder` is missing or ends too early."""
         for name, length in zip(self._names, self._shard_bytes, strict=True):
-            file = folder / name
-            there = file.stat().st_size if file.exists() else 0
+            file = inside(folder, name)
+            there = file.stat().st_size if file.is_file() else 0
             if there < length:
                 raise UserError(
                     f"{file} is missing or cut short ({there} of {length} bytes): {MEND}"
                 )
-
-    def _decode(self, data: bytes) -> np.ndarray:
-        channels, height, width = self.image_shape
-        pixels = (
-            np.frombuffer(data, np.uint8) if self._raw else np.asarray(Image.open(BytesIO(data)))
-        )
-        return pixels.reshape(height, width, channels).transpose(2, 0, 1)
 
 
 MEND = "copy the shard again, and prove the whole with `python -m data_prep verify`"
@@ -175,7 +245,7 @@ def _check_folder(path: Path, split: str) -> None:
 
 def _read_summary(path: str | Path, store: Store) -> Any:
     try:
-        return json.loads(store.path("summary.json").read_text())
+        return read_json(store.path("summary.json"))
     except UserError:
         raise
     except (OSError, ValueError) as error:
@@ -189,8 +259,8 @@ def _read_manifest(path: str | Path, split: str, file: Path) -> Any:
 
     try:
         rows = pq.read_table(
-            file,
-            columns=COLUMNS,
+            regular(file),
+            columns=list(COLUMNS),
             filters=[("split", "==", split)],
             page_checksum_verification=True,
         )
@@ -201,4 +271,12 @@ def _read_manifest(path: str | Path, split: str, file: Path) -> Any:
         ) from error
     if not len(rows):
         raise UserError(f"{path} holds no images in {split}")
+    check_types(rows, COLUMNS)
     return rows
+
+
+def check_types(rows: Any, columns: dict[str, str]) -> None:
+    """Raises `ValueError` if a pyarrow table's columns are not of these types, or have gaps."""
+    for name, kind in columns.items():
+        if str(rows[name].type) != kind or rows[name].null_count:
+            raise ValueError(f"the column {name} is not all {kind}")

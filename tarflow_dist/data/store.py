@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError
+from tarflow_dist.files import inside, open_regular
 
-DEFAULT_CACHE = Path(tempfile.gettempdir()) / "tarflow_dist-shards"
+# of this user: another one's could not be written to, or might be fed by them
+DEFAULT_CACHE = Path(tempfile.gettempdir()) / f"tarflow_dist-shards-{os.getuid()}"
 DEFAULT_CACHE_LIMIT = 100_000_000_000
 SHARD_SUFFIXES = (".mds", ".tar")  # what makes room; manifests and the like stay
 
@@ -27,6 +29,10 @@ class Store(Protocol):
     def path(self, name: str) -> Path:
         """A small file that stays, such as the manifest."""
 
+    def renew(self, name: str) -> Path | None:
+        """Gives up a copy that turned out to be damaged, so that the next `read` fetches the file
+        again, and returns its place; None where files are read as they lie."""
+
 
 class Folder:
     """A folder on a disk that this machine sees."""
@@ -35,11 +41,14 @@ class Folder:
         self._root = root
 
     def read(self, name: str, offset: int, size: int) -> bytes:
-        with _opened(f"{self._root}/{name}") as file:
+        with _opened(inside(self._root, name)) as file:
             return os.pread(file, size, offset)
 
     def path(self, name: str) -> Path:
-        return self._root / name
+        return inside(self._root, name)
+
+    def renew(self, name: str) -> None:
+        return None
 
 
 class ObjectStore:
@@ -61,7 +70,15 @@ class ObjectStore:
 
     def __init__(self, url: str, *, cache: Path, limit: int):
         self._url, self._cache, self.limit = url, cache, limit
-        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"the cache {cache} is no folder, nor can be one ({error.strerror}): name another "
+                "with data.cache"
+            ) from error
+        if cache == DEFAULT_CACHE and cache.stat().st_uid != os.getuid():
+            raise UserError(f"the cache {cache} is another user's: name one with data.cache")
         with tempfile.TemporaryDirectory(dir=cache) as fresh:
             summary = Path(fresh, "summary.json")
             self._fetch("summary.json", summary)
@@ -78,11 +95,16 @@ class ObjectStore:
         with self._open(name):
             return self._root / name
 
+    def renew(self, name: str) -> Path:
+        local = inside(self._root, name)
+        local.unlink(missing_ok=True)
+        return local
+
     @contextmanager
     def _open(self, name: str) -> Iterator[int]:
-        local = self._root / name
+        local = inside(self._root, name)
         try:
-            file = os.open(local, os.O_RDONLY)
+            file = open_regular(local)
         except FileNotFoundError:
             file = self._download(name, local)
         try:
@@ -146,8 +168,8 @@ def _downloader(url: str, process: int) -> Any:
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[int]:
-    file = os.open(path, os.O_RDONLY)
+def _opened(path: Path) -> Iterator[int]:
+    file = open_regular(path)
     try:
         yield file
     finally:

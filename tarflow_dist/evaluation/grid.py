@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from tarflow_dist.evaluation.store import NO_LABEL, Pixels, SampleStore
 from tarflow_dist.files import write_whole
-from tarflow_dist.telemetry.pictures import GUTTER, strip
+from tarflow_dist.telemetry.pictures import GUTTER, font, strip
 
 NAME_WIDTH = 160
 LARGEST = 128  # pixels of an image's side as shown
@@ -44,15 +44,15 @@ def write_grid(
     left = NAME_WIDTH if any(label is not None for label, _ in wanted) else 0
     height = strips[0].height + GUTTER
     grid = Image.new("RGB", (left + max(s.width for s in strips), len(strips) * height), "white")
-    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=16)
+    draw, letters = ImageDraw.Draw(grid), font(16)
     for i, ((label, _), pictures) in enumerate(zip(wanted, strips, strict=True)):
         grid.paste(pictures, (left, i * height))
         if label is not None:
             at = (GUTTER, i * height + pictures.height // 2)
             name = class_name(label, names)
-            while draw.textlength(name, font) > NAME_WIDTH - 3 * GUTTER:
+            while draw.textlength(name, letters) > NAME_WIDTH - 3 * GUTTER:
                 name = name.removesuffix("…")[:-1] + "…"
-            draw.text(at, name, "black", font, anchor="lm")
+            draw.text(at, name, "black", letters, anchor="lm")
     with write_whole(file) as part:
         grid.save(part, "PNG")
 

@@ -26,6 +26,7 @@ from tarflow_dist.evaluation.sampling import draw_missing_chunks, make_draw
 from tarflow_dist.evaluation.settings import hash_weights, sweep_settings
 from tarflow_dist.evaluation.store import SampleStore
 from tarflow_dist.evaluation.wandb_log import TrainingRun, log_to_run
+from tarflow_dist.options import dtype_on
 from tarflow_dist.pretrained import TarFlow
 from tarflow_dist.telemetry.environment import describe_environment
 
@@ -55,7 +56,8 @@ def run(args: argparse.Namespace, training_run: TrainingRun | None) -> None:
     device = distributed.init(timeout=timedelta(days=1))
     stages = Stages()
     with stages.stage("loading"):
-        flow = TarFlow.from_pretrained(args.model).requires_grad_(False).to(device)
+        flow = TarFlow.from_pretrained(args.model).requires_grad_(False)
+        flow = flow.to(device, dtype_on(flow, device, args.dtype))
         extractor = make_extractor(
             args.features,
             image_shape=flow.image_shape,
@@ -63,7 +65,11 @@ def run(args: argparse.Namespace, training_run: TrainingRun | None) -> None:
             device=device,
         )
         reference = open_reference(
-            args.reference, args.split, image_shape=flow.image_shape, extractor=extractor
+            args.reference,
+            args.split,
+            image_shape=flow.image_shape,
+            num_classes=flow.num_classes,
+            extractor=extractor,
         )
         weights = distributed.from_main(hash_weights(args.model) if distributed.is_main() else "")
         settings = sweep_settings(args, flow, weights)
@@ -90,12 +96,17 @@ def run(args: argparse.Namespace, training_run: TrainingRun | None) -> None:
         if real is not None:
             results = [_compare(point, real, facts, device) for point in points]
             best = min(range(len(results)), key=lambda i: results[i]["frechet_distance"])
+            _save_results(args.out, points, results, best)  # before what can fail
             with stages.stage("outputs"):
                 found = _show_neighbours(neighbours, points, best, reference, extractor)
                 _write_outputs(args, points, results, best, reference.class_names, found)
             for one in results:
                 one["seconds"] |= stages.seconds
-            _write_results(args, training_run, points, results, best)
+            _save_results(args.out, points, results, best)
+            if training_run is not None:
+                by_folder = {p.store.folder: one for p, one in zip(points, results, strict=True)}
+                log_to_run(training_run, by_folder)
+            result.show(results[best], args.out)
     distributed.shutdown()
 
 
@@ -240,21 +251,9 @@ def _write_outputs(
     )
 
 
-def _write_results(
-    args: argparse.Namespace,
-    training_run: TrainingRun | None,
-    points: list[Point],
-    results: list[dict[str, Any]],
-    best: int,
-) -> None:
+def _save_results(out: Path, points: list[Point], results: list[dict[str, Any]], best: int) -> None:
     for point, one in zip(points, results, strict=True):
         result.write_result(one, point.store.folder / "result.json")
     if len(points) > 1:
         by_name = {point.name: one for point, one in zip(points, results, strict=True)}
-        result.write_result(
-            {"best": points[best].name, "points": by_name}, args.out / "result.json"
-        )
-    if training_run is not None:
-        folders = {point.store.folder: one for point, one in zip(points, results, strict=True)}
-        log_to_run(training_run, folders)
-    result.show(results[best], args.out)
+        result.write_result({"best": points[best].name, "points": by_name}, out / "result.json")

@@ -1,7 +1,6 @@
 """What samples are compared with: a data set whose images are at hand, or statistics in a file."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from tarflow_dist.evaluation.measure import (
 )
 from tarflow_dist.evaluation.neighbours import Neighbours
 from tarflow_dist.evaluation.store import Pixels
+from tarflow_dist.files import read_json
 
 KEPT_FEATURES = 10_000
 """Images of a reference whose features are kept for precision, recall and the kernel distance: as
@@ -31,19 +31,34 @@ ImageShape = tuple[int, int, int]
 
 
 def open_reference(
-    path: str, split: str, *, image_shape: ImageShape, extractor: FeatureExtractor
+    path: str,
+    split: str,
+    *,
+    image_shape: ImageShape,
+    num_classes: int,
+    extractor: FeatureExtractor,
 ) -> "Reference":
     """`path` is a set that data_prep wrote, or an .npz file (`FileReference`).
 
     Args:
         image_shape: (C, H, W) of the images that will be compared with it.
+        num_classes: of the model that draws them; 0 if it has none.
 
     Raises:
-        UserError: there is no such thing, it is damaged, or of other images or features.
+        UserError: there is no such thing, it is damaged, or of other images, classes or features.
     """
+    reference: Reference
     if "://" not in path and Path(path).is_file():
-        return FileReference(Path(path), image_shape=image_shape, extractor=extractor)
-    return ShardsReference(path, split, image_shape=image_shape)
+        reference = FileReference(Path(path), image_shape=image_shape, extractor=extractor)
+    else:
+        reference = ShardsReference(path, split, image_shape=image_shape)
+    names = reference.class_names
+    if num_classes and names is not None and len(names) != num_classes:
+        raise UserError(
+            f"{path} holds {len(names)} classes, and the model has {num_classes}: give the "
+            "reference that it was made for"
+        )
+    return reference
 
 
 class ShardsReference:
@@ -55,7 +70,7 @@ class ShardsReference:
         self.image_shape = self._shards.image_shape
         if image_shape is not None:
             check_image_shape(path, self.image_shape, image_shape)
-        summary = json.loads(self._shards.manifest.with_name("summary.json").read_text())
+        summary = read_json(self._shards.manifest.with_name("summary.json"))
         self.class_names: list[str] | None = summary.get("class_names") or summary["classes"]
 
     def measure(

@@ -37,7 +37,7 @@ def sweep_settings(
     pairs = [(weight, score_step) for weight in args.guidance for score_step in denoise]
     common = {
         "weights_sha256": weights_sha256,
-        "config_sha256": hashlib.sha256(json.dumps(flow.config).encode()).hexdigest(),
+        "config_sha256": hashlib.sha256(json.dumps(flow.config.to_json()).encode()).hexdigest(),
         "dtype": dtype_name(next(flow.parameters()).dtype),
         "num_samples": args.num_samples,
         "chunk_size": args.batch_size,

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,11 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import write_whole
+from tarflow_dist.files import read_sealed, regular, write_sealed, write_whole
+from tarflow_dist.flow.config import MOST_CLASSES
 
 Pixels = NDArray[np.uint8]
 NO_LABEL = -1
 SETTINGS_FILE = "settings.json"
+VERSION = 1
 
 
 class Facts(NamedTuple):
@@ -56,9 +57,9 @@ class SampleStore:
         if not file.exists():
             raise UserError(f"{self.folder} holds samples but no {SETTINGS_FILE}: empty it")
         try:
-            there = dict(json.loads(file.read_text()))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{file} can't be read: empty {self.folder}") from error
+            there = read_sealed(file, version=VERSION)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} can't be read ({error}): empty {self.folder}") from error
         differing = [
             f"{key} {there.get(key)!r}, not {self.settings.get(key)!r}"
             for key in self.settings | there
@@ -74,8 +75,7 @@ class SampleStore:
         """Writes the settings; one rank does this before any chunk is written."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with write_whole(self.folder / SETTINGS_FILE) as part:
-                part.write_text(json.dumps(self.settings, indent=2) + "\n")
+            write_sealed(self.folder / SETTINGS_FILE, self.settings, version=VERSION)
         except OSError as error:
             raise UserError(f"{self.folder} can't be written: {error}") from error
 
@@ -124,7 +124,10 @@ class SampleStore:
 
     def read_labels(self, chunk: int) -> NDArray[np.int64]:
         """The labels (B,) of `chunk`, without decoding an image."""
-        return self._read(chunk, ["label"])["label"].to_numpy()
+        labels = self._read(chunk, ["label"])["label"].to_numpy()
+        if len(labels) and not NO_LABEL <= labels.min() <= labels.max() < MOST_CLASSES:
+            raise self._damaged(chunk)
+        return labels
 
     def labels(self) -> NDArray[np.int64]:
         """Those of all samples (num_samples,)."""
@@ -145,7 +148,7 @@ class SampleStore:
         chosen = range(len(table)) if rows is None else rows
         try:
             images = np.stack([decode_png(table["png"][row].as_py()) for row in chosen])
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow's
+        except Exception as error:  # Pillow's are of every kind
             raise self._damaged(chunk) from error
         if rows is None and _digest(images, table["label"].to_numpy()) != self._facts(chunk).sha256:
             raise self._damaged(chunk)
@@ -181,11 +184,18 @@ class SampleStore:
         import pyarrow.parquet as pq
 
         try:
-            with pq.ParquetFile(self.chunk_file(chunk), page_checksum_verification=True) as parquet:
-                table = parquet.read(columns=columns)
+            file = regular(self.chunk_file(chunk))
+            with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+                table = parquet.read(columns=["index", *columns])
         except (OSError, pa.ArrowException) as error:
             raise self._damaged(chunk) from error
-        if len(table) != len(self.chunk_indexes(chunk)) or table.column_names != columns:
+        types = {"index": "int64", "label": "int64", "png": "binary"}
+        whole = table.column_names == ["index", *columns] and all(
+            str(table[name].type) == types[name] and not table[name].null_count
+            for name in table.column_names
+        )
+        # another chunk's file under this one's name is as good as damaged
+        if not whole or table["index"].to_pylist() != list(self.chunk_indexes(chunk)):
             raise self._damaged(chunk)
         return table
 
@@ -214,5 +224,5 @@ def decode_png(png: bytes) -> Pixels:
     """The inverse of `encode_png`."""
     from PIL import Image
 
-    image = np.asarray(Image.open(io.BytesIO(png)))
+    image = np.asarray(Image.open(io.BytesIO(png), formats=["PNG"]))
     return image[:, :, None] if image.ndim == 2 else image

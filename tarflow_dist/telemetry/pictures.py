@@ -1,11 +1,22 @@
 """Samples side by side, small ones magnified."""
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFont
 
 GUTTER = 4  # white pixels between images
 SMALLEST = 64  # pixels of an image's side as shown
+
+
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """One that has the letters of most languages, which Pillow's own has not."""
+    import matplotlib
+
+    return ImageFont.truetype(
+        str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size
+    )
 
 
 def strip(images: NDArray[np.uint8], largest: int | None = None) -> Image.Image:

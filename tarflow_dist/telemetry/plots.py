@@ -8,14 +8,19 @@ from tarflow_dist.telemetry.metrics import read_metrics
 
 
 def plot_loss(run: Path, out: Path) -> None:
-    """Draws the training loss of `run` against images seen into the PNG `out`."""
+    """Draws the loss of `run` against images seen into the PNG `out`: while training and, where it
+    was measured, on held-out images."""
     from matplotlib.figure import Figure
 
     rows = read_metrics(run)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    losses = [math.nan if r["loss"] is None else r["loss"] for r in rows]
-    axes.plot([r["images"] for r in rows], losses, linewidth=0.8)
+    for key, label, style in (("loss", "training", "-"), ("val_loss", "held out", ".-")):
+        shown = [(r["images"], math.nan if r[key] is None else r[key]) for r in rows if key in r]
+        if shown:
+            axes.plot(*zip(*shown, strict=True), style, linewidth=0.8, label=label)
+    if axes.lines:
+        axes.legend()
     axes.set(xlabel="images seen", ylabel="loss (nats a dimension)", title=run.name)
     axes.grid(alpha=0.3)
     with write_whole(out) as part:

@@ -43,7 +43,7 @@ class Progress:
 
     def _print_line(self, now: float, figures: Mapping[str, float]) -> None:
         rate = (self._done - self._start) / max(now - self._began, 1e-9)
-        eta = tqdm.format_interval((self._total - self._done) / rate) if rate else "?"
+        eta = tqdm.format_interval(max(0, self._total - self._done) / rate) if rate else "?"
         shown = "".join(f"  {name} {value:.4g}" for name, value in figures.items())
         print(
             f"{self._label}: {self._done}/{self._total} {self._unit}"

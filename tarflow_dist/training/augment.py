@@ -16,7 +16,8 @@ def augment(batch: Batch, config: Config, device: torch.device) -> tuple[Tensor,
     """uint8 images (B, C, H, W) → noisy images (B, C, H, W) float32, and labels (B,) int64 with −1
     where dropped, or None for an unconditional model."""
     pixels = batch.images.to(device, non_blocking=True)
-    index, epoch = batch.index.to(device), batch.epoch.to(device)
+    index = batch.index.to(device, non_blocking=True)
+    epoch = batch.epoch.to(device, non_blocking=True)
 
     def uniform(shape: tuple[int, ...], purpose: str) -> Tensor:
         return rng.uniform(shape, seed=config.seed, purpose=purpose, index=index, epoch=epoch)
@@ -33,7 +34,7 @@ def augment(batch: Batch, config: Config, device: torch.device) -> tuple[Tensor,
         x = dequantise(pixels, uniform(shape, "noise"))
     if not config.model.num_classes:
         return x.float(), None
-    labels = batch.labels.to(device)
+    labels = batch.labels.to(device, non_blocking=True)
     if config.train.label_drop:
         labels = labels.masked_fill(uniform((), "label drop") < config.train.label_drop, -1)
     return x.float(), labels

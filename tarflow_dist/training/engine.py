@@ -114,9 +114,10 @@ class Engine:
             group["lr"], group[DECAY] = lr, ema_decay
         self._engine.step()
 
-    def grad_norm(self) -> float:
-        """Norm of the last step's gradient over all parameters, before clipping."""
-        return float(self._engine.get_global_grad_norm())
+    def grad_norm(self) -> float | Tensor:
+        """Norm of the last step's gradient over all parameters, before clipping; it may be on the
+        device still."""
+        return self._engine.get_global_grad_norm()
 
     def step_was_applied(self) -> bool:
         """Whether the last step changed the weights, or was left out because its gradient was not

@@ -11,8 +11,9 @@ from tarflow_dist.config import Config
 from tarflow_dist.errors import UserError
 from tarflow_dist.flow.block import FlowBlock
 from tarflow_dist.flow.model import Flow
-from tarflow_dist.training.checkpoint import FOLDER, newest_whole
+from tarflow_dist.training.checkpoint import newest_whole
 from tarflow_dist.training.engine import Engine
+from tarflow_dist.training.pointer import FOLDER
 from tarflow_dist.training.state import RunState
 
 

@@ -43,6 +43,7 @@ class Journal:
                 config.model_dump(mode="json"),
                 images=state.images,
                 wandb_id=state.wandb_id,
+                rows_hash=state.rows_hash,
             )
             state.wandb_id = self._metrics.wandb_id
             verb = f"going on at {state.images} images" if state.images else "starting"
@@ -57,11 +58,18 @@ class Journal:
             stall_seconds: time that checkpoints have held up training so far.
         """
         figures, speed = step.figures(), self._pace.figures(self._state.images)
-        self._figures = {"loss": figures["loss"]}
+        self._figures["loss"] = figures["loss"]
         self._speed = speed["images_per_second"]
         if self._metrics is not None:
             row = {"images": self._state.images, **figures, **speed}
             row |= {"skipped": self._state.skipped, "checkpoint_stall_seconds": stall_seconds}
+            self._metrics.log(row)
+
+    def write_val_loss(self, loss: float, *, seconds: float) -> None:
+        """A row with the held-out loss, which took `seconds` to measure."""
+        self._figures["val_loss"] = loss
+        if self._metrics is not None:
+            row = {"images": self._state.images, "val_loss": loss, "val_seconds": seconds}
             self._metrics.log(row)
 
     def show_preview(self, drawn: Path | str) -> None:
@@ -71,11 +79,17 @@ class Journal:
         if isinstance(drawn, Path):
             self._metrics.log_picture(self._state.images, drawn)
         else:
-            print(f"{self._config.run}: no preview: {drawn}", file=sys.stderr)
+            self._say(f"no preview: {drawn}")
 
     def advance(self, images: int) -> None:
         """A step of `images` is done."""
         self._progress.update(images, self._figures)
+
+    def sync(self) -> None:
+        """The rows so far are on disk when it returns: none may be missing before a checkpoint,
+        whose state has their hash."""
+        if self._metrics is not None:
+            self._state.rows_hash = self._metrics.sync()
 
     def record_progress(self) -> None:
         """Notes in status.json how far the run is."""
@@ -89,13 +103,18 @@ class Journal:
         if self._metrics is None:
             return
         self._metrics.close()
-        plot_loss(self._config.run, self._config.run / "loss.png")
         finished = self._state.images >= self._config.train.images
         state = "failed" if any(exception) else "finished" if finished else "interrupted"
         self._record_status(state, str(exception[1]) if any(exception) else None)
+        try:
+            plot_loss(self._config.run, self._config.run / "loss.png")
+        except OSError as error:
+            self._say(f"no loss.png ({error.strerror})")
 
     def _record_status(self, state: str, error: str | None = None) -> None:
-        if self._metrics is not None:
+        if self._metrics is None:
+            return
+        try:
             run_folder.record_status(
                 self._config,
                 state=state,
@@ -103,3 +122,8 @@ class Journal:
                 images_per_second=self._speed,
                 error=error,
             )
+        except OSError as problem:
+            self._say(f"status.json can't be written ({problem.strerror})")
+
+    def _say(self, what: str) -> None:
+        print(f"{self._config.run}: {what}", file=sys.stderr, flush=True)

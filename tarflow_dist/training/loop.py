@@ -1,5 +1,8 @@
 """The training loop: step, log, checkpoint, preview, until the run's images are seen."""
 
+import math
+import time
+
 import torch
 
 from tarflow_dist import distributed
@@ -7,13 +10,20 @@ from tarflow_dist.config import Config
 from tarflow_dist.data.loader import train_batches
 from tarflow_dist.data.order import ImageOrder
 from tarflow_dist.data.shards import Shards
-from tarflow_dist.training import checkpoint, run_folder
+from tarflow_dist.training import pointer, run_folder
 from tarflow_dist.training.health import Health
+from tarflow_dist.training.held_out import held_out_loss
 from tarflow_dist.training.interrupt import Interrupt
 from tarflow_dist.training.journal import Journal
 from tarflow_dist.training.preview import draw_preview
 from tarflow_dist.training.saver import Saver
-from tarflow_dist.training.start import build_engine, open_data, restore, start_pace
+from tarflow_dist.training.start import (
+    build_engine,
+    open_data,
+    recognise_data,
+    restore,
+    start_pace,
+)
 from tarflow_dist.training.step import Stepper
 from tarflow_dist.training.watchdog import Watchdog
 
@@ -30,23 +40,27 @@ def train(config: Config, device: torch.device) -> bool:
     """
     with Watchdog(config.health) as watchdog, Interrupt(config.train.stop_after) as interrupt:
         micro_batch_size = config.micro_batch(distributed.world_size())
-        shards = open_data(config)
+        shards = open_data(config, "train")
+        val_shards = None if config.eval.every_images is None else open_data(config, "val")
         with distributed.only_job(config.run):
-            return _train(config, shards, micro_batch_size, device, watchdog, interrupt)
+            return _train(config, shards, val_shards, micro_batch_size, device, watchdog, interrupt)
 
 
 def _train(
     config: Config,
     shards: Shards,
+    val_shards: Shards | None,
     micro_batch_size: int,
     device: torch.device,
     watchdog: Watchdog,
     interrupt: Interrupt,
 ) -> bool:
     batch_size = config.train.batch_size
+    run_folder.check_kinds(config.run)
     changes = run_folder.changes_since_start(config)
     engine = build_engine(config, micro_batch_size, device)
     state = restore(config, engine)
+    changes += recognise_data(state, shards)
     batches = train_batches(
         shards,
         ImageOrder(shards.sizes, seed=config.seed, window=config.data.shuffle_window),
@@ -59,7 +73,7 @@ def _train(
     )
     pace = start_pace(config, device, state.images)
     stepper = Stepper(engine, batches, config, device, pace)
-    saver = Saver(config.run / checkpoint.FOLDER, config.checkpoint, engine.flow.config)
+    saver = Saver(config.run / pointer.FOLDER, config.checkpoint, engine.flow.config)
     health = Health(config, engine)
     with Journal(config, state, changes, pace) as journal:
         stop = False
@@ -74,6 +88,14 @@ def _train(
 
             if finished or state.passed(config.log.every_images, batch_size):
                 journal.write_row(step, stall_seconds=saver.stall_seconds)
+            state.val_loss = None
+            measured = finished or state.passed(config.eval.every_images, batch_size)
+            if val_shards is not None and measured:
+                began = time.monotonic()
+                alive = watchdog.step_done
+                loss = held_out_loss(engine, val_shards, config, micro_batch_size, alive)
+                journal.write_val_loss(loss, seconds=time.monotonic() - began)
+                state.val_loss = loss if math.isfinite(loss) else None
             journal.advance(batch_size)
 
             if not writing:
@@ -82,6 +104,7 @@ def _train(
             if due or finished or stop:
                 if engine.is_finite():
                     state.optimizer_steps = engine.optimizer_steps
+                    journal.sync()
                     saver.save(engine.tensors(), state)
                     journal.record_progress()
                 else:

@@ -12,6 +12,7 @@ from tarflow_dist.config import Config
 from tarflow_dist.files import write_whole
 from tarflow_dist.pretrained import TarFlow
 from tarflow_dist.telemetry.pictures import image_grid
+from tarflow_dist.training.averaged import averaged_flow
 from tarflow_dist.training.engine import Engine
 
 FOLDER = "previews"
@@ -22,9 +23,10 @@ def draw_preview(engine: Engine, config: Config, images: int) -> Path | str:
 
     Returns:
         The PNG, or why the samples can't be shown: a young model's may not be finite, and there may
-        not be the memory beside training.
+        not be the memory beside training, or the room on the disk.
     """
-    flow = _averaged_flow(engine, config)
+    dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
+    flow = averaged_flow(engine, dtype)
     count = config.preview.count
     index = torch.arange(count)
     labels = index * flow.num_classes // count if flow.num_classes else None
@@ -42,9 +44,12 @@ def draw_preview(engine: Engine, config: Config, images: int) -> Path | str:
         samples[rank :: distributed.world_size()] = share
     file = config.run / FOLDER / f"{images:011d}.png"
     if distributed.is_main():
-        file.parent.mkdir(exist_ok=True)
-        with write_whole(file) as part:
-            image_grid(samples, columns=math.ceil(math.sqrt(count))).save(part, "PNG")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with write_whole(file) as part:
+                image_grid(samples, columns=math.ceil(math.sqrt(count))).save(part, "PNG")
+        except OSError as error:
+            return f"{file} can't be written ({error.strerror})"
     return file
 
 
@@ -61,13 +66,3 @@ def _draw(
         attn_temp=preview.attn_temp,
     )
     return drawn.cpu().numpy()
-
-
-def _averaged_flow(engine: Engine, config: Config) -> TarFlow:
-    """A copy of the flow with the averaged weights, whole on every rank."""
-    dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
-    with torch.device("meta"):
-        flow = TarFlow(**engine.flow.config)
-    average = {name: tensor.to(dtype) for name, tensor in engine.average()}
-    flow.load_state_dict(average, assign=True)
-    return flow.requires_grad_(False)

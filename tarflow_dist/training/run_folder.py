@@ -2,12 +2,20 @@
 
 import json
 import time
+from pathlib import Path
+from typing import Any
 
 from tarflow_dist import config as configs
 from tarflow_dist.config import Config
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import write_whole
+from tarflow_dist.files import read_sealed, write_sealed, write_whole
 from tarflow_dist.telemetry.environment import describe_environment
+from tarflow_dist.telemetry.metrics import METRICS_FILE
+from tarflow_dist.training import pointer
+
+ENVIRONMENT_FILE = "environment.json"
+STATUS_FILE = "status.json"
+STATUS_VERSION = 1
 
 
 def changes_since_start(config: Config) -> list[str]:
@@ -19,10 +27,10 @@ def changes_since_start(config: Config) -> list[str]:
     Raises:
         UserError: a setting changed that can't change in a run.
     """
-    saved = config.run / "config.yaml"
-    if not saved.exists():
+    if not (config.run / configs.SAVED_FILE).exists():
         return []
-    before, now = configs.flat(configs.load(saved)), configs.flat(config)
+    saved, gone = configs.load_saved(config.run)
+    before, now = configs.flat(saved), configs.flat(config)
     changes = {key: (before[key], now[key]) for key in now if before[key] != now[key]}
     for key, (old, new) in changes.items():
         if key.partition(".")[0] in configs.FIXED_IN_A_RUN:
@@ -30,14 +38,28 @@ def changes_since_start(config: Config) -> list[str]:
                 f"{config.run} was started with {key} {old} and can't go on with {new}: "
                 "give it back its value, or start another run (run=…)"
             )
-    return [f"{key} changed from {old} to {new}" for key, (old, new) in changes.items()]
+    return [
+        *(f"{key} changed from {old} to {new}" for key, (old, new) in changes.items()),
+        *(f"{key}, which was {value}, is no setting any more" for key, value in gone.items()),
+    ]
+
+
+def check_kinds(run: Path) -> None:
+    """Raises `UserError` if something stands in the run's folder where a file or a folder of
+    another kind belongs."""
+    for name in (configs.SAVED_FILE, ENVIRONMENT_FILE, STATUS_FILE, METRICS_FILE):
+        if (run / name).exists() and not (run / name).is_file():
+            raise UserError(f"{run / name} is no file: remove it, or choose another run=…")
+    for name in (pointer.FOLDER, "previews", "wandb"):
+        if (run / name).exists() and not (run / name).is_dir():
+            raise UserError(f"{run / name} is no folder: remove it, or choose another run=…")
 
 
 def record_start(config: Config) -> None:
     """Writes config.yaml and environment.json into the run's folder."""
-    with write_whole(config.run / "config.yaml") as part:
+    with write_whole(config.run / configs.SAVED_FILE) as part:
         part.write_text(configs.dump(config))
-    with write_whole(config.run / "environment.json") as part:
+    with write_whole(config.run / ENVIRONMENT_FILE) as part:
         part.write_text(json.dumps(describe_environment(), indent=2) + "\n")
 
 
@@ -62,5 +84,23 @@ def record_status(
         "updated": time.time(),
         "error": error,
     }
-    with write_whole(config.run / "status.json") as part:
-        part.write_text(json.dumps(status, indent=2) + "\n")
+    write_status(config.run, status)
+
+
+def write_status(run: Path, status: dict[str, Any]) -> None:
+    write_sealed(run / STATUS_FILE, status, version=STATUS_VERSION)
+
+
+def read_status(run: Path) -> dict[str, Any]:
+    """What status.json says; nothing, if there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    file = run / STATUS_FILE
+    try:
+        return read_sealed(file, version=STATUS_VERSION)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} can't be read ({error}): the run writes it anew") from error

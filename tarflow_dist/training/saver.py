@@ -1,10 +1,10 @@
 """Writes checkpoints while training goes on: a copy to host memory, then the disk in a thread."""
 
-import json
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -16,8 +16,10 @@ from torch import Tensor
 from tarflow_dist import distributed
 from tarflow_dist.config import CheckpointConfig
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import publish_folder, sync, write_whole
-from tarflow_dist.training.checkpoint import LATEST, STATE_FILE, describe_file, names
+from tarflow_dist.files import describe, grant, publish_folder, sync, write_sealed
+from tarflow_dist.flow.config import FlowConfig
+from tarflow_dist.training import pointer
+from tarflow_dist.training.checkpoint import STATE_FILE, VERSION, least_val_loss
 from tarflow_dist.training.state import RunState
 
 
@@ -27,13 +29,13 @@ class Saver:
     Args:
         folder: the run's checkpoints/.
         config: how many are kept, and what happens when one can't be written.
-        model: the flow's config.
+        model: what the flow is made of.
 
     Attributes:
         stall_seconds: time that training has waited for checkpoints so far.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, model: dict[str, Any]):
+    def __init__(self, folder: Path, config: CheckpointConfig, model: FlowConfig):
         self._folder, self._config, self._model = folder, config, model
         self._writer: _Writer | None = None
         self.stall_seconds = 0.0
@@ -57,7 +59,7 @@ class Saver:
         part = self._folder / f".{state.images:011d}.part"
         problem = _attempt(lambda: _prepare(self._folder, part)) if distributed.is_main() else None
         problem = distributed.from_main(problem)
-        content = {"state": state.to_json(), "model": self._model}
+        content = {"state": asdict(state), "model": self._model.to_json()}
         self._writer = _Writer(part, _own_share(tensors), content, problem)
         self._writer.start()
         self.stall_seconds += time.monotonic() - began
@@ -98,7 +100,7 @@ class Saver:
                 content = {**writer.content, "files": {name: file for name, file, _ in shares}}
                 problem = _attempt(lambda: _make_visible(part, checkpoint, content))
             if problem is None:
-                _prune(self._folder, checkpoint.name, self._config)
+                _prune(checkpoint, self._config)
             else:
                 shutil.rmtree(part, ignore_errors=True)
         problem = distributed.from_main(problem)
@@ -124,8 +126,9 @@ class _Writer(Thread):
 
     def _write(self) -> None:
         save_file(self._tensors, self.file)
+        grant(self.file)
         sync(self.file)
-        self.described = describe_file(self.file)
+        self.described = describe(self.file)
 
 
 def _attempt(action: Callable[[], None]) -> str | None:
@@ -158,20 +161,22 @@ def _own_share(tensors: Iterable[tuple[str, int, Callable[[], Tensor]]]) -> dict
 
 
 def _make_visible(part: Path, checkpoint: Path, content: dict[str, Any]) -> None:
-    (part / STATE_FILE).write_text(json.dumps(content, indent=2) + "\n")
+    write_sealed(part / STATE_FILE, content, version=VERSION)
     publish_folder(part, checkpoint)
-    with write_whole(checkpoint.parent / LATEST) as pointer:
-        pointer.write_text(checkpoint.name + "\n")
+    pointer.point_to(checkpoint)
 
 
-def _prune(folder: Path, newest: str, config: CheckpointConfig) -> None:
-    """Deletes all but the last ones up to `newest` and the permanent ones. Later ones are of a
-    future that was given up when an older checkpoint was gone back to."""
-    found = names(folder)
-    past = [name for name in found if name <= newest]
+def _prune(newest: Path, config: CheckpointConfig) -> None:
+    """Deletes all but the last ones up to `newest`, the permanent ones and the best, and those that
+    were given up and the run has passed. Later ones are nobody's to delete here."""
+    folder = newest.parent
+    past = [name for name in pointer.names(folder) if name <= newest.name]
     kept = set(past[-config.keep :])
     if every := config.permanent_every_images:
         first = {int(name) // every: name for name in reversed(past)}
         kept |= {name for multiple, name in first.items() if multiple}
-    for name in set(found) - kept:
-        shutil.rmtree(folder / name, ignore_errors=True)
+    if config.keep_best and (best := least_val_loss(folder, past)):
+        kept.add(best)
+    old = [folder / name for name in past if name not in kept]
+    for checkpoint in old + pointer.given_up_before(newest):
+        shutil.rmtree(checkpoint, ignore_errors=True)

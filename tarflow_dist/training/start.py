@@ -1,6 +1,7 @@
 """What a run starts from: its data, its weights, its newest checkpoint."""
 
 import ctypes
+from dataclasses import fields
 
 import torch
 
@@ -12,7 +13,8 @@ from tarflow_dist.errors import UserError
 from tarflow_dist.flow.counts import Counts
 from tarflow_dist.flow.model import Flow
 from tarflow_dist.telemetry.pace import Pace
-from tarflow_dist.training.checkpoint import FOLDER, newest_whole
+from tarflow_dist.training import pointer
+from tarflow_dist.training.checkpoint import newest_whole
 from tarflow_dist.training.engine import Engine
 from tarflow_dist.training.state import RunState
 
@@ -20,8 +22,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Names and numbers of malloc.h."""
 
 
-def open_data(config: Config) -> Shards:
-    """The training shards.
+def open_data(config: Config, split: str) -> Shards:
+    """The shards of `split`, train or val.
 
     Raises:
         UserError: they are missing, or hold other images than the model takes.
@@ -30,7 +32,7 @@ def open_data(config: Config) -> Shards:
     data = config.data
     shards = open_shards(
         data.path,
-        "train",
+        split,
         cache=data.cache,
         cache_limit=data.cache_limit,
         window=data.shuffle_window,
@@ -41,20 +43,26 @@ def open_data(config: Config) -> Shards:
             f"{config.data.path} holds images of (channels, height, width) {shards.image_shape}, "
             f"but model.in_channels and model.image_size say {shape}"
         )
-    if model.num_classes and shards.num_classes > model.num_classes:
-        raise UserError(
-            f"{config.data.path} holds {shards.num_classes} classes, but model.num_classes is "
-            f"{model.num_classes}"
-        )
+    shards.check_classes(model.num_classes)
     return shards
+
+
+def recognise_data(state: RunState, shards: Shards) -> list[str]:
+    """Notes in `state` which images the run trains on, and says so if they are others than before
+    its checkpoint: a position in their order has another meaning then."""
+    before, state.data = state.data, shards.fingerprint
+    if before in ("", state.data):
+        return []
+    return ["the data are others than before: the set was written anew, or another one is there"]
 
 
 def build_engine(config: Config, micro_batch_size: int, device: torch.device) -> Engine:
     """The flow with its first weights, the same on every rank, under DeepSpeed."""
     if device.type == "cpu":
         _keep_freed_memory()
+    torch.use_deterministic_algorithms(config.train.deterministic)
     torch.manual_seed(config.seed)
-    flow = Flow(**config.model.model_dump()).to(device)
+    flow = Flow(**config.model.to_json()).to(device)
     return Engine(flow, config, micro_batch_size)
 
 
@@ -74,16 +82,18 @@ def restore(config: Config, engine: Engine) -> RunState:
     Raises:
         UserError: no checkpoint is whole, or it is of another model.
     """
-    saved = newest_whole(config.run / FOLDER)
+    saved = newest_whole(config.run / pointer.FOLDER)
     if saved is None:
         return RunState()
-    for key, value in engine.flow.config.items():
-        if saved.model.get(key) != value:
+    for field in fields(saved.model):
+        was, now = (getattr(config, field.name) for config in (saved.model, engine.flow.config))
+        if was != now:
             raise UserError(
-                f"{saved.folder} is of another model: its {key} is {saved.model.get(key)}, the "
-                f"config's {value}"
+                f"{saved.folder} is of another model: its {field.name} is {was}, the config's {now}"
             )
     engine.load(saved.read, saved.state.optimizer_steps)
+    if distributed.is_main():
+        pointer.give_up_after(saved.folder)
     return saved.state
 
 
@@ -94,5 +104,5 @@ def start_pace(config: Config, device: torch.device, images: int) -> Pace:
     known = find_card(distributed.device_name(device))
     if known is not None:
         peak = known.fp32_flops if config.train.precision == "fp32" else known.bf16_flops
-    flops = Counts(**config.model.model_dump()).training_flops
+    flops = Counts(config.model).training_flops
     return Pace(device, images, flops=flops, peak=peak)

@@ -1,7 +1,6 @@
 """What a run must remember besides its tensors."""
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from dataclasses import dataclass
 
 
 @dataclass
@@ -15,6 +14,9 @@ class RunState:
         skipped_in_a_row: of these, the ones since the last step that was taken.
         mean_loss: recent average of the loss, where spikes are watched for; None before the first.
         wandb_id: the run's id at Weights & Biases; empty before it has one.
+        data: the fingerprint of the images that it is trained on; empty if it isn't known.
+        val_loss: the held-out loss at just this point, if it was measured here and is finite.
+        rows_hash: of the rows of metrics up to here; empty if it isn't known.
     """
 
     images: int = 0
@@ -23,16 +25,12 @@ class RunState:
     skipped_in_a_row: int = 0
     mean_loss: float | None = None
     wandb_id: str = ""
+    data: str = ""
+    rows_hash: str = ""
+    val_loss: float | None = None
 
     def passed(self, every: int | None, batch_size: int) -> bool:
         """Whether the last step, of `batch_size` images, reached a multiple of `every`."""
         if every is None:
             return False
         return self.images // every > (self.images - batch_size) // every
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, saved: dict[str, Any]) -> Self:
-        return cls(**{field.name: saved[field.name] for field in fields(cls)})

@@ -38,7 +38,7 @@ class StepResult:
     sums: Tensor
     passes: int
     lr: float
-    grad_norm: float
+    grad_norm: float | Tensor
     problem: str | None
     uniform: bool
 
@@ -52,7 +52,7 @@ class StepResult:
             whole["bits_per_dim"] = bits_per_dim(log_prob_of(loss))
         logdets = {f"logdet/block{t}": value for t, value in enumerate(blocks[:depth])}
         z2s = {f"mean_z2/block{t}": value for t, value in enumerate(blocks[depth:])}
-        return {**whole, **logdets, **z2s, "grad_norm": self.grad_norm, "lr": self.lr}
+        return {**whole, **logdets, **z2s, "grad_norm": float(self.grad_norm), "lr": self.lr}
 
 
 class Stepper:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import boto3
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -217,3 +219,51 @@ def test_a_shard_that_is_gone_is_named(digits: Path, s3: object, tmp_path: Path)
         _ = shards[len(shards) - 1]
     with pytest.raises(UserError, match=r"s3://bucket/gone/mds/val/shard\.00000\.mds, is damaged"):
         _ = shards[0]
+
+
+@pytest.mark.parametrize("name", ["{outside}/x.mds", "../../outside/x.mds", "train/../../../x.mds"])
+def test_a_set_writes_nothing_outside_its_cache(
+    name: str, digits: Path, s3: object, tmp_path: Path
+) -> None:
+    """A stranger's manifest names a shard that is there, where a download would put it outside."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    copy = shutil.copytree(digits / "mds", tmp_path / "copy")
+    table = pq.read_table(copy / "manifest.parquet")
+    shard = name.format(outside=outside)
+    first = table["shard"][0].as_py()
+    names = [shard if old == first else old for old in table["shard"].to_pylist()]
+    place = table.schema.get_field_index("shard")
+    pq.write_table(table.set_column(place, "shard", pa.array(names)), copy / "manifest.parquet")
+    upload(copy, "s3://bucket/hostile/mds")
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="is damaged"):
+        open_shards("s3://bucket/hostile/mds", "train", cache=tmp_path / "cache")
+    new = set(tmp_path.rglob("*")) - before
+    assert all((tmp_path / "cache") in [file, *file.parents] for file in new)
+
+
+def test_a_shard_damaged_in_the_cache_is_fetched_again(
+    remote: str, digits: Path, tmp_path: Path
+) -> None:
+    far = open_shards(f"{remote}/mds", "val", cache=tmp_path / "cache")
+    near = open_shards(digits / "mds", "val")
+    _ = far[0]
+    for file in (tmp_path / "cache").rglob("*.mds"):
+        file.write_bytes(bytes(file.stat().st_size))
+    assert np.array_equal(far[0][0], near[0][0])
+
+
+def test_a_shard_damaged_in_the_store_is_named_with_both_places_until_it_is_mended(
+    digits: Path, s3: object, tmp_path: Path
+) -> None:
+    whole = (digits / "mds" / "val" / "shard.00000.mds").read_bytes()
+    upload(shutil.copytree(digits / "mds", tmp_path / "up"), "s3://bucket/mended/mds")
+    client = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])
+    place = {"Bucket": "bucket", "Key": "mended/mds/val/shard.00000.mds"}
+    client.put_object(**place, Body=bytes(len(whole)))
+    shards = open_shards("s3://bucket/mended/mds", "val", cache=tmp_path / "cache")
+    with pytest.raises(UserError, match=r"s3://bucket/mended/mds/val.*fetched again to /.*cache/"):
+        _ = shards[0]
+    client.put_object(**place, Body=whole)
+    assert np.array_equal(shards[0][0], open_shards(digits / "mds", "val")[0][0])

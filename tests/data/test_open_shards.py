@@ -1,18 +1,24 @@
 """Both formats give the same images, and what is missing or damaged is said in a sentence."""
 
 import json
+import os
 import pickle
 import random
 import shutil
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from sklearn.datasets import load_digits
+from xxhash import xxh3_64_hexdigest
 
+from data_prep.__main__ import main
 from tarflow_dist.data.shards import open_shards
 from tarflow_dist.errors import UserError
 
@@ -91,11 +97,30 @@ def test_damaged_sets(copies: Path, form: str) -> None:
         lambda rows: rows.take(list(range(len(rows)))[::-1]),
         lambda rows: rows.set_column(rows.column_names.index("label"), "label", [[10] * len(rows)]),
         lambda rows: rows.filter(pc.equal(rows["split"], "val")),
+        *(
+            lambda rows, name=name, value=value: pa.table(
+                rows.to_pydict() | {name: [value, *rows[name].to_pylist()[1:]]}
+            )
+            for name, value in (
+                ("bytes", None),
+                ("bytes", 2**62),
+                ("bytes", -1),
+                ("bytes", 0.5),
+                ("offset", 2**63 - 1),
+                ("offset", -5),
+                ("shard", None),
+                ("shard", "train/" + "x" * 300),
+                ("label", None),
+                ("xxh3_64", None),
+            )
+        ),
+        lambda rows: pa.table(rows.to_pydict() | {"label": list(map(str, range(len(rows))))}),
     ],
 )
 def test_a_manifest_that_is_not_as_written(copies: Path, spoil: Callable) -> None:
     file = copies / "mds" / "manifest.parquet"
     pq.write_table(spoil(pq.read_table(file)), file)
+    assert main(["verify", str(copies / "mds")]) == 1
     assert "manifest" in (said := refused(copies / "mds")) or "holds no images in train" in said
 
 
@@ -129,3 +154,66 @@ def test_sets_that_no_batches_can_be_made_of(copies: Path) -> None:
     summary = copies / "wds" / "summary.json"
     summary.write_text(json.dumps(json.loads(summary.read_text()) | {"image_size": None}))
     assert "keeps the images in their own sizes" in refused(copies / "wds")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("image_size", value) for value in ("8", 0, -8, 8.5, 10**30, [], True)),
+        *(("channels", value) for value in (None, 2, "3")),
+        *(("classes", value) for value in (None, "0123456789", [1, 2], {})),
+        *(("settings", value) for value in (None, [], {"encode": 7}, {})),
+    ],
+)
+def test_a_summary_of_nonsense(copies: Path, field: str, value: object) -> None:
+    summary = copies / "wds" / "summary.json"
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {field: value}))
+    assert "its summary or manifest is not as written" in refused(copies / "wds")
+    with pytest.raises(UserError, match="is damaged"):
+        main(["show", str(copies / "wds")])
+
+
+def png(side: int, mode: str) -> bytes:
+    file = BytesIO()
+    Image.new(mode, (side, side)).save(file, "PNG")
+    return file.getvalue()
+
+
+def eps() -> bytes:
+    file = BytesIO()
+    Image.new("L", (8, 8)).save(file, "EPS")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("stored", "said"),
+    [
+        (b"garbage", "is no image of the set's kind"),
+        (eps(), "is no image of the set's kind"),  # Pillow has Ghostscript run it
+        (png(9, "L"), "is 9x9 L, not 8x8 L"),
+        (png(8, "RGB"), "is 8x8 RGB, not 8x8 L"),
+        (png(20_000, "1"), "not 8x8 L|decompression bomb"),
+    ],
+)
+def test_what_has_its_hash_and_is_no_stored_image(copies: Path, stored: bytes, said: str) -> None:
+    """A stranger's set can have any bytes under the right hash."""
+    folder = copies / "mds"
+    rows = pq.read_table(folder / "manifest.parquet")
+    table = rows.to_pylist()
+    shard = folder / table[0]["shard"]
+    last = [row for row in table if row["shard"] == table[0]["shard"]][-1]
+    last |= {"bytes": len(stored), "xxh3_64": xxh3_64_hexdigest(stored)}
+    shard.write_bytes(shard.read_bytes()[: last["offset"]] + stored)
+    pq.write_table(pa.Table.from_pylist(table, rows.schema), folder / "manifest.parquet")
+    with pytest.raises(UserError, match=said):
+        _ = open_shards(folder, last["split"])[last["index"]]
+
+
+def test_a_pipe_is_no_shard(copies: Path) -> None:
+    shards = open_shards(copies / "mds", "train")
+    file = sorted((copies / "mds" / "train").glob("*.mds"))[0]
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(UserError, match="it is not a regular file"):
+        _ = shards[0]
+    assert "is missing or cut short" in refused(copies / "mds")

@@ -2,6 +2,7 @@
 
 import pickle
 import zipfile
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,45 @@ def test_damaged_files(tmp_path: Path) -> None:
         file.write_bytes(bad)
         with pytest.raises(UserError, match=r"bad\.npz (is no \.npz, or|is) damaged"):
             measured(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sigma": -np.eye(DIM)}, "holds no covariance"),
+        ({"sigma": np.triu(np.ones((DIM, DIM)))}, "holds no covariance"),
+        ({"sigma": 5 - 4 * np.eye(DIM)}, "holds no covariance"),
+        ({"sigma": np.eye(DIM) * 1e200}, "out of all bounds"),
+        ({"mu": np.zeros(DIM, complex)}, "its mean are complex128, and not real numbers"),
+        ({"mu": np.full(DIM, "text")}, "its mean are <U4, and not real numbers"),
+        ({"mu": np.zeros((1, DIM))}, "its mean is"),
+        ({"features": np.zeros((3, 5))}, r"holds features \(3, 5\) and moments of 12"),
+        ({"features": np.full((3, DIM), np.nan)}, "holds features that are not finite"),
+        ({"split_scores": np.full(10, np.inf)}, "holds split_scores that are not finite"),
+        ({"about": np.array("[]")}, "what makes no sense"),
+        ({"about": np.array('{"version": 2}')}, "is of version 2, and this tarflow_dist knows"),
+        ({"about": np.array('{"count": "many"}')}, "what makes no sense"),
+        ({"about": np.array('{"image_shape": 7}')}, "what makes no sense"),
+        ({"about": np.array("[" * 100_000)}, "is damaged"),
+        ({"arr_0": np.zeros((0, 2, 2, 3), np.uint8)}, "holds 0 images, and a comparison needs two"),
+    ],
+)
+def test_numbers_that_no_images_have(tmp_path: Path, change: dict, said: str) -> None:
+    np.savez(tmp_path / "a.npz", **(moments() | change))
+    with pytest.raises(UserError, match=said):
+        measured(tmp_path / "a.npz")
+
+
+def test_no_room_is_made_for_what_is_not_there(tmp_path: Path) -> None:
+    """A header of 10¹² numbers, and none after it."""
+    header = BytesIO()
+    about = {"descr": "<f8", "fortran_order": False, "shape": (10**12,)}
+    np.lib.format.write_array_header_1_0(header, about)
+    np.savez(tmp_path / "a.npz", sigma=np.eye(1))
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+        archive.writestr("mu.npy", header.getvalue())
+    with pytest.raises(UserError, match="is damaged"):
+        measured(tmp_path / "a.npz")
 
 
 def test_files_of_something_else(tmp_path: Path) -> None:

@@ -12,11 +12,16 @@ import ranks
 import torch
 from commands import run
 
+from tarflow_dist.data.shards import open_shards
 from tarflow_dist.errors import UserError
+from tarflow_dist.evaluation import pipeline
+from tarflow_dist.evaluation.feature_set import FeatureSet
+from tarflow_dist.evaluation.features import PixelFeatures
 from tarflow_dist.evaluation.measure import check_image_shape
-from tarflow_dist.evaluation.reference_set import sha256
+from tarflow_dist.evaluation.reference_set import open_reference, sha256
 from tarflow_dist.evaluation.sampling import sample_labels
 from tarflow_dist.evaluation.settings import sweep_settings
+from tarflow_dist.evaluation.statistics import Gaussian
 from tarflow_dist.files import only_run
 from tarflow_dist.pretrained import TarFlow
 from tarflow_dist.sample_fid import check_arguments, main, parse_arguments
@@ -146,6 +151,47 @@ def test_points_of_a_sweep(model: Path) -> None:
     assert shown == [(0.0, False, 1.0), (0.0, True, 1.0), (1.5, False, 0.9), (1.5, True, 0.9)]
     shown = [(p["rule"], p["guide_blocks"]) for p in points.values()]
     assert shown == [("linear", None)] * 2 + [("gaussian", [0, 1])] * 2
+
+
+@pytest.mark.parametrize("num_classes", [7, 12])
+def test_a_model_of_other_classes_is_refused_before_any_work(
+    num_classes: int, digits: Path, tmp_path: Path
+) -> None:
+    flow = save_model(tmp_path / "model", num_classes)
+    extractor = PixelFeatures(flow.image_shape)
+    told = f"holds 10 classes, and the model has {num_classes}"
+    about = {"count": 297, "class_names": list("0123456789")}
+    moments = Gaussian(np.zeros(extractor.dim), np.eye(extractor.dim))
+    FeatureSet(moments, about=about).save(tmp_path / "a.npz")
+    for reference in (digits / "mds", tmp_path / "a.npz"):
+        with pytest.raises(UserError, match=told):
+            open_reference(
+                str(reference),
+                "val",
+                image_shape=flow.image_shape,
+                num_classes=num_classes,
+                extractor=extractor,
+            )
+    with pytest.raises(UserError, match=told):
+        open_shards(digits / "mds", "val").check_classes(num_classes)
+
+
+def draw_without_pictures(command: list[str]) -> None:
+    def fail(*args: object) -> None:
+        raise OSError("no pictures today")
+
+    pipeline.write_grid = fail
+    with pytest.raises(OSError, match="no pictures today"):
+        main(command)
+
+
+def test_figures_are_there_even_if_the_pictures_fail(
+    model: Path, digits: Path, tmp_path: Path
+) -> None:
+    command = ["--model", str(model), "--reference", str(digits / "mds"), "--split", "val"]
+    command += ["--features", "pixels", "--num-samples", "10", "--out", str(tmp_path)]
+    ranks.run(draw_without_pictures, command)
+    assert json.loads((tmp_path / "result.json").read_text())["frechet_distance"] > 0
 
 
 def test_reference_of_another_shape() -> None:

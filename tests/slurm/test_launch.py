@@ -172,7 +172,7 @@ def test_a_job_goes_on_while_there_is_progress(
         if outcome is not None:
             (job / "outcome.json").write_text(json.dumps(outcome))
         if checkpoint is not None:
-            (run / "checkpoints").mkdir(exist_ok=True)
+            (run / "checkpoints" / f"{checkpoint:011d}").mkdir(parents=True, exist_ok=True)
             (run / "checkpoints" / "latest").write_text(f"{checkpoint:011d}\n")
         return after.main([str(job), str(code)])
 

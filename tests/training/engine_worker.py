@@ -16,8 +16,9 @@ from tarflow_dist import config as configs
 from tarflow_dist import distributed
 from tarflow_dist.config import CheckpointConfig
 from tarflow_dist.flow.model import Flow
-from tarflow_dist.training.checkpoint import Checkpoint, newest
+from tarflow_dist.training.checkpoint import Checkpoint
 from tarflow_dist.training.engine import Engine
+from tarflow_dist.training.pointer import newest
 from tarflow_dist.training.saver import Saver
 from tarflow_dist.training.state import RunState
 
@@ -33,7 +34,7 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def new_flow(config: configs.Config) -> Flow:
     torch.manual_seed(0)
-    return Flow(**config.model.model_dump())
+    return Flow(**config.model.to_json())
 
 
 def new_engine(config: configs.Config) -> Engine:
@@ -73,7 +74,7 @@ def run_cell(config: configs.Config, folder: Path, elsewhere: Path | None) -> di
         engine.tensors(), RunState(images=HALF * BATCH, optimizer_steps=engine.optimizer_steps)
     )
     losses += train(engine, config, range(HALF, STEPS))  # while it is written
-    norm = engine.grad_norm()
+    norm = float(engine.grad_norm())
     saver.finish()
     checkpoint = newest(folder)
     assert checkpoint is not None

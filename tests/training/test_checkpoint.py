@@ -1,4 +1,5 @@
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,20 +8,25 @@ import torch
 
 from tarflow_dist.config import CheckpointConfig
 from tarflow_dist.errors import UserError
-from tarflow_dist.training.checkpoint import Checkpoint, newest, newest_whole
+from tarflow_dist.flow.config import FlowConfig
+from tarflow_dist.training.checkpoint import Checkpoint, newest_whole
+from tarflow_dist.training.pointer import give_up_after, newest
 from tarflow_dist.training.saver import Saver
 from tarflow_dist.training.state import RunState
 
+MODEL = FlowConfig(
+    image_size=8, patch_size=2, width=64, num_blocks=2, layers_per_block=[1, 2], sigma=0.1
+)
 TENSORS = {"weights/a": torch.randn(3, 4), "ema/a": torch.randn(3, 4), "buffers/v": torch.ones(2)}
 
 
 def saver(folder: Path, **config: object) -> Saver:
-    return Saver(folder, CheckpointConfig(every_images=1, **config), {"width": 64})
+    return Saver(folder, CheckpointConfig(every_images=1, **config), MODEL)
 
 
-def start(writing: Saver, images: int) -> None:
+def start(writing: Saver, images: int, val_loss: float | None = None) -> None:
     entries = [(key, tensor.numel(), lambda t=tensor: t) for key, tensor in TENSORS.items()]
-    writing.save(entries, RunState(images=images, mean_loss=0.5))
+    writing.save(entries, RunState(images=images, mean_loss=0.5, val_loss=val_loss))
 
 
 def write(folder: Path, images: int, **config: object) -> Path:
@@ -34,7 +40,7 @@ def test_what_is_saved_is_read(tmp_path: Path) -> None:
     saved = Checkpoint(write(tmp_path, 12_800))
     saved.verify()
     assert saved.state == RunState(images=12_800, mean_loss=0.5)
-    assert saved.model == {"width": 64}
+    assert saved.model == MODEL
     for key, tensor in TENSORS.items():
         assert torch.equal(saved.read(key), tensor)
     assert saved.read_all("ema").keys() == {"a"}
@@ -57,6 +63,17 @@ def test_the_last_ones_are_kept_and_found(tmp_path: Path) -> None:
     assert newest(tmp_path) == folders[-1]
     assert [f.exists() for f in folders] == [False, True, True]
     assert (tmp_path / "latest").read_text() == "00000012800\n"
+
+
+def test_the_best_one_stays(tmp_path: Path) -> None:
+    losses = {100: 3.0, 200: 1.0, 300: None, 400: 2.0, 500: 1.5, 600: 0.5, 700: 0.75}
+    left = []
+    for images, loss in losses.items():
+        writing = saver(tmp_path, keep=1, keep_best=True)
+        start(writing, images, loss)
+        writing.finish()
+        left.append(sorted(int(path.name) for path in tmp_path.glob("0*")))
+    assert left == [[100], [200], [200, 300], [200, 400], [200, 500], [600], [600, 700]]
 
 
 def test_permanent_ones_stay(tmp_path: Path) -> None:
@@ -83,6 +100,50 @@ def test_the_pointer_decides(tmp_path: Path) -> None:
     assert newest(tmp_path) == older
     (tmp_path / "latest").unlink()  # as if killed before the first pointer was written
     assert newest(tmp_path) == newer
+
+
+def a_folder(pointer: Path) -> None:
+    pointer.unlink()
+    pointer.mkdir()
+    (pointer / "kept").write_text("")
+
+
+def a_pipe(pointer: Path) -> None:
+    pointer.unlink()
+    os.mkfifo(pointer)
+
+
+BAD_POINTERS: dict[str, Callable[[Path], object]] = {
+    "empty": lambda pointer: pointer.write_bytes(b""),
+    "cut": lambda pointer: pointer.write_bytes(b"000000"),
+    "lower": lambda pointer: pointer.write_bytes(b"00000000001\n"),
+    "higher": lambda pointer: pointer.write_bytes(b"00000099999\n"),
+    "NUL": lambda pointer: pointer.write_bytes(bytes(12)),
+    "climbs": lambda pointer: pointer.write_bytes(b"../../other/checkpoints/00000000128"),
+    "not UTF-8": lambda pointer: pointer.write_bytes(b"\xff\xfe\x00"),
+    "huge": lambda pointer: pointer.write_bytes(b"9" * 10_000_000),
+    "folder": a_folder,
+    "pipe": a_pipe,
+}
+
+
+@pytest.mark.parametrize("spoil", BAD_POINTERS.values(), ids=BAD_POINTERS)
+def test_a_bad_pointer_is_named_and_costs_nothing(
+    spoil: Callable[[Path], object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    all_three = [write(tmp_path, images, keep=3) for images in (128, 256, 384)]
+    spoil(tmp_path / "latest")
+    saved = newest_whole(tmp_path)
+    assert saved is not None
+    assert saved.folder == all_three[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path / 'latest'} ")
+    assert line.endswith(": the newest whole checkpoint is taken")
+    give_up_after(saved.folder)
+    assert all(folder.is_dir() for folder in all_three)
+    following = write(tmp_path, 512, keep=4)
+    assert (tmp_path / "latest").read_text() == f"{following.name}\n"
+    assert all(folder.is_dir() for folder in all_three)
 
 
 def cut(folder: Path) -> None:
@@ -137,13 +198,36 @@ def test_nothing_in_it_is_pickled(tmp_path: Path) -> None:
     json.loads((folder / "state.json").read_text())
 
 
-def test_a_future_that_was_given_up_is_removed(tmp_path: Path) -> None:
+def test_a_future_that_was_given_up_is_removed_once_it_is_passed(tmp_path: Path) -> None:
     for images in (100, 200, 300):
         write(tmp_path, images, keep=3)
     (tmp_path / "latest").write_text("00000000100\n")
-    written = write(tmp_path, 150, keep=2)
-    assert newest(tmp_path) == written
-    assert {int(p.name) for p in tmp_path.iterdir() if p.is_dir()} == {100, 150}
+
+    def there() -> set[str]:
+        return {p.name.lstrip("0") for p in tmp_path.iterdir() if p.is_dir()}
+
+    write(tmp_path, 150, keep=4)
+    assert there() == {"100", "150", "200", "300"}  # nobody has given them up
+    chosen = newest(tmp_path)
+    assert chosen is not None
+    give_up_after(chosen)
+    assert there() == {"100", "150", "200.given-up", "300.given-up"}
+    write(tmp_path, 250, keep=4)
+    assert there() == {"100", "150", "250", "300.given-up"}
+    write(tmp_path, 300, keep=4)
+    assert there() == {"100", "150", "250", "300"}
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "", "a\0b"])
+def test_its_files_are_its_own(name: str, tmp_path: Path) -> None:
+    folder = write(tmp_path, 128)
+    content = json.loads((folder / "state.json").read_text())
+    (described,) = content["files"].values()
+    (folder / "tensors-00000.safetensors").rename(tmp_path / "outside.safetensors")
+    del content["xxh3_128"]  # by hand, and as before there was one
+    (folder / "state.json").write_text(json.dumps({**content, "files": {name: described}}))
+    with pytest.raises(UserError, match=r"is not a whole checkpoint \('.*' (leads|is no)"):
+        Checkpoint(folder)
 
 
 @pytest.mark.parametrize("on_failure", ["stop", "continue"])
@@ -172,3 +256,31 @@ def test_a_full_disk_is_told_and_leaves_the_earlier_one(
     start(writing, 384)
     with pytest.raises(UserError, match="No space left"):
         writing.finish()  # the last one of a run must succeed
+
+
+def test_no_flipped_bit_in_its_state_goes_unnoticed(tmp_path: Path) -> None:
+    folder = write(tmp_path, 128)
+    whole, file = Checkpoint(folder), folder / "state.json"
+    data = file.read_bytes()
+    noticed = 0
+    for bit in range(0, 8 * len(data), 3):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        try:
+            saved = Checkpoint(folder)
+            saved.verify()
+        except UserError:
+            noticed += 1
+        else:  # in white space, or the name of the hash
+            assert (saved.state, saved.model) == (whole.state, whole.model)
+    assert noticed > 0.7 * 8 * len(data) / 3
+
+
+def test_a_state_of_before_it_had_a_hash_is_read(tmp_path: Path) -> None:
+    folder = write(tmp_path, 128)
+    file = folder / "state.json"
+    content = json.loads(file.read_text())
+    del content["xxh3_128"]
+    file.write_text(json.dumps(content))
+    assert Checkpoint(folder).state.images == 128

@@ -13,7 +13,8 @@ import pytest
 from commands import ROOT, run
 
 from tarflow_dist.telemetry.metrics import read_metrics
-from tarflow_dist.training.checkpoint import Checkpoint, newest
+from tarflow_dist.training.checkpoint import Checkpoint
+from tarflow_dist.training.pointer import newest
 
 BATCH, STEPS = 32, 12
 SHORT = [

@@ -1,0 +1,30 @@
+"""The demo when it is interrupted: what it started ends with it, and it goes on later."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from commands import ROOT, processes_of
+
+RANKS_START = "demo/shards/mds/manifest.parquet"  # what is there when they do
+RANKS_TRAIN = "demo/run/metrics.jsonl"
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    ("there", "number"), [(RANKS_START, signal.SIGINT), (RANKS_TRAIN, signal.SIGTERM)]
+)
+def test_an_interrupted_demo_leaves_nothing_running(
+    there: str, number: signal.Signals, tmp_path: Path
+) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    process = subprocess.Popen([sys.executable, "-m", "tarflow_dist.demo"], cwd=tmp_path)
+    while not (tmp_path / there).exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait() == 130
+    assert processes_of(str(tmp_path)) == []
