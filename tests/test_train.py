@@ -79,7 +79,7 @@ def test_a_run_leaves_what_it_promises(unbroken: Path) -> None:
 @pytest.mark.e2e
 @pytest.mark.parametrize(
     "overrides",
-    [["train.micro_batch_size=4"], ["train.zero_stage=2"], ["train.zero_stage=3"]],
+    [["train.micro_batch_size=4", "train.zero_stage=2"], ["train.zero_stage=3"]],
 )
 def test_the_curve_is_the_same_on_two_ranks(
     overrides: list[str], unbroken: Path, digits: Path, tmp_path: Path
@@ -112,7 +112,7 @@ def test_the_held_out_loss_is_the_finished_models(unbroken: Path, digits: Path, 
 def test_bf16_stays_close(unbroken: Path, digits: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bf16"
     where = [f"run={folder}", f"data.path={digits / 'mds'}"]
-    run("tarflow_dist.train", *CURVE, *where, "train.precision=bf16", ranks=2)
+    run("tarflow_dist.train", *CURVE, *where, "train.precision=bf16")
     difference = largest_difference(losses(folder), losses(unbroken))
     assert 0 < difference < 1e-2
 
