@@ -26,10 +26,11 @@ from pydantic import (
 
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import read_regular, take_version
-from tarflow_dist.flow.config import FlowConfig
+from tarflow_dist.flow.config import FlowConfig, NoiseLevels
 from tarflow_dist.flow.guidance import Guidance
 
 Share = Annotated[float, Field(ge=0, le=1)]
+LossWeight = Literal["none", "sigma", "sigma_squared"]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -115,6 +116,13 @@ class TrainConfig(Section):
     the gathering of weights breaks each layer's graph."""
     label_drop: Share = 0.0
     """Share of images whose label is dropped, so that the model learns to do without (guidance)."""
+    noise_levels: NoiseLevels = "uniform"
+    """How an iTARFlow's noise level is drawn for each image: uniform in model.sigma_range,
+    uniform_squared (its square is), or lognormal (the exponential of a normal number of mean -1.2
+    and std 1, whatever the range)."""
+    loss_weight: LossWeight = "none"
+    """What an iTARFlow's loss of each image is multiplied by: its noise level, as published, or its
+    square; none weighs all alike."""
     stop_after: Annotated[timedelta, Field(gt=timedelta(0))] | None = None
     """Wall time (3:30:00, or seconds) after which the run saves and leaves as if interrupted."""
 
@@ -222,8 +230,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
-        if self.model.sigma_range is not None:
-            raise ValueError("model.sigma_range: an iTARFlow can't be trained here yet")
+        if self.model.sigma_range is None:
+            for name, default in (("noise_levels", "uniform"), ("loss_weight", "none")):
+                if getattr(self.train, name) != default:
+                    raise ValueError(
+                        f"train.{name} is for an iTARFlow, whose noise level varies: give "
+                        "model.sigma_range instead of model.sigma"
+                    )
         if self.train.label_drop and not self.model.num_classes:
             raise ValueError("train.label_drop is above 0, but model.num_classes is 0: no labels")
         if self.optimizer.warmup_images > self.train.images:

@@ -60,10 +60,13 @@ def main(argv: list[str]) -> None:
     )
     log_prob = mean_log_prob(flow, batches, draws=args.draws, seed=args.seed)
     if distributed.is_main():
-        noise = f"Gaussian noise, std {flow.sigma}" if flow.sigma else "uniform noise"
+        noise = "uniform noise"
+        if flow.noise == "gaussian":
+            levels = flow.sigma_range or (flow.sigma,)
+            noise = f"Gaussian noise, std {' to '.join(map(str, levels))}"
         print(f"{len(shards)} images of {args.data} {args.split}, {args.draws} draws of {noise}")
         print(f"loss            {loss_of(log_prob):.5f} nats a dimension")
-        if flow.sigma is None:
+        if flow.noise == "uniform":
             print(f"bits per dim    {bits_per_dim(log_prob):.5f}")
     distributed.shutdown()
 

@@ -158,7 +158,7 @@ class TarFlow(Flow):
         Args:
             y: B class ids, −1 for no label; None for an unconditional model.
             guidance, annealed, guide, attn_temp, rule, guide_blocks: see `Guidance`.
-            denoise: take the score step, which removes the training noise; models trained with
+            denoise: remove the training noise, as `denoise` does of its own; models trained with
                 uniform noise have none to remove.
             seed: of the noise.
             index: (B,) int64 sample indexes; sample i is the same image in every batch.
@@ -226,7 +226,7 @@ class TarFlow(Flow):
             if attempt:
                 again |= lost
             x = decode(*(lost * attempt).tolist())
-            if denoise and self.sigma is not None:
+            if denoise and self.noise == "gaussian":
                 x = self.denoise(x, y)
             kept = lost.to(x.device)[:, None, None, None]
             images = torch.where(kept, x, images)

@@ -68,7 +68,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--labels", type=whole_numbers, help="class ids with commas between; -1 for none")
     add("--count", type=int, help="images of each label, or of an unconditional model")
     add("--seed", type=int, default=0)
-    add("--no-denoise", action="store_true", help="leave the score step out")
+    add("--no-denoise", action="store_true", help="leave the training noise in")
     add("--out", type=Path, default=Path("samples.png"), help="a PNG")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -161,7 +161,7 @@ def trace(
     steps = [z]
     x = flow.decode(z, y, **guidance.arguments(), on_block=steps.append)
     images = [unpatchify(step, flow.patch_size, flow.image_size) for step in steps]
-    if flow.sigma is not None and not args.no_denoise:
+    if flow.noise == "gaussian" and not args.no_denoise:
         images.append(flow.denoise(x, y))
     return shown(flow, torch.stack(images, dim=1))
 
@@ -172,8 +172,9 @@ def reconstruct(flow: "TarFlow", x: "Tensor", y: "Tensor | None") -> "Tensor":
 
     from tarflow_dist.flow.patches import unpatchify
 
-    z = flow.encode(x, y)
-    back = flow.decode(z, y)
+    level = least_level(flow)
+    z = flow.encode(x, y, level)
+    back = flow.decode(z, y, sigma=level)
     print(f"largest difference after encode and decode: {float((back - x).abs().max()):.2g}")
     latents = unpatchify(z, flow.patch_size, flow.image_size) / 3  # ±3 standard deviations
     return shown(flow, torch.stack([x, latents, back], dim=1))
@@ -183,7 +184,8 @@ def interpolate(flow: "TarFlow", x: "Tensor", y: "Tensor | None", steps: int) ->
     """One row from the first image to the second, along the great circle of their latents."""
     import torch
 
-    z = flow.encode(x, y)
+    level = least_level(flow)
+    z = flow.encode(x, y, level)
     start, end = z[:1], z[1:]
     angle = torch.arccos(torch.cosine_similarity(start.flatten(), end.flatten(), dim=0))
     along = torch.linspace(0, 1, steps, dtype=z.dtype, device=z.device)[:, None, None]
@@ -193,7 +195,12 @@ def interpolate(flow: "TarFlow", x: "Tensor", y: "Tensor | None", steps: int) ->
         z = (1 - along) * start + along * end
     # the label changes half way, where there are two
     labels = None if y is None else torch.where(along.flatten() < 0.5, y[0], y[1])
-    return shown(flow, flow.decode(z, labels)[None])
+    return shown(flow, flow.decode(z, labels, sigma=level)[None])
+
+
+def least_level(flow: "TarFlow") -> float | None:
+    """An iTARFlow takes given images, which have no noise, for the least noisy that it knows."""
+    return None if flow.sigma_range is None else flow.sigma_range[0]
 
 
 def shown(flow: "TarFlow", images: "Tensor") -> "Tensor":

@@ -44,6 +44,8 @@ def test_what_is_dumped_loads_again(tmp_path: Path) -> None:
         ("model.width=100", "width 100 is not a multiple of head_dim 64"),
         ("model.layers_per_block=[1,2]", "has 2 entries, but num_blocks is 4"),
         ("model.noise=uniform", "sigma is 0.1, but noise is uniform"),
+        ("train.loss_weight=sigma", "give model.sigma_range instead of model.sigma"),
+        ("train.noise_levels=lognormal", "train.noise_levels is for an iTARFlow"),
         ("model.sigma=null", "noise is gaussian, which needs a sigma"),
         ("model.num_classes=0", "train.label_drop is above 0, but model.num_classes is 0"),
         ("checkpoint.keep_best=true", "must be a multiple of eval.every_images"),

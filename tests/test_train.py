@@ -202,6 +202,37 @@ def test_ranks_end_with_a_killed_torchrun(unbroken: Path, digits: Path, tmp_path
     assert largest_difference(losses(folder), losses(unbroken)) < 1e-5
 
 
+@pytest.mark.e2e
+def test_an_itarflow_trains_alike_on_two_ranks_and_after_a_kill(
+    digits: Path, tmp_path: Path
+) -> None:
+    """And is previewed, measured and sampled as any other model."""
+    arguments = [*CURVE, "model.sigma=null", "model.sigma_range=[0.05, 0.2]"]
+    arguments += ["train.loss_weight=sigma", f"data.path={digits / 'mds'}"]
+    arguments += [f"checkpoint.every_images={10 * BATCH}", f"preview.every_images={50 * BATCH}"]
+    alone, killed, two = (tmp_path / name for name in ("alone", "killed", "two"))
+    run("tarflow_dist.train", *arguments, f"run={alone}")
+    process = start([*arguments, f"run={killed}"], ranks=1)
+    wait_for_row(killed, 15 * BATCH)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    run("tarflow_dist.train", *arguments, f"run={killed}")
+    assert rows_without_timing(killed) == rows_without_timing(alone)
+    run("tarflow_dist.train", *arguments, f"run={two}", "train.zero_stage=3", ranks=2)
+    assert largest_difference(losses(two), losses(alone)) < 1e-5
+    bands = [sum("loss/sigma" in key for key in row) for row in read_metrics(alone)]
+    assert max(bands) == 4
+    assert val_losses(two) == pytest.approx(val_losses(alone), abs=1e-6)
+    (preview,) = (alone / "previews").iterdir()
+    assert preview.read_bytes() == (killed / "previews" / preview.name).read_bytes()
+    model, picture = tmp_path / "model", tmp_path / "grid.png"
+    run("tarflow_dist.convert", alone, model)
+    guided = ["--guidance", "0.5", "--rule", "scale", "--annealed"]
+    run("tarflow_dist.sample", model, "--labels", "1,2", *guided, "--out", picture)
+    said = run("tarflow_dist.evaluate_bpd", "--model", model, "--data", digits / "mds").stdout
+    assert "std 0.05 to 0.2" in said
+
+
 def test_what_changed_is_said_or_refused(unbroken: Path, digits: Path, tmp_path: Path) -> None:
     where = [f"run={unbroken}", f"data.path={digits / 'wds'}"]
     done = run("tarflow_dist.train", *CURVE, *where)

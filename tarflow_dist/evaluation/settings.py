@@ -28,8 +28,8 @@ def sweep_settings(
     Raises:
         UserError: guidance, denoising or labels that this model can't have.
     """
-    denoise = args.denoise or [flow.sigma is not None]
-    if flow.sigma is None and any(denoise):
+    denoise = args.denoise or [flow.noise == "gaussian"]
+    if flow.noise == "uniform" and any(denoise):
         raise UserError(
             f"{args.model} was trained with uniform noise, which leaves nothing to denoise: leave "
             "--denoise out"

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 Noise = Literal["gaussian", "uniform"]
+NoiseLevels = Literal["uniform", "uniform_squared", "lognormal"]
 # where sizes end that no machine holds: larger ones are mistakes or damage
 MOST_PIXELS, MOST_WIDTH, MOST_LAYERS, MOST_CLASSES = 1 << 16, 1 << 17, 1 << 12, 1 << 24
 LIMITS = {

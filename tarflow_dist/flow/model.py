@@ -112,8 +112,11 @@ class Flow(nn.Module):
         of each image in the mean over them; None weighs all alike."""
         if weight is None:
             return 0.5 * z.square().mean() - logdets.sum(dim=0).mean() / self.num_dims
-        losses = 0.5 * z.square().mean(dim=(1, 2)) - logdets.sum(dim=0) / self.num_dims
-        return (weight * losses).mean()
+        return (weight * self.losses(z, logdets)).mean()
+
+    def losses(self, z: Tensor, logdets: Tensor) -> Tensor:
+        """The loss of each image (B,), without weights."""
+        return 0.5 * z.square().mean(dim=(1, 2)) - logdets.sum(dim=0) / self.num_dims
 
     @torch.no_grad()
     def update_prior(self, mean_square: Tensor) -> None:

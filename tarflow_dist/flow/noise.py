@@ -15,8 +15,11 @@ def scale_pixels(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return pixels.to(dtype) / 127.5 - 1
 
 
-def add_gaussian(pixels: Tensor, normal: Tensor, sigma: float) -> Tensor:
-    """uint8 pixels and standard normal numbers of one shape → k/127.5 − 1 + σ·normal."""
+def add_gaussian(pixels: Tensor, normal: Tensor, sigma: float | Tensor) -> Tensor:
+    """uint8 pixels and standard normal numbers, both (B, C, H, W) → k/127.5 − 1 + σ·normal; σ is
+    that of all images, or of each, (B,)."""
+    if isinstance(sigma, Tensor):
+        sigma = sigma[:, None, None, None]
     return scale_pixels(pixels, normal.dtype) + sigma * normal
 
 

@@ -10,11 +10,15 @@ from tarflow_dist import rng
 from tarflow_dist.config import Config
 from tarflow_dist.data.loader import Batch
 from tarflow_dist.flow.noise import add_gaussian, dequantise
+from tarflow_dist.flow.noise_level import noise_levels
 
 
-def augment(batch: Batch, config: Config, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """uint8 images (B, C, H, W) → noisy images (B, C, H, W) float32, and labels (B,) int64 with −1
-    where dropped, or None for an unconditional model."""
+def augment(
+    batch: Batch, config: Config, device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """uint8 images (B, C, H, W) → noisy images (B, C, H, W) float32; labels (B,) int64 with −1
+    where dropped, or None for an unconditional model; the images' noise levels (B,) float32, or
+    None where the level is no condition."""
     pixels = batch.images.to(device, non_blocking=True)
     index = batch.index.to(device, non_blocking=True)
     epoch = batch.epoch.to(device, non_blocking=True)
@@ -26,15 +30,20 @@ def augment(batch: Batch, config: Config, device: torch.device) -> tuple[Tensor,
         mirrored = uniform((1, 1, 1), "flip") < 0.5
         pixels = torch.where(mirrored, pixels.flip(-1), pixels)
     shape = tuple(pixels.shape[1:])
-    if config.model.noise == "gaussian":
-        assert config.model.sigma is not None
+    model = config.model
+    sigma: float | Tensor | None = model.sigma
+    levels = None
+    if model.sigma_range is not None:
+        drawn = uniform((), "noise level")
+        levels = sigma = noise_levels(config.train.noise_levels, model.sigma_range, drawn).float()
+    if sigma is not None:
         normal = rng.normal(shape, seed=config.seed, purpose="noise", index=index, epoch=epoch)
-        x = add_gaussian(pixels, normal, config.model.sigma)
+        x = add_gaussian(pixels, normal, sigma)
     else:
         x = dequantise(pixels, uniform(shape, "noise"))
-    if not config.model.num_classes:
-        return x.float(), None
+    if not model.num_classes:
+        return x.float(), None, levels
     labels = batch.labels.to(device, non_blocking=True)
     if config.train.label_drop:
         labels = labels.masked_fill(uniform((), "label drop") < config.train.label_drop, -1)
-    return x.float(), labels
+    return x.float(), labels, levels

@@ -99,9 +99,11 @@ class Engine:
         self._zero_state.create(EMA)
         track_ema(optimizer)
 
-    def __call__(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, x: Tensor, y: Tensor | None, sigma: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The flow's forward pass: see `Flow.forward`."""
-        return self._engine(x, y)
+        return self._engine(x, y, sigma)
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of a pass's mean loss to the step's."""

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from tarflow_dist import distributed
-from tarflow_dist.config import Config
+from tarflow_dist.config import Config, LossWeight
 from tarflow_dist.data.loader import Batch
 from tarflow_dist.flow.units import bits_per_dim, log_prob_of
 from tarflow_dist.telemetry.pace import Pace
 from tarflow_dist.training.augment import augment
 from tarflow_dist.training.engine import Engine
 from tarflow_dist.training.health import BlockMonitor
+from tarflow_dist.training.noise_bands import NoiseBands
 from tarflow_dist.training.schedule import ema_decay, learning_rate
 from tarflow_dist.training.state import RunState
 
@@ -33,6 +34,7 @@ class StepResult:
         grad_norm: norm of the gradient over all parameters, before clipping.
         problem: why the step was left out; None if it was taken.
         uniform: whether the loss is that of 8-bit images, with bits a dimension.
+        bands: an iTARFlow's loss by noise level.
     """
 
     sums: Tensor
@@ -41,6 +43,7 @@ class StepResult:
     grad_norm: float | Tensor
     problem: str | None
     uniform: bool
+    bands: NoiseBands | None
 
     def figures(self) -> dict[str, float]:
         """Means over the global batch, in nats a dimension. Collective."""
@@ -52,7 +55,16 @@ class StepResult:
             whole["bits_per_dim"] = bits_per_dim(log_prob_of(loss))
         logdets = {f"logdet/block{t}": value for t, value in enumerate(blocks[:depth])}
         z2s = {f"mean_z2/block{t}": value for t, value in enumerate(blocks[depth:])}
-        return {**whole, **logdets, **z2s, "grad_norm": float(self.grad_norm), "lr": self.lr}
+        bands = {} if self.bands is None else self.bands.figures()
+        norm = float(self.grad_norm)
+        return {**whole, **bands, **logdets, **z2s, "grad_norm": norm, "lr": self.lr}
+
+
+def loss_weight(rule: LossWeight, sigma: Tensor | None) -> Tensor | None:
+    """The weight of each image (B,) in the loss, for its noise level; None weighs all alike."""
+    if rule == "none" or sigma is None:
+        return None
+    return sigma if rule == "sigma" else sigma.square()
 
 
 class Stepper:
@@ -81,15 +93,20 @@ class Stepper:
         passes = engine.accumulation_steps
         sums = torch.zeros(2 + len(flow.blocks), dtype=torch.float64, device=self._device)
         mean_square = torch.zeros_like(flow.var)
+        levels = flow.sigma_range
+        bands = None if levels is None else NoiseBands(levels, self._device)
         spike = None
         self._monitor.reset()
         for number in range(passes):
             with self._pace.waiting():
                 batch = next(self._batches)
             with self._pace.working():
-                z, logdets = engine(*augment(batch, config, self._device))
-                loss = flow.loss(z, logdets)
+                x, y, sigma = augment(batch, config, self._device)
+                z, logdets = engine(x, y, sigma)
+                loss = flow.loss(z, logdets, loss_weight(config.train.loss_weight, sigma))
             with torch.no_grad():
+                if bands is not None and sigma is not None:
+                    bands.add(sigma, flow.losses(z, logdets))
                 sums += torch.cat(
                     [torch.stack([loss, z.square().mean()]), logdets.mean(dim=1) / flow.num_dims]
                 )
@@ -107,7 +124,7 @@ class Stepper:
             flow.update_prior(distributed.sum_over_ranks(mean_square) / distributed.world_size())
         sums = torch.cat([sums, self._monitor.mean_z2])
         uniform = flow.noise == "uniform"
-        return StepResult(sums, passes, lr, engine.grad_norm(), problem, uniform)
+        return StepResult(sums, passes, lr, engine.grad_norm(), problem, uniform, bands)
 
     def _spike(self, loss_sum: float, state: RunState) -> str | None:
         """Whether the step's loss, summed over all passes and ranks, jumps above its recent average

@@ -9,6 +9,8 @@ import pytest
 from golden_model import CASES, golden_flow, golden_vectors
 
 STAGES = (0, 1, 2, 3)
+ITARFLOW = "itarflow"
+ALL = (*CASES, ITARFLOW)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def losses() -> dict[str, list[float]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL)
 @pytest.mark.parametrize("stage", STAGES)
 def test_losses_are_the_published_models(
     case: str, stage: int, losses: dict[str, list[float]]
@@ -40,7 +42,9 @@ def train(case: str, stage: int) -> list[float]:
     from tarflow_dist.training.engine import Engine
 
     flow, vectors = golden_flow(case, torch.float32), golden_vectors(case)
-    x, y = vectors["x"].float(), vectors.get("y")
+    x, y, sigma = vectors["x"].float(), vectors.get("y"), None
+    if case == ITARFLOW:
+        y, sigma = vectors["y_drop"], vectors["sigma"].float()
     config = Config.model_validate(
         {
             "run": "unused",
@@ -60,7 +64,7 @@ def train(case: str, stage: int) -> list[float]:
     engine = Engine(flow, config, len(x))
     losses = []
     for _ in range(6):
-        loss = flow.loss(*engine(x, y))
+        loss = flow.loss(*engine(x, y, sigma), sigma)
         losses.append(loss.item())
         engine.backward(loss)
         engine.step(lr=1e-3, ema_decay=0.99)
@@ -71,4 +75,4 @@ if __name__ == "__main__":
     from tarflow_dist import distributed
 
     distributed.init()
-    print(json.dumps({f"{case} {stage}": train(case, stage) for case in CASES for stage in STAGES}))
+    print(json.dumps({f"{case} {stage}": train(case, stage) for case in ALL for stage in STAGES}))
