@@ -10,6 +10,7 @@ from tarflow_dist.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from tarflow_dist.flow.denoise import Denoising
     from tarflow_dist.flow.guidance import Guidance
     from tarflow_dist.flow.model import Flow
     from tarflow_dist.pretrained import TarFlow
@@ -59,6 +60,46 @@ def guidance_of(args: argparse.Namespace, weight: float, flow: "Flow") -> "Guida
     except ValueError as error:
         raise UserError(str(error)) from error
     return guidance
+
+
+def add_denoising_options(add: Callable[..., object]) -> None:
+    """All that `denoising_of` reads."""
+    add(
+        "--denoise-steps",
+        type=int,
+        metavar="K",
+        help="of an iTARFlow: steps down from its largest noise level; default one each 0.01",
+    )
+    add(
+        "--denoise-clip",
+        action="store_true",
+        help="of an iTARFlow: keep what each step aims at in the range of pixels",
+    )
+    add(
+        "--denoise-stochastic",
+        action="store_true",
+        help="of an iTARFlow: add new noise at each step",
+    )
+
+
+def denoising_of(args: argparse.Namespace, flow: "Flow") -> "Denoising":
+    """The denoising that the options describe.
+
+    Raises:
+        UserError: this model can't have it.
+    """
+    from tarflow_dist.flow.denoise import Denoising
+
+    steps = args.denoise_steps
+    asked = Denoising(steps, args.denoise_clip, args.denoise_stochastic)
+    if flow.sigma_range is None and asked != Denoising():
+        raise UserError(
+            "--denoise-steps, --denoise-clip and --denoise-stochastic are for an iTARFlow: leave "
+            "them out, this model has one noise level"
+        )
+    if steps is not None and steps < 1:
+        raise UserError(f"--denoise-steps is {steps}, but must be 1 or more")
+    return asked
 
 
 def add_dtype_option(add: Callable[..., object]) -> None:

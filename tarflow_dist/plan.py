@@ -74,7 +74,8 @@ def _lines(result: Estimate, config: Config, card_memory: int) -> Iterator[str]:
         "checkpoint": f"{_si(result.checkpoint_bytes)}B; {config.checkpoint.keep} are kept",
         f"{sampling.count // 1000}k guided": f"{_si(sampling.count * sampling.flops)}FLOP, "
         f"{_si(sampling.count * sampling.cache_bytes)}B of keys and values, sequentially: at least "
-        f"{sampling.gpu_hours:,.1f} GPU hours",
+        f"{sampling.gpu_hours:,.1f} GPU hours"
+        + (f", {sampling.denoising_steps} score steps a sample" * (sampling.denoising_steps > 1)),
     }
     yield from (f"{name:<16}{text}" for name, text in rows.items())
     yield ""

@@ -12,6 +12,7 @@ from tarflow_dist import rng
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import describe, from_saved, read_sealed, regular, write_sealed, write_whole
 from tarflow_dist.flow.config import FlowConfig
+from tarflow_dist.flow.denoise import Denoising
 from tarflow_dist.flow.guidance import Guidance, Guide, Rule
 from tarflow_dist.flow.inverse import Solver
 from tarflow_dist.flow.model import Flow, Labels
@@ -146,6 +147,9 @@ class TarFlow(Flow):
         rule: Rule = "linear",
         guide_blocks: Sequence[int] | None = None,
         denoise: bool = True,
+        denoise_steps: int | None = None,
+        denoise_clip: bool = False,
+        denoise_stochastic: bool = False,
         seed: int = 0,
         index: Tensor | None = None,
         progress: bool = False,
@@ -160,6 +164,7 @@ class TarFlow(Flow):
             guidance, annealed, guide, attn_temp, rule, guide_blocks: see `Guidance`.
             denoise: remove the training noise, as `denoise` does of its own; models trained with
                 uniform noise have none to remove.
+            denoise_steps, denoise_clip, denoise_stochastic: see `Denoising`.
             seed: of the noise.
             index: (B,) int64 sample indexes; sample i is the same image in every batch.
                 0…B−1 unless given.
@@ -182,6 +187,7 @@ class TarFlow(Flow):
             seed=seed,
             index=index,
             progress=progress,
+            denoising=Denoising(denoise_steps, denoise_clip, denoise_stochastic),
             guidance=guidance,
             annealed=annealed,
             guide=guide,
@@ -200,9 +206,10 @@ class TarFlow(Flow):
         seed: int,
         index: Tensor,
         progress: bool = False,
+        denoising: Denoising | None = None,
         **guidance: Any,
     ) -> list[Draws]:
-        """`sample` for each value of `denoise`: with and without the score step, both from one
+        """`sample` for each value of `denoise`: with and without its noise, both from one
         decoding. `guidance` are the arguments of `Guidance`."""
         labels = self.labels(y, len(index))
         index = index.cpu()
@@ -213,21 +220,54 @@ class TarFlow(Flow):
             with Progress("sampling", len(self.blocks), unit="block", enabled=progress) as shown:
                 return self.decode(z, labels, on_block=partial(_count_block, shown), **guidance)
 
-        return [self._until_finite(decode, labels, index, score_step) for score_step in denoise]
+        def finished(denoise: bool, *attempts: int) -> Tensor:
+            x = decode(*attempts)
+            if not denoise or self.noise == "uniform":
+                return x
+            return self.denoised(x, labels, denoising or Denoising(), index=index, seed=seed)
 
-    def _until_finite(
-        self, decode: Callable[..., Tensor], y: Tensor | None, index: Tensor, denoise: bool
-    ) -> Draws:
-        """Samples `index`; `decode` takes the attempt that each of them is at."""
+        return [self._until_finite(partial(finished, wanted), index) for wanted in denoise]
+
+    def denoised(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        denoising: Denoising,
+        *,
+        index: Tensor,
+        seed: int,
+        on_step: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """`denoise` for the samples `index`: noise that is added on the way is a function of
+        (seed, index, step)."""
+
+        def normal(step: int) -> Tensor:
+            return rng.normal(
+                self.image_shape,
+                seed=seed,
+                purpose="denoising noise",
+                index=index.to(self.device),
+                epoch=step,
+            ).to(self.dtype)
+
+        return self.denoise(
+            x,
+            y,
+            steps=denoising.steps,
+            clip=denoising.clip,
+            normal=normal if denoising.stochastic else None,
+            on_step=on_step,
+        )
+
+    def _until_finite(self, draw: Callable[..., Tensor], index: Tensor) -> Draws:
+        """Samples `index`; `draw` takes the attempt that each of them is at."""
         again = torch.zeros(len(index), dtype=torch.bool)
         lost = ~again
         images = torch.empty(len(index), *self.image_shape, dtype=self.dtype, device=self.device)
         for attempt in range(ATTEMPTS):
             if attempt:
                 again |= lost
-            x = decode(*(lost * attempt).tolist())
-            if denoise and self.noise == "gaussian":
-                x = self.denoise(x, y)
+            x = draw(*(lost * attempt).tolist())
             kept = lost.to(x.device)[:, None, None, None]
             images = torch.where(kept, x, images)
             lost = lost & ~(x.abs() < RUNAWAY).flatten(1).all(dim=1).cpu()

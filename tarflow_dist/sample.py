@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 
 from tarflow_dist.errors import UserError, enough_memory, run_command
 from tarflow_dist.options import (
+    add_denoising_options,
     add_dtype_option,
     add_guidance_options,
+    denoising_of,
     guidance_of,
     load_model,
     whole_numbers,
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from tarflow_dist.pretrained import TarFlow
 
 GAP = 4
+STATIONS = 4
+"""Images of a denoising that are shown, the last one among them."""
 SHOWN_SIDE = 64
 """Pixels of an image in the grid: smaller ones are magnified as far as they go in whole steps."""
 
@@ -81,6 +85,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add_dtype_option(add)
     add("--guidance", type=float, default=0.0, help="w; default 0: none")
     add_guidance_options(add)
+    add_denoising_options(add)
     args = parser.parse_args(argv)
     if args.count is not None and args.count < 1:
         raise UserError("--count must be 1 or more")
@@ -138,6 +143,7 @@ def sample(
         y,
         **guidance.arguments(),
         denoise=not args.no_denoise,
+        **denoising_of(args, flow).arguments(),
         seed=args.seed,
         index=torch.arange(batch),
         progress=True,
@@ -151,7 +157,8 @@ def sample(
 def trace(
     flow: "TarFlow", y: "Tensor | None", guidance: "Guidance", args: argparse.Namespace
 ) -> "Tensor":
-    """A row a sample: its noise, what each block makes of it, and the image denoised."""
+    """A row a sample: its noise, what each block makes of it, and the image denoised, by an
+    iTARFlow with some stations on the way."""
     import torch
 
     from tarflow_dist.flow.patches import unpatchify
@@ -162,7 +169,11 @@ def trace(
     x = flow.decode(z, y, **guidance.arguments(), on_block=steps.append)
     images = [unpatchify(step, flow.patch_size, flow.image_size) for step in steps]
     if flow.noise == "gaussian" and not args.no_denoise:
-        images.append(flow.denoise(x, y))
+        path: list[Tensor] = []
+        index, denoising = torch.arange(batch), denoising_of(args, flow)
+        flow.denoised(x, y, denoising, index=index, seed=args.seed, on_step=path.append)
+        every = -(-len(path) // STATIONS)
+        images += path[::-1][::every][::-1]
     return shown(flow, torch.stack(images, dim=1))
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tarflow_dist.errors import UserError, run_command
 from tarflow_dist.evaluation.features import EXTRACTORS, check_features
-from tarflow_dist.options import add_dtype_option, add_guidance_options
+from tarflow_dist.options import add_denoising_options, add_dtype_option, add_guidance_options
 
 if TYPE_CHECKING:
     from tarflow_dist.evaluation.wandb_log import TrainingRun
@@ -49,8 +49,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add(
         "--denoise",
         type=switches,
-        help="take the score step: 0, 1, or 0,1 for both; default 1 if the model has a sigma",
+        help="remove the training noise: 0, 1, or 0,1 for both; default 1 if it was gaussian",
     )
+    add_denoising_options(add)
     add(
         "--labels",
         help="of a conditional model: random, balanced, or class ids that take turns, 3,7; "

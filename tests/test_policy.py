@@ -234,6 +234,7 @@ def test_traces_and_ways_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--out", "nowhere/out.png"], "there is no folder"),
         (["--count", "0"], "--count must be 1 or more"),
         (["--device", "abacus"], "--device abacus"),
+        (["--denoise-steps", "3"], "for an iTARFlow: leave them out"),
     ],
 )
 def test_what_sample_refuses(arguments: list[str], message: str, tmp_path: Path) -> None:

@@ -231,6 +231,11 @@ def test_an_itarflow_trains_alike_on_two_ranks_and_after_a_kill(
     run("tarflow_dist.sample", model, "--labels", "1,2", *guided, "--out", picture)
     said = run("tarflow_dist.evaluate_bpd", "--model", model, "--data", digits / "mds").stdout
     assert "std 0.05 to 0.2" in said
+    where = ["--model", model, "--reference", digits / "mds", "--out", tmp_path / "samples"]
+    how = ["--num-samples", 20, "--features", "pixels", "--denoise-steps", 3]
+    run("tarflow_dist.sample_fid", *where, *how, ranks=2)
+    result = json.loads((tmp_path / "samples" / "result.json").read_text())
+    assert result["denoise_steps"] == 3
 
 
 def test_what_changed_is_said_or_refused(unbroken: Path, digits: Path, tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ class Sampling:
 
     Attributes:
         flops: operations a sample, denoising included.
+        denoising_steps: score steps a sample.
         cache_bytes: keys and values read a sample.
         weight_bytes: weights read a sample, shared by a batch.
         gpu_hours: for all samples, at the card's full bandwidth, and denoising at the stated MFU:
@@ -70,6 +71,7 @@ class Sampling:
     count: int
     batch_size: int
     flops: int
+    denoising_steps: int
     cache_bytes: int
     weight_bytes: float
     gpu_hours: float
@@ -232,11 +234,14 @@ def _sampling(counts: Counts, card: Card, mfu: float) -> Sampling:
     weight_bytes = steps * linear * 2 / batch_size
     decode = passes * (2 * steps * linear + layers * 4 * keys_read * w)
     seconds = (cache_bytes + weight_bytes) / card.bandwidth
-    seconds += counts.denoising_flops / (mfu * card.bf16_flops)
+    denoising_steps = counts.config.denoising_steps
+    denoising_flops = denoising_steps * counts.denoising_flops
+    seconds += denoising_flops / (mfu * card.bf16_flops)
     return Sampling(
         count,
         batch_size,
-        decode + counts.denoising_flops,
+        decode + denoising_flops,
+        denoising_steps,
         cache_bytes,
         weight_bytes,
         count * seconds / 3600,

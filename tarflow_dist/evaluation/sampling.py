@@ -17,6 +17,7 @@ from tarflow_dist import rng
 from tarflow_dist.distributed import Counter, from_main, gather, is_main
 from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError, enough_memory
 from tarflow_dist.evaluation.store import NO_LABEL, SampleStore
+from tarflow_dist.flow.denoise import Denoising
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.pretrained import Draws, TarFlow
 from tarflow_dist.telemetry.progress import Progress
@@ -62,6 +63,11 @@ def make_draw(flow: TarFlow, settings: Sequence[dict[str, Any]]) -> Draw:
     """Draws for stores of these `settings`, which differ in "denoise" alone: "labels" is a rule of
     `sample_labels`, or None for an unconditional model; the others are `TarFlow.draw`'s own."""
     chosen = {name: settings[0][name] for name in ("seed", *Guidance().arguments())}
+    denoising = Denoising(
+        settings[0].get("denoise_steps"),
+        settings[0].get("denoise_clip", False),
+        settings[0].get("denoise_stochastic", False),
+    )
     rule, seed = settings[0]["labels"], settings[0]["seed"]
 
     def draw(index: Tensor, places: list[int]) -> tuple[Tensor, list[Draws]]:
@@ -69,7 +75,7 @@ def make_draw(flow: TarFlow, settings: Sequence[dict[str, Any]]) -> Draw:
         y = None
         if rule is not None:
             y = sample_labels(rule, index, num_classes=flow.num_classes, seed=seed)
-        drawn = flow.draw(y, denoise, index=index, **chosen)
+        drawn = flow.draw(y, denoise, index=index, denoising=denoising, **chosen)
         return torch.full_like(index, NO_LABEL) if y is None else y, drawn
 
     return draw

@@ -3,13 +3,14 @@
 import argparse
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation.reference_set import sha256
 from tarflow_dist.flow.guidance import Guidance
-from tarflow_dist.options import guidance_of
+from tarflow_dist.options import denoising_of, guidance_of
 from tarflow_dist.policy import dtype_name
 from tarflow_dist.pretrained import TarFlow
 
@@ -45,6 +46,10 @@ def sweep_settings(
         "labels": label_rule(args, flow),
         "uint8_rule": UINT8_RULES[flow.noise],
     }
+    denoising = denoising_of(args, flow)
+    if flow.sigma_range is not None:
+        steps = denoising.steps or flow.config.denoising_steps
+        common |= replace(denoising, steps=steps).arguments()
     points = {}
     for weight, score_step in pairs:
         # the options are for a sweep's guided points

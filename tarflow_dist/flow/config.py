@@ -8,6 +8,8 @@ Noise = Literal["gaussian", "uniform"]
 NoiseLevels = Literal["uniform", "uniform_squared", "lognormal"]
 # where sizes end that no machine holds: larger ones are mistakes or damage
 MOST_PIXELS, MOST_WIDTH, MOST_LAYERS, MOST_CLASSES = 1 << 16, 1 << 17, 1 << 12, 1 << 24
+SIGMA_STEP = 0.01
+"""From one noise level to the next, where the number of denoising steps is not given."""
 LIMITS = {
     "image_size": MOST_PIXELS,
     "patch_size": MOST_PIXELS,
@@ -123,6 +125,13 @@ class FlowConfig:
         if isinstance(self.layers_per_block, list):
             return self.layers_per_block
         return [self.layers_per_block] * self.num_blocks
+
+    @property
+    def denoising_steps(self) -> int:
+        """Score steps that a sample is denoised in, unless told otherwise."""
+        if self.sigma_range is not None:
+            return int(self.sigma_range[1] / SIGMA_STEP)
+        return 1 if self.noise == "gaussian" else 0
 
     @property
     def num_patches(self) -> int:

@@ -1,13 +1,38 @@
 """Removing the training noise from samples, along the flow's own score."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # (B, C, H, W) and labels (B,) or None → (B,) nats, up to a constant
 LogProb = Callable[[Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """How an iTARFlow's samples are denoised.
+
+    Attributes:
+        steps: from the largest noise level down; None is the model's own number.
+        clip: keep what each step aims at in [−1, 1].
+        stochastic: add new noise at each step.
+    """
+
+    steps: int | None = None
+    clip: bool = False
+    stochastic: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of `TarFlow.sample`."""
+        return {
+            "denoise_steps": self.steps,
+            "denoise_clip": self.clip,
+            "denoise_stochastic": self.stochastic,
+        }
 
 
 def score_denoise(
@@ -37,7 +62,8 @@ def denoise_in_steps(
     levels: Sequence[float],
     *,
     clip: bool,
-    normal: Callable[[int], Tensor] | None,
+    normal: Callable[[int], Tensor] | None = None,
+    on_step: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Iterative denoising (iTARFlow): from each noise level to the next on the line that leads to
     the score step's answer, which is the last level's result.
@@ -49,6 +75,7 @@ def denoise_in_steps(
         clip: keep the score step's answers in [−1, 1].
         normal: step → standard normal numbers like x, for the stochastic rule; None for the
             deterministic one.
+        on_step: called after each step, with the images at the next level.
     """
     for step, (sigma, lower) in enumerate(pairwise([*levels, 0.0])):
         clean = score_step(x, sigma)
@@ -59,4 +86,6 @@ def denoise_in_steps(
             kept = (lower / sigma) ** 2
             direction = kept**0.5 * direction + (1 - kept) ** 0.5 * normal(step)
         x = clean + lower * direction
+        if on_step is not None:
+            on_step(x)
     return x

@@ -22,8 +22,6 @@ DENOISE_SHARE = 4
 can take other kernels, and samples shall have the same bits every time."""
 FLOATS_KEPT = 20
 """By autograd for the backward pass, for each patch, layer and channel (counted: 10 to 19)."""
-SIGMA_STEP = 0.01
-"""From one noise level to the next, where the number of denoising steps is not given."""
 
 Labels = Tensor | Sequence[int]
 """Class ids, one a sample."""
@@ -211,6 +209,7 @@ class Flow(nn.Module):
         steps: int | None = None,
         clip: bool = False,
         normal: Callable[[int], Tensor] | None = None,
+        on_step: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """Removes the training noise from samples, with the unit prior.
 
@@ -222,6 +221,7 @@ class Flow(nn.Module):
             x: (B, C, H, W).
             y: (B,) int64, −1 = no label, None for an unconditional model.
             steps, clip, normal: of an iTARFlow alone; the last two as in `denoise_in_steps`.
+            on_step: called with the images after each step.
 
         Raises:
             ValueError: a uniform-noise model has no σ of its own; steps or clipping where one step
@@ -240,14 +240,22 @@ class Flow(nn.Module):
                 raise ValueError(
                     "this model was trained with uniform noise and has no sigma: give one"
                 )
-            return self._score_step(x, y, sigma)
+            x = self._score_step(x, y, sigma)
+            if on_step is not None:
+                on_step(x)
+            return x
         least, largest = self.sigma_range
-        steps = int(largest / SIGMA_STEP) if steps is None else steps
+        steps = self.config.denoising_steps if steps is None else steps
         if steps < 1:
             raise ValueError(f"steps is {steps}, but must be 1 or more")
         levels = torch.linspace(largest, least, steps, dtype=torch.float64).tolist()
         return denoise_in_steps(
-            lambda x, sigma: self._score_step(x, y, sigma), x, levels, clip=clip, normal=normal
+            lambda x, sigma: self._score_step(x, y, sigma),
+            x,
+            levels,
+            clip=clip,
+            normal=normal,
+            on_step=on_step,
         )
 
     def _score_step(self, x: Tensor, y: Tensor | None, sigma: float) -> Tensor:

@@ -7,6 +7,7 @@ from golden_model import golden_flow, golden_vectors, settings
 from tarflow_dist.flow.denoise import denoise_in_steps
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.flow.inverse import Solver
+from tarflow_dist.pretrained import TarFlow
 
 CASE = "itarflow"
 REVERSES = settings(CASE)["reverse"]
@@ -146,3 +147,33 @@ def test_stochastic_steps_keep_the_noise_at_its_level() -> None:
     x = denoise_in_steps(score_step, x, levels, clip=False, normal=normal)
     assert seen == pytest.approx(levels, rel=0.02)
     assert torch.equal(x, torch.full_like(x, a))
+
+
+def a_sampler() -> TarFlow:
+    flow = golden_flow(CASE, torch.float64)
+    sampler = TarFlow(**flow.config.to_json()).double()
+    sampler.load_state_dict(flow.state_dict())
+    return sampler.requires_grad_(False)
+
+
+def test_samples_are_decoded_at_the_largest_level_and_denoised_in_steps() -> None:
+    flow, y = a_sampler(), golden_vectors(CASE)["y"]
+    index = torch.arange(len(y))
+    x = flow.decode(flow.noise_of(index, seed=3), y, sigma=0.3)
+    for sigma, lower in [(0.3, 0.155), (0.155, 0.01), (0.01, 0.0)]:
+        part = x.requires_grad_()
+        score = torch.autograd.grad(flow.log_prob(part, y, sigma).sum(), part)[0]
+        clean = (x + sigma**2 * score).detach().clamp(-1, 1)
+        x = clean + lower / sigma * (x.detach() - clean)
+    expected = ((x + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1)
+    images = flow.sample(y, seed=3, denoise_steps=3, denoise_clip=True)
+    assert (images - expected).abs().max() <= 1
+    assert (images == expected).double().mean() > 0.999
+
+
+def test_noise_added_on_the_way_belongs_to_the_sample() -> None:
+    flow, y = a_sampler(), golden_vectors(CASE)["y"]
+    stochastic = flow.sample(y, denoise_steps=4, denoise_stochastic=True)
+    part = flow.sample(y[2:4], index=torch.tensor([2, 3]), denoise_steps=4, denoise_stochastic=True)
+    assert torch.equal(part, stochastic[2:4])
+    assert not torch.equal(flow.sample(y, denoise_steps=4), stochastic)
