@@ -18,10 +18,15 @@ WAITS = {0: 2, 1: 3, 2: 3, 3: 2}
 """Of a step for the card, at each ZeRO stage: all in the optimiser, none in the passes."""
 
 
-def train(tmp_path: Path, device: str, stage: int) -> dict:
+def train(tmp_path: Path, device: str, stage: int, *others: str) -> dict:
     out = tmp_path / f"{device}.json"
     worker = Path(__file__).with_name("pretended_worker.py")
-    config = [f"train.zero_stage={stage}", "train.precision=fp32", f"run={tmp_path / 'run'}"]
+    config = [
+        f"train.zero_stage={stage}",
+        "train.precision=fp32",
+        f"run={tmp_path / 'run'}",
+        *others,
+    ]
     done = subprocess.run(
         [sys.executable, worker, ROOT / "configs/digits.yaml", out, device, *SMALL, *config],
         env=os.environ
@@ -48,3 +53,11 @@ def test_a_step_mixes_no_devices_and_seldom_waits(
     assert on_card["losses"] == pytest.approx(losses, abs=1e-6)
     waits = on_card["waits"][1]
     assert sum(waits.values()) <= WAITS[stage], waits
+
+
+def test_nor_does_an_itarflows(tmp_path: Path) -> None:
+    model = ("model.sigma=null", "model.sigma_range=[0.1, 0.3]", "train.loss_weight=sigma")
+    on_card, on_cpu = (train(tmp_path, device, 1, *model) for device in ("cuda", "cpu"))
+    assert on_card["losses"] == pytest.approx(on_cpu["losses"], abs=1e-6)
+    waits = on_card["waits"][1]
+    assert sum(waits.values()) <= WAITS[1], waits
