@@ -63,6 +63,8 @@ def _lines(result: Estimate, config: Config, card_memory: int) -> Iterator[str]:
     recompute = "every layer" if every == 1 else f"1 layer in {every}"
     source = "" if result.image_bytes_measured else ", if stored raw"
     batch = f"{train.batch_size} images, {result.micro_batch} a GPU and pass"
+    steps = sampling.denoising_steps
+    score_steps = f", {steps} score steps a sample" if steps > 1 else ""
     rows = {
         "parameters": f"{result.parameters / 1e6:,.1f} M",
         "batch": f"{batch}, {result.passes} passes a step" if result.passes > 1 else batch,
@@ -74,8 +76,7 @@ def _lines(result: Estimate, config: Config, card_memory: int) -> Iterator[str]:
         "checkpoint": f"{_si(result.checkpoint_bytes)}B; {config.checkpoint.keep} are kept",
         f"{sampling.count // 1000}k guided": f"{_si(sampling.count * sampling.flops)}FLOP, "
         f"{_si(sampling.count * sampling.cache_bytes)}B of keys and values, sequentially: at least "
-        f"{sampling.gpu_hours:,.1f} GPU hours"
-        + (f", {sampling.denoising_steps} score steps a sample" * (sampling.denoising_steps > 1)),
+        f"{sampling.gpu_hours:,.1f} GPU hours{score_steps}",
     }
     yield from (f"{name:<16}{text}" for name, text in rows.items())
     yield ""

@@ -97,8 +97,13 @@ def _checked(file: Path, about: Any) -> dict[str, Any]:
     Raises:
         UserError: it isn't.
     """
-    kinds = {"count": int, "features": str, "features_sha256": str, "class_names": list}
-    kinds["image_shape"] = list
+    kinds = {
+        "count": int,
+        "features": str,
+        "features_sha256": str,
+        "class_names": list,
+        "image_shape": list,
+    }
     if not isinstance(about, dict) or any(
         not isinstance(about.get(name), kind | None) for name, kind in kinds.items()
     ):

@@ -288,13 +288,13 @@ class Flow(nn.Module):
                 "this model has the noise level as a condition: give sigma, the std of the noise "
                 f"in the images, from {self.sigma_range[0]:g} to {self.sigma_range[1]:g}"
             )
-        levels = torch.as_tensor(sigma, dtype=self.dtype, device=self.device)
+        levels = torch.as_tensor(sigma, dtype=self.dtype)  # a number is judged without the device
         if levels.shape not in ((), (batch,)) or not (levels > 0).all():
             raise ValueError(
                 f"sigma should be a number above 0, or {batch} of them, one an image; got "
                 f"{tuple(levels.shape)}, from {float(levels.min()):g}"
             )
-        return levels.expand(batch)
+        return levels.to(self.device).expand(batch)
 
     def _given_images(self, x: Tensor, y: Labels | None) -> tuple[Tensor, Tensor | None]:
         if x.ndim != 4 or x.shape[1:] != self.image_shape:
