@@ -2,8 +2,9 @@
 
     python -m benchmarks.sampling MODEL --published PATH --gs-jacobi PATH [--batch-sizes 1 4 16]
 
-PATH are checkouts of apple/ml-tarflow and encoreus/GS-Jacobi_for_TarFlow; what is absent is left
-out. The ways take turns within a round; ratios are medians of the rounds' ratios. MODEL should be
+PATH are checkouts of apple/ml-tarflow, or apple/ml-itarflow for an iTARFlow, and
+encoreus/GS-Jacobi_for_TarFlow; what is absent is left out. An iTARFlow's score step is timed
+too. The ways take turns within a round; ratios are medians of the rounds' ratios. MODEL should be
 calibrated before, for the same guidance and batch sizes.
 """
 
@@ -29,6 +30,7 @@ from tarflow_dist.flow.noise import to_pixels
 GS_JACOBI = [(0, 1, 0.0), (1, 256, 1e-6), (8, 256, 1e-6), (16, 256, 1e-6), (8, 256, 1e-4)]
 # whose times are divided by each way's
 PEERS = ("sequential", "published")
+SCORE_STEPS = ("score step", "score step, published")
 
 
 def main() -> None:
@@ -53,7 +55,8 @@ def main() -> None:
 def compare(flow: TarFlow, batch: int, args: argparse.Namespace) -> None:
     index = torch.arange(batch, device=flow.device)
     z, y = flow.noise_of(index, seed=1), index * 7 % flow.num_classes
-    guidance = Guidance(args.guidance)
+    # iTARFlow's published rule is another
+    guidance = Guidance(args.guidance, rule="linear" if flow.sigma_range is None else "scale")
     sequential = [SEQUENTIAL] * len(flow.blocks)
     ways: dict[str, Callable[[], Tensor]] = {
         "sequential": lambda: flow.decode(z, y, **guidance.arguments(), solvers=sequential)
@@ -62,7 +65,10 @@ def compare(flow: TarFlow, batch: int, args: argparse.Namespace) -> None:
         ways["calibrated"] = lambda: flow.decode(z, y, **guidance.arguments())
     if args.published:
         published = load_peer(args.published, "transformer_flow", flow)
-        ways["published"] = lambda: published.reverse(z.clone(), y, guidance=args.guidance)
+        more = (
+            {} if flow.sigma_range is None else {"t": torch.full((batch, 1), flow.sigma_range[1])}
+        )
+        ways["published"] = lambda: published.reverse(z.clone(), y, guidance=args.guidance, **more)
     if args.gs_jacobi:
         peer = load_peer(args.gs_jacobi, "GS_Jacobi_sampling", flow)
         for segments, sweeps, bound in GS_JACOBI:
@@ -77,6 +83,12 @@ def compare(flow: TarFlow, batch: int, args: argparse.Namespace) -> None:
     runs = {name: partial(clock, name, way, images, flow.device) for name, way in ways.items()}
     nothing = torch.zeros(2 * batch, *flow.image_shape, device=flow.device)
     runs["two forward passes"] = lambda: timed(lambda: flow(nothing), flow.device)
+    if flow.sigma_range is not None:
+        x, sigma = torch.zeros(batch, *flow.image_shape, device=flow.device), flow.sigma_range[1]
+        runs["score step"] = lambda: timed(lambda: flow.denoise(x, y, sigma), flow.device)
+        if args.published:
+            step = partial(published_score_step, published, x, y, sigma)
+            runs["score step, published"] = lambda: timed(step, flow.device)
     times = alternate(runs, rounds=args.rounds)
 
     print(f"\nbatch {batch}, guidance {args.guidance}, {args.device}, N = {flow.num_patches}")
@@ -85,7 +97,8 @@ def compare(flow: TarFlow, batch: int, args: argparse.Namespace) -> None:
     print("|---|---|---|---|---|---|")
     exact = images["sequential"]
     for name, took in times.items():
-        against = [f"{ratio(times[peer], took):.2f}" if peer in times else "" for peer in PEERS]
+        peers = SCORE_STEPS if name in SCORE_STEPS else PEERS
+        against = [f"{ratio(times[peer], took):.2f}" if peer in times else "" for peer in peers]
         error = ["", ""]
         if name in images:
             equal = to_pixels(images[name], flow.noise) == to_pixels(exact, flow.noise)
@@ -104,16 +117,39 @@ def clock(
     return timed(draw, device)
 
 
+def published_score_step(peer: Any, x: Tensor, y: Tensor, sigma: float) -> Tensor:
+    """As apple/ml-itarflow's evaluation takes it."""
+    x = x.clone().requires_grad_()
+    with torch.enable_grad():
+        z, _, logdets, _ = peer(x, y, torch.full((len(x), 1), sigma, device=x.device))
+        loss = peer.get_loss(z, logdets, None, torch.ones(len(x), device=x.device))
+        (gradient,) = torch.autograd.grad(loss, x)
+    return x.detach() - sigma**2 * x.numel() * gradient
+
+
 def load_peer(folder: Path, module: str, flow: TarFlow) -> Any:
     """The published model of flow's size, with its weights."""
     sys.path.insert(0, str(folder))
     config = flow.config
-    peer = __import__(module).Model(
-        in_channels=config.in_channels, img_size=config.image_size,
-        patch_size=config.patch_size, channels=config.width,
-        num_blocks=config.num_blocks, layers_per_block=config.layers_per_block,
-        num_classes=config.num_classes,
-    )  # fmt: skip
+    common = {
+        "in_channels": config.in_channels,
+        "img_size": config.image_size,
+        "num_blocks": config.num_blocks,
+        "num_classes": config.num_classes,
+    }
+    if flow.sigma_range is None:
+        sizes = {
+            "patch_size": config.patch_size,
+            "channels": config.width,
+            "layers_per_block": config.layers_per_block,
+        }
+    else:
+        sizes = {
+            "patch_sizes": [config.patch_size],
+            "channels": [config.width],
+            "layers_per_block": config.layers,
+        }
+    peer = __import__(module).Model(**common, **sizes)
     peer.load_state_dict(flow.state_dict(), strict=False)  # but for its attention masks
     return peer.requires_grad_(False).to(flow.device)
 

@@ -62,13 +62,23 @@ def guidance_of(args: argparse.Namespace, weight: float, flow: "Flow") -> "Guida
     return guidance
 
 
-def add_denoising_options(add: Callable[..., object]) -> None:
-    """All that `denoising_of` reads."""
+def add_denoising_options(
+    add: Callable[..., object], *, steps: Callable[[str], object], more: str = ""
+) -> None:
+    """All that `denoising_of` reads, and --denoise-steps, of the type `steps`."""
     add(
         "--denoise-steps",
-        type=int,
+        type=steps,
         metavar="K",
-        help="of an iTARFlow: steps down from its largest noise level; default one each 0.01",
+        help="of an iTARFlow: steps down from its largest noise level; default one each 0.01"
+        + more,
+    )
+    add(
+        "--denoise-order",
+        type=int,
+        choices=(1, 2),
+        default=1,
+        help="of an iTARFlow: 2 needs a third of the steps; default 1, as published",
     )
     add(
         "--denoise-clip",
@@ -82,23 +92,29 @@ def add_denoising_options(add: Callable[..., object]) -> None:
     )
 
 
-def denoising_of(args: argparse.Namespace, flow: "Flow") -> "Denoising":
-    """The denoising that the options describe.
+def denoising_of(
+    args: argparse.Namespace, steps: int | None, flow: "Flow", *, wanted: bool
+) -> "Denoising":
+    """The denoising that the options describe, in `steps`.
+
+    Args:
+        wanted: whether anything is denoised.
 
     Raises:
-        UserError: this model can't have it.
+        UserError: this model can't have it, or nothing is denoised.
     """
     from tarflow_dist.flow.denoise import Denoising
 
-    steps = args.denoise_steps
-    asked = Denoising(steps, args.denoise_clip, args.denoise_stochastic)
-    if flow.sigma_range is None and asked != Denoising():
+    try:
+        asked = Denoising(steps, args.denoise_clip, args.denoise_stochastic, args.denoise_order)
+    except ValueError as error:
+        raise UserError(f"--denoise-…: {error}") from error
+    if asked != Denoising() and (flow.sigma_range is None or not wanted):
+        why = "and nothing is" if not wanted else "and this model has one noise level"
         raise UserError(
-            "--denoise-steps, --denoise-clip and --denoise-stochastic are for an iTARFlow: leave "
-            "them out, this model has one noise level"
+            "--denoise-steps, --denoise-order, --denoise-clip and --denoise-stochastic say how an "
+            f"iTARFlow's samples are denoised, {why}: leave them out"
         )
-    if steps is not None and steps < 1:
-        raise UserError(f"--denoise-steps is {steps}, but must be 1 or more")
     return asked
 
 

@@ -150,6 +150,7 @@ class TarFlow(Flow):
         denoise_steps: int | None = None,
         denoise_clip: bool = False,
         denoise_stochastic: bool = False,
+        denoise_order: int = 1,
         seed: int = 0,
         index: Tensor | None = None,
         progress: bool = False,
@@ -164,7 +165,7 @@ class TarFlow(Flow):
             guidance, annealed, guide, attn_temp, rule, guide_blocks: see `Guidance`.
             denoise: remove the training noise, as `denoise` does of its own; models trained with
                 uniform noise have none to remove.
-            denoise_steps, denoise_clip, denoise_stochastic: see `Denoising`.
+            denoise_steps, denoise_clip, denoise_stochastic, denoise_order: see `Denoising`.
             seed: of the noise.
             index: (B,) int64 sample indexes; sample i is the same image in every batch.
                 0…B−1 unless given.
@@ -181,13 +182,13 @@ class TarFlow(Flow):
             raise ValueError(f"labels are a list, one a sample: give [{y}] for class {y}")
         if index is None:
             index = torch.arange(1 if y is None else len(y))
+        how = Denoising(denoise_steps, denoise_clip, denoise_stochastic, denoise_order)
         (drawn,) = self.draw(
             y,
-            [denoise],
+            [how if denoise else None],
             seed=seed,
             index=index,
             progress=progress,
-            denoising=Denoising(denoise_steps, denoise_clip, denoise_stochastic),
             guidance=guidance,
             annealed=annealed,
             guide=guide,
@@ -201,16 +202,15 @@ class TarFlow(Flow):
     def draw(
         self,
         y: Labels | None,
-        denoise: Sequence[bool],
+        ways: Sequence[Denoising | None],
         *,
         seed: int,
         index: Tensor,
         progress: bool = False,
-        denoising: Denoising | None = None,
         **guidance: Any,
     ) -> list[Draws]:
-        """`sample` for each value of `denoise`: with and without its noise, both from one
-        decoding. `guidance` are the arguments of `Guidance`."""
+        """`sample` in several `ways` of denoising, None being none, all from one decoding.
+        `guidance` are the arguments of `Guidance`."""
         labels = self.labels(y, len(index))
         index = index.cpu()
 
@@ -220,13 +220,13 @@ class TarFlow(Flow):
             with Progress("sampling", len(self.blocks), unit="block", enabled=progress) as shown:
                 return self.decode(z, labels, on_block=partial(_count_block, shown), **guidance)
 
-        def finished(denoise: bool, *attempts: int) -> Tensor:
+        def finished(way: Denoising | None, *attempts: int) -> Tensor:
             x = decode(*attempts)
-            if not denoise or self.noise == "uniform":
+            if way is None or self.noise == "uniform":
                 return x
-            return self.denoised(x, labels, denoising or Denoising(), index=index, seed=seed)
+            return self.denoised(x, labels, way, index=index, seed=seed)
 
-        return [self._until_finite(partial(finished, wanted), index) for wanted in denoise]
+        return [self._until_finite(partial(finished, way), index) for way in ways]
 
     def denoised(
         self,
@@ -255,6 +255,7 @@ class TarFlow(Flow):
             y,
             steps=denoising.steps,
             clip=denoising.clip,
+            order=denoising.order,
             normal=normal if denoising.stochastic else None,
             on_step=on_step,
         )

@@ -28,6 +28,7 @@ from tarflow_dist.options import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tarflow_dist.flow.denoise import Denoising
     from tarflow_dist.flow.guidance import Guidance
     from tarflow_dist.pretrained import TarFlow
 
@@ -42,6 +43,8 @@ def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     flow = load_model(args.model, args.device, args.dtype)
     guidance = guidance_of(args, args.guidance, flow)
+    noisy = args.no_denoise or args.reconstruct or args.interpolate
+    denoising = denoising_of(args, args.denoise_steps, flow, wanted=not noisy)
     y = labels_of(args, flow)
     try:
         with enough_memory("so many images at once", "ask for fewer images"):
@@ -50,9 +53,9 @@ def main(argv: list[str]) -> None:
             elif args.interpolate:
                 rows = interpolate(flow, read_images(flow, args.interpolate), y, args.steps or 8)
             elif args.trace:
-                rows = trace(flow, y, guidance, args)
+                rows = trace(flow, y, guidance, denoising, args)
             else:
-                rows = sample(flow, y, guidance, args)
+                rows = sample(flow, y, guidance, denoising, args)
     except UserError:
         raise
     except ValueError as error:
@@ -85,7 +88,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add_dtype_option(add)
     add("--guidance", type=float, default=0.0, help="w; default 0: none")
     add_guidance_options(add)
-    add_denoising_options(add)
+    add_denoising_options(add, steps=int)
     args = parser.parse_args(argv)
     if args.count is not None and args.count < 1:
         raise UserError("--count must be 1 or more")
@@ -131,7 +134,11 @@ def labels_of(args: argparse.Namespace, flow: "TarFlow") -> "Tensor | None":
 
 
 def sample(
-    flow: "TarFlow", y: "Tensor | None", guidance: "Guidance", args: argparse.Namespace
+    flow: "TarFlow",
+    y: "Tensor | None",
+    guidance: "Guidance",
+    denoising: "Denoising",
+    args: argparse.Namespace,
 ) -> "Tensor":
     """uint8 (rows, columns, H, W, C): a row a label."""
     import torch
@@ -143,7 +150,7 @@ def sample(
         y,
         **guidance.arguments(),
         denoise=not args.no_denoise,
-        **denoising_of(args, flow).arguments(),
+        **denoising.arguments(),
         seed=args.seed,
         index=torch.arange(batch),
         progress=True,
@@ -155,7 +162,11 @@ def sample(
 
 
 def trace(
-    flow: "TarFlow", y: "Tensor | None", guidance: "Guidance", args: argparse.Namespace
+    flow: "TarFlow",
+    y: "Tensor | None",
+    guidance: "Guidance",
+    denoising: "Denoising",
+    args: argparse.Namespace,
 ) -> "Tensor":
     """A row a sample: its noise, what each block makes of it, and the image denoised, by an
     iTARFlow with some stations on the way."""
@@ -170,7 +181,7 @@ def trace(
     images = [unpatchify(step, flow.patch_size, flow.image_size) for step in steps]
     if flow.noise == "gaussian" and not args.no_denoise:
         path: list[Tensor] = []
-        index, denoising = torch.arange(batch), denoising_of(args, flow)
+        index = torch.arange(batch)
         flow.denoised(x, y, denoising, index=index, seed=args.seed, on_step=path.append)
         every = -(-len(path) // STATIONS)
         images += path[::-1][::every][::-1]

@@ -6,7 +6,7 @@
 
 The samples are the same on any number of ranks. To take up an interrupted run, run the same command
 again: only the chunks that are missing are drawn. Several weights, --guidance 0,1,1.5, make a sweep
-with a folder each, a table and curves.
+with a folder each, a table and curves; so do an iTARFlow's --denoise-steps 5,10,30.
 """
 
 import argparse
@@ -19,7 +19,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 from tarflow_dist.errors import UserError, run_command
 from tarflow_dist.evaluation.features import EXTRACTORS, check_features
-from tarflow_dist.options import add_denoising_options, add_dtype_option, add_guidance_options
+from tarflow_dist.options import (
+    add_denoising_options,
+    add_dtype_option,
+    add_guidance_options,
+)
 
 if TYPE_CHECKING:
     from tarflow_dist.evaluation.wandb_log import TrainingRun
@@ -51,7 +55,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         type=switches,
         help="remove the training noise: 0, 1, or 0,1 for both; default 1 if it was gaussian",
     )
-    add_denoising_options(add)
+    add_denoising_options(add, steps=counts, more="; several make a sweep")
     add(
         "--labels",
         help="of a conditional model: random, balanced, or class ids that take turns, 3,7; "
@@ -94,6 +98,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def weights(text: str) -> list[float]:
     return _parts(text, float)
+
+
+def counts(text: str) -> list[int]:
+    return _parts(text, int)
 
 
 def switches(text: str) -> list[bool]:

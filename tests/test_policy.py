@@ -234,7 +234,9 @@ def test_traces_and_ways_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--out", "nowhere/out.png"], "there is no folder"),
         (["--count", "0"], "--count must be 1 or more"),
         (["--device", "abacus"], "--device abacus"),
-        (["--denoise-steps", "3"], "for an iTARFlow: leave them out"),
+        (["--denoise-steps", "3"], "and this model has one noise level: leave them out"),
+        (["--denoise-order", "2", "--no-denoise"], "and nothing is: leave them out"),
+        (["--denoise-steps", "0"], "steps is 0, but must be 1 or more"),
     ],
 )
 def test_what_sample_refuses(arguments: list[str], message: str, tmp_path: Path) -> None:

@@ -106,6 +106,8 @@ def run(args: argparse.Namespace, training_run: TrainingRun | None) -> None:
             if training_run is not None:
                 by_folder = {p.store.folder: one for p, one in zip(points, results, strict=True)}
                 log_to_run(training_run, by_folder)
+            if len(points) > 1:
+                sweep.show(results, best)
             result.show(results[best], args.out)
     distributed.shutdown()
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tarflow_dist.evaluation.grid import LARGEST, class_name, class_rows, read_at
 from tarflow_dist.evaluation.neighbours import NeighboursOf
-from tarflow_dist.evaluation.result import figures
+from tarflow_dist.evaluation.result import denoising, figures
 from tarflow_dist.evaluation.store import SampleStore
 from tarflow_dist.evaluation.sweep import FIGURES
 from tarflow_dist.files import write_whole
@@ -69,6 +69,7 @@ def write_report(
         results=results,
         best=shown,
         figures=figures,
+        denoising=denoising,
         explanations=EXPLANATIONS,
         dependencies={k: v for k, v in shown.items() if k not in SHOWN_ELSEWHERE}
         | shown["environment"],

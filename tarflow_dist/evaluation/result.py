@@ -102,6 +102,18 @@ def guidance(result: dict[str, Any]) -> str:
     )
 
 
+def denoising(result: dict[str, Any]) -> str:
+    """How a result's samples were denoised, for people."""
+    if not result["denoise"]:
+        return "not denoised"
+    if "denoise_steps" not in result:
+        return "denoised"
+    order = " of order 2" if result["denoise_order"] == 2 else ""
+    clipped = ", clipped" if result["denoise_clip"] else ""
+    stochastic = ", stochastic" if result["denoise_stochastic"] else ""
+    return f"denoised in {result['denoise_steps']} steps{order}{clipped}{stochastic}"
+
+
 def show(result: dict[str, Any], folder: Path) -> None:
     """Prints the gist."""
     count, redrawn = result["reference_images"], result["redrawn_samples"]
@@ -111,7 +123,7 @@ def show(result: dict[str, Any], folder: Path) -> None:
         f"seed {result['seed']}, sha256 {result['samples_sha256'][:16]}…"
         + (f", {redrawn:,} of them drawn again" if redrawn else ""),
         "guidance": guidance(result),
-        "denoised": "yes" if result["denoise"] else "no",
+        "denoising": denoising(result),
         "reference": " ".join(filter(None, (result["reference"], result["reference_split"])))
         + f", {'an unsaid number of' if count is None else format(count, ',')} images",
         "seconds": ", ".join(f"{stage} {s:.1f}" for stage, s in result["seconds"].items()),

@@ -60,22 +60,17 @@ def sample_labels(rule: str, index: Tensor, *, num_classes: int, seed: int) -> T
 
 
 def make_draw(flow: TarFlow, settings: Sequence[dict[str, Any]]) -> Draw:
-    """Draws for stores of these `settings`, which differ in "denoise" alone: "labels" is a rule of
-    `sample_labels`, or None for an unconditional model; the others are `TarFlow.draw`'s own."""
+    """Draws for stores of these `settings`, which differ in the denoising alone: "labels" is a rule
+    of `sample_labels`, or None for an unconditional model; the others are `TarFlow.sample`'s."""
     chosen = {name: settings[0][name] for name in ("seed", *Guidance().arguments())}
-    denoising = Denoising(
-        settings[0].get("denoise_steps"),
-        settings[0].get("denoise_clip", False),
-        settings[0].get("denoise_stochastic", False),
-    )
+    ways = [Denoising.of(point) if point["denoise"] else None for point in settings]
     rule, seed = settings[0]["labels"], settings[0]["seed"]
 
     def draw(index: Tensor, places: list[int]) -> tuple[Tensor, list[Draws]]:
-        denoise = [settings[place]["denoise"] for place in places]
         y = None
         if rule is not None:
             y = sample_labels(rule, index, num_classes=flow.num_classes, seed=seed)
-        drawn = flow.draw(y, denoise, index=index, denoising=denoising, **chosen)
+        drawn = flow.draw(y, [ways[place] for place in places], index=index, **chosen)
         return torch.full_like(index, NO_LABEL) if y is None else y, drawn
 
     return draw

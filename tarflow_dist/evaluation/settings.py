@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 import json
-from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,13 @@ UINT8_RULES = {  # flow/noise.py, to_pixels
 def sweep_settings(
     args: argparse.Namespace, flow: TarFlow, weights_sha256: str
 ) -> dict[str, dict[str, Any]]:
-    """The settings of each point of the sweep over --guidance and --denoise, as JSON values, under
-    the name of the point: "" for a single one.
+    """The settings of each point of the sweep over --guidance, --denoise and --denoise-steps, as
+    JSON values, under the name of the point: "" for a single one.
 
     Raises:
         UserError: guidance, denoising or labels that this model can't have.
     """
-    denoise = args.denoise or [flow.noise == "gaussian"]
-    if flow.noise == "uniform" and any(denoise):
-        raise UserError(
-            f"{args.model} was trained with uniform noise, which leaves nothing to denoise: leave "
-            "--denoise out"
-        )
-    pairs = [(weight, score_step) for weight in args.guidance for score_step in denoise]
+    ways = denoising_ways(args, flow)
     common = {
         "weights_sha256": weights_sha256,
         "config_sha256": hashlib.sha256(json.dumps(flow.config.to_json()).encode()).hexdigest(),
@@ -46,23 +40,40 @@ def sweep_settings(
         "labels": label_rule(args, flow),
         "uint8_rule": UINT8_RULES[flow.noise],
     }
-    denoising = denoising_of(args, flow)
-    if flow.sigma_range is not None:
-        steps = denoising.steps or flow.config.denoising_steps
-        common |= replace(denoising, steps=steps).arguments()
     points = {}
-    for weight, score_step in pairs:
+    for weight, (way, denoising) in product(args.guidance, ways.items()):
         # the options are for a sweep's guided points
         unguided = weight == 0 and len(args.guidance) > 1
         guidance = Guidance() if unguided else guidance_of(args, weight, flow)
-        name = f"guidance-{weight:g}-denoise-{int(score_step)}" if len(pairs) > 1 else ""
-        points[name] = {
+        points[f"guidance-{weight:g}-{way}"] = {
             **common,
             "sampler": flow.sampler(args.batch_size, guidance),
             **guidance.arguments(),
-            "denoise": score_step,
+            **denoising,
         }
-    return points
+    return points if len(points) > 1 else {"": next(iter(points.values()))}
+
+
+def denoising_ways(args: argparse.Namespace, flow: TarFlow) -> dict[str, dict[str, Any]]:
+    """The settings of each way of denoising in the sweep, by its part of the points' names."""
+    wanted = args.denoise or [flow.noise == "gaussian"]
+    if flow.noise == "uniform" and any(wanted):
+        raise UserError(
+            f"{args.model} was trained with uniform noise, which leaves nothing to denoise: leave "
+            "--denoise out"
+        )
+    counts = args.denoise_steps or [None]
+    asked = [denoising_of(args, steps, flow, wanted=any(wanted)) for steps in counts]
+    ways: dict[str, dict[str, Any]] = {}
+    for denoise in wanted:
+        if not denoise or flow.sigma_range is None:
+            ways[f"denoise-{denoise:d}"] = {"denoise": denoise}
+            continue
+        for way in asked:
+            steps = way.steps or flow.config.denoising_steps
+            name = f"denoise-1-steps-{steps}" if len(asked) > 1 else "denoise-1"
+            ways[name] = {"denoise": True, **way.arguments(), "denoise_steps": steps}
+    return ways
 
 
 def label_rule(args: argparse.Namespace, flow: TarFlow) -> str | None:

@@ -1,9 +1,12 @@
-"""A sweep over the guidance weight: its table, and the curves."""
+"""A sweep over the guidance weight, and over the steps of denoising: its table, and the curves."""
 
 import csv
+from collections import defaultdict
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from tarflow_dist.evaluation.result import denoising, figures
 from tarflow_dist.files import write_whole
 
 FIGURES = (
@@ -18,7 +21,10 @@ FIGURES = (
     "kernel_distance",
     "kernel_distance_std",
 )
-COLUMNS = ("guidance", "denoise", *FIGURES, "num_samples", "redrawn_samples", "samples_sha256")
+COLUMNS = (
+    *("guidance", "denoise", "denoise_steps", *FIGURES),
+    *("num_samples", "redrawn_samples", "samples_sha256"),
+)
 
 
 def write_csv(results: list[dict[str, Any]], file: Path) -> None:
@@ -29,9 +35,19 @@ def write_csv(results: list[dict[str, Any]], file: Path) -> None:
         writer.writerows(results)
 
 
+def show(results: list[dict[str, Any]], best: int) -> None:
+    """Prints the table, `results[best]` marked."""
+    header = ["guidance", "denoising", *figures(results[0])]
+    rows = [[f"{r['guidance']:g}", denoising(r), *figures(r).values()] for r in results]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for place, row in enumerate([header, *rows], -1):
+        cells = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print(cells + ("  best" if place == best else ""))
+
+
 def plot(results: list[dict[str, Any]], file: Path) -> None:
-    """Draws the figures that there are against the guidance weight into a PNG: a curve with and one
-    without the denoising step, error bars of one standard error."""
+    """Draws the figures that there are into a PNG, with error bars of one standard error: against
+    the guidance weight, a curve for each way of denoising; or at one weight against the steps."""
     from matplotlib.figure import Figure
 
     distance = "FID" if results[0]["features"].startswith("inception") else "Fréchet distance"
@@ -42,24 +58,31 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
         ("recall", "recall", None),
     ]
     panels = [panel for panel in panels if results[0][panel[1]] is not None]
+    by_steps = len({r["guidance"] for r in results}) == 1
+    by_steps = by_steps and len({r.get("denoise_steps") for r in results if r["denoise"]}) > 1
+    curves: dict[str, list[tuple[float, dict[str, Any]]]] = defaultdict(list)
+    for result in results:
+        if by_steps:
+            place = result["denoise_steps"] if result["denoise"] else 0
+            curves[f"w = {result['guidance']:g}"].append((place, result))
+        else:
+            curves[denoising(result)].append((result["guidance"], result))
     figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
     for axes, (title, name, spread) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
     ):
-        for denoise in sorted({r["denoise"] for r in results}):
-            points = sorted(
-                (r for r in results if r["denoise"] == denoise), key=lambda r: r["guidance"]
-            )
+        for label, points in curves.items():
+            points.sort(key=itemgetter(0))
             axes.errorbar(
-                [r["guidance"] for r in points],
-                [r[name] for r in points],
-                yerr=[r[spread] or 0 for r in points] if spread else None,
-                label="denoised" if denoise else "not denoised",
+                [place for place, _ in points],
+                [r[name] for _, r in points],
+                yerr=[r[spread] or 0 for _, r in points] if spread else None,
+                label=label,
                 marker="o",
                 markersize=4,
                 capsize=3,
             )
-        axes.set(xlabel="guidance w", title=title)
+        axes.set(xlabel="denoising steps" if by_steps else "guidance w", title=title)
         axes.grid(alpha=0.3)
         axes.legend()
     with write_whole(file) as part:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tarflow_dist.flow.block import FlowBlock
 from tarflow_dist.flow.config import FlowConfig
-from tarflow_dist.flow.denoise import denoise_in_steps, score_denoise
+from tarflow_dist.flow.denoise import Denoising, denoise_in_steps, score_denoise
 from tarflow_dist.flow.guidance import Guidance, Guide, Rule
 from tarflow_dist.flow.inverse import SEQUENTIAL, Solver, invert_block
 from tarflow_dist.flow.patches import patchify, unpatchify
@@ -208,6 +208,7 @@ class Flow(nn.Module):
         *,
         steps: int | None = None,
         clip: bool = False,
+        order: int = 1,
         normal: Callable[[int], Tensor] | None = None,
         on_step: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
@@ -215,25 +216,27 @@ class Flow(nn.Module):
 
         A TARFlow takes one score step, x + σ²·∇ log p(x | y); σ is the model's own unless given. So
         does an iTARFlow at a given σ. Else it goes from its largest noise level to its least in
-        `steps` evenly spaced ones, by default 0.01 apart, and from there to 0.
+        `steps` of them, by default one each 0.01, and from there to 0.
 
         Args:
             x: (B, C, H, W).
             y: (B,) int64, −1 = no label, None for an unconditional model.
-            steps, clip, normal: of an iTARFlow alone; the last two as in `denoise_in_steps`.
+            steps, clip, order: of an iTARFlow alone; see `Denoising`.
+            normal: standard normal numbers like x for each step, which make it stochastic.
             on_step: called with the images after each step.
 
         Raises:
-            ValueError: a uniform-noise model has no σ of its own; steps or clipping where one step
-                is taken; else as `encode`.
+            ValueError: a uniform-noise model has no σ of its own; steps, clipping or an order where
+                one step is taken, or that there can't be; else as `encode`.
         """
         x, y = self._given_images(x, y)
         x = x.to(self.dtype)
+        how = Denoising(steps, clip, normal is not None, order)
         if self.sigma_range is None or sigma is not None:
-            if steps is not None or clip or normal is not None:
+            if how != Denoising():
                 raise ValueError(
-                    "steps, clip and normal are for the steps down from an iTARFlow's largest "
-                    "noise level: leave them out, or sigma"
+                    "steps, clip, order and normal are for the steps down from an iTARFlow's "
+                    "largest noise level: leave them out, or sigma"
                 )
             sigma = self.sigma if sigma is None else sigma
             if sigma is None:
@@ -244,16 +247,12 @@ class Flow(nn.Module):
             if on_step is not None:
                 on_step(x)
             return x
-        least, largest = self.sigma_range
-        steps = self.config.denoising_steps if steps is None else steps
-        if steps < 1:
-            raise ValueError(f"steps is {steps}, but must be 1 or more")
-        levels = torch.linspace(largest, least, steps, dtype=torch.float64).tolist()
         return denoise_in_steps(
             lambda x, sigma: self._score_step(x, y, sigma),
             x,
-            levels,
+            how.levels(*self.sigma_range, self.config.denoising_steps),
             clip=clip,
+            order=order,
             normal=normal,
             on_step=on_step,
         )

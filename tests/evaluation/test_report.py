@@ -183,6 +183,19 @@ def test_the_table_of_a_sweep(tmp_path: Path) -> None:
     assert {row["recall"] for row in rows} == {""}
 
 
+def test_the_table_on_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    sweep.show(RESULTS, 3)
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split()[:3] == ["guidance", "denoising", "FID"]
+    assert [" ".join(row.split()[:3]) for row in rows] == [
+        "0 not denoised",
+        "0 denoised 8",
+        "1.5 not denoised",
+        "1.5 denoised 3",
+    ]
+    assert [row.endswith("  best") for row in rows] == [False, False, False, True]
+
+
 def test_the_curves_of_a_sweep(tmp_path: Path) -> None:
     """Distance, Inception Score and precision, and no panel for the recall that there isn't."""
     sweep.plot(RESULTS, tmp_path / "sweep.png")

@@ -29,7 +29,9 @@ from tarflow_dist.sample_fid import check_arguments, main, parse_arguments
 COMMAND = "tarflow_dist.sample_fid"
 
 
-def save_model(folder: Path, num_classes: int) -> TarFlow:
+def save_model(
+    folder: Path, num_classes: int, sigma_range: tuple[float, float] | None = None
+) -> TarFlow:
     """A model of the digits' size with random weights, so far from the identity that labels differ
     and one in thirty samples runs away."""
     torch.manual_seed(0)
@@ -42,7 +44,8 @@ def save_model(folder: Path, num_classes: int) -> TarFlow:
         num_blocks=2,
         layers_per_block=1,
         num_classes=num_classes,
-        sigma=0.1,
+        sigma=None if sigma_range else 0.1,
+        sigma_range=sigma_range,
     )
     for block in flow.blocks:
         torch.nn.init.normal_(block.proj_out.weight, std=0.1)
@@ -151,6 +154,26 @@ def test_points_of_a_sweep(model: Path) -> None:
     assert shown == [(0.0, False, 1.0), (0.0, True, 1.0), (1.5, False, 0.9), (1.5, True, 0.9)]
     shown = [(p["rule"], p["guide_blocks"]) for p in points.values()]
     assert shown == [("linear", None)] * 2 + [("gaussian", [0, 1])] * 2
+
+
+def test_points_of_a_sweep_over_denoising_steps(tmp_path: Path) -> None:
+    flow = save_model(tmp_path, 10, sigma_range=(0.02, 0.2))
+    more = ("--denoise", "0,1", "--denoise-steps", "3,7", "--denoise-order", "2")
+    points = sweep_settings(parse_arguments(arguments(tmp_path, *more)), flow, "")
+    assert list(points) == [
+        "guidance-0-denoise-0",
+        "guidance-0-denoise-1-steps-3",
+        "guidance-0-denoise-1-steps-7",
+    ]
+    none, three, seven = points.values()
+    assert not [name for name in none if name.startswith("denoise_")]
+    assert (three["denoise_steps"], seven["denoise_steps"]) == (3, 7)
+    assert {three["denoise_order"], seven["denoise_order"]} == {2}
+    (alone,) = sweep_settings(parse_arguments(arguments(tmp_path)), flow, "").values()
+    assert alone["denoise_steps"] == 20
+    args = parse_arguments(arguments(tmp_path, "--denoise", "0", "--denoise-clip"))
+    with pytest.raises(UserError, match="and nothing is: leave them out"):
+        sweep_settings(args, flow, "")
 
 
 @pytest.mark.parametrize("num_classes", [7, 12])

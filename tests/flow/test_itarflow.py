@@ -1,10 +1,12 @@
 """The noise level as a condition, against vectors that the published iTARFlow computed."""
 
+import math
+
 import pytest
 import torch
 from golden_model import golden_flow, golden_vectors, settings
 
-from tarflow_dist.flow.denoise import denoise_in_steps
+from tarflow_dist.flow.denoise import Denoising, denoise_in_steps
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.flow.inverse import Solver
 from tarflow_dist.pretrained import TarFlow
@@ -113,6 +115,10 @@ def test_noise_levels_are_asked_for_where_they_are_a_condition() -> None:
         flow.denoise(x, y, sigma=0)
     with pytest.raises(ValueError, match="steps is 0"):
         flow.denoise(x, y, steps=0)
+    with pytest.raises(ValueError, match="order is 3"):
+        flow.denoise(x, y, order=3)
+    with pytest.raises(ValueError, match="stochastic steps are of order 1"):
+        flow.denoise(x, y, order=2, normal=lambda step: x)
     with pytest.raises(ValueError, match="leave them out, or sigma"):
         flow.denoise(x, y, sigma=0.1, steps=3)
     own = golden_vectors("cond")
@@ -147,6 +153,28 @@ def test_stochastic_steps_keep_the_noise_at_its_level() -> None:
     x = denoise_in_steps(score_step, x, levels, clip=False, normal=normal)
     assert seen == pytest.approx(levels, rel=0.02)
     assert torch.equal(x, torch.full_like(x, a))
+
+
+def test_the_error_of_order_2_falls_with_the_square_of_the_steps() -> None:
+    """Of images that are N(0, s²) in each pixel, x̂ = x·s²/(s² + σ²), and the way down leads to
+    x·√((s² + σ_min²)/(s² + σ_max²)), less the noise of σ_min, which the last step takes off."""
+    s, least, largest = 0.5, 0.02, 0.8
+
+    def score_step(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        return x * s**2 / (s**2 + sigma**2)
+
+    def error(order: int, steps: int) -> float:
+        start = torch.ones(1, dtype=torch.float64)
+        levels = Denoising(order=order).levels(least, largest, steps)
+        assert (levels[0], levels[-1], len(levels)) == pytest.approx((largest, least, steps))
+        x = denoise_in_steps(score_step, start, levels, clip=False, order=order)
+        exact = score_step(start * math.sqrt((s**2 + least**2) / (s**2 + largest**2)), least)
+        return float((x - exact).abs())
+
+    for order in (1, 2):
+        ratio = error(order, 40) / error(order, 80)
+        assert 0.9 * 2**order < ratio < 1.2 * 2**order
+    assert error(2, 7) < error(1, 20)
 
 
 def a_sampler() -> TarFlow:
