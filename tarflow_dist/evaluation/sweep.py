@@ -42,7 +42,7 @@ def show(results: list[dict[str, Any]], best: int) -> None:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for place, row in enumerate([header, *rows], -1):
         cells = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print(cells + ("  best" if place == best else ""))
+        print((cells + ("  best" if place == best else "")).rstrip())
 
 
 def plot(results: list[dict[str, Any]], file: Path) -> None:
