@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -198,6 +199,16 @@ def describe(file: Path) -> dict[str, Any]:
         while chunk := stream.read(HASH_CHUNK):
             digest.update(chunk)
     return {"bytes": file.stat().st_size, SEAL: digest.hexdigest()}
+
+
+def sha256(*files: Path) -> str:
+    """The digest of the files' bytes one after another."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

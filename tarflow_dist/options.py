@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from tarflow_dist.errors import UserError
 
@@ -16,11 +16,29 @@ if TYPE_CHECKING:
     from tarflow_dist.pretrained import TarFlow
 
 
+T = TypeVar("T")
+
+
 def whole_numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas") from None
+
+
+def several(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
+    """The parts of "a,b,c", no two of them equal."""
+
+    def parts(text: str) -> list[T]:
+        try:
+            found = [parse(part) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"can't read {text!r}") from None
+        if len(set(found)) < len(found):
+            raise argparse.ArgumentTypeError(f"{text!r} names one twice")
+        return found
+
+    return parts
 
 
 def add_guidance_options(add: Callable[..., object]) -> None:

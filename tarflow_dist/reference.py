@@ -45,24 +45,27 @@ def main(argv: list[str]) -> None:
 
     from tarflow_dist import distributed
     from tarflow_dist.evaluation.features import make_extractor
-    from tarflow_dist.evaluation.reference_set import ShardsReference, describe_reference
+    from tarflow_dist.evaluation.measure import describe_extractor
+    from tarflow_dist.evaluation.reference_set import open_shards_reference
     from tarflow_dist.telemetry.environment import describe_environment
 
     device = distributed.init()
-    reference = ShardsReference(args.shards, args.split)
+    reference = open_shards_reference(args.shards, args.split, args.keep)
+    assert reference.images is not None
     extractor = make_extractor(
         args.features,
-        image_shape=reference.image_shape,
+        image_shape=reference.images.image_shape,
         inception_weights=args.inception_weights,
         device=device,
     )
-    measured = reference.measure(
-        extractor, batch_size=args.batch_size, device=device, keep=args.keep
-    )
+    measured = reference.measure(extractor, batch_size=args.batch_size, device=device)
     if measured is not None:
         about = {
             **measured.about,
-            **describe_reference(reference, extractor),
+            **reference.describe(),
+            **describe_extractor(extractor),
+            "image_shape": list(reference.images.image_shape),
+            "class_names": reference.class_names,
             "environment": describe_environment(),
         }
         args.out.parent.mkdir(parents=True, exist_ok=True)

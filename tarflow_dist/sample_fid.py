@@ -7,15 +7,21 @@
 The samples are the same on any number of ranks. To take up an interrupted run, run the same command
 again: only the chunks that are missing are drawn. Several weights, --guidance 0,1,1.5, make a sweep
 with a folder each, a table and curves; so do an iTARFlow's --denoise-steps 5,10,30.
+
+Images that another program drew are measured by --samples instead of --model.
 """
 
 import argparse
+import hashlib
+import json
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from tarflow_dist.errors import UserError, run_command
 from tarflow_dist.evaluation.features import EXTRACTORS, check_features
@@ -23,12 +29,18 @@ from tarflow_dist.options import (
     add_denoising_options,
     add_dtype_option,
     add_guidance_options,
+    denoising_of,
+    dtype_on,
+    guidance_of,
+    several,
 )
 
 if TYPE_CHECKING:
+    from tarflow_dist.evaluation.settings import SampleSettings
     from tarflow_dist.evaluation.wandb_log import TrainingRun
+    from tarflow_dist.flow.denoise import Denoising
+    from tarflow_dist.pretrained import TarFlow
 
-T = TypeVar("T")
 FORMATS = ("npz", "folder", "tar")
 # files that say whose folder it is
 TAKEN = {
@@ -45,82 +57,78 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(command=shlex.join(["python", "-m", "tarflow_dist.sample_fid", *argv]))
-    add = parser.add_argument_group("the samples").add_argument
-    add("--model", type=Path, required=True, help="folder of model.safetensors and config.json")
-    add("--num-samples", type=int, required=True, help="the field draws 50000")
-    add("--guidance", type=weights, default="0", help="w, or several: 0,1,1.5; default 0: none")
+    drawing = parser.add_argument_group("the samples")
+    source = drawing.add_mutually_exclusive_group(required=True).add_argument
+    source("--model", type=Path, help="folder of model.safetensors and config.json")
+    source(
+        "--samples",
+        type=Path,
+        help="instead of a model, what is drawn already: a folder of pictures, an .npz of ADM's "
+        "form, or the folder of samples of this command",
+    )
+    of_model: list[argparse.Action] = []
+
+    def add(*names: str, **options: Any) -> None:
+        of_model.append(drawing.add_argument(*names, **options))
+
+    add("--num-samples", type=int, help="of a model; the field draws 50000")
+    add("--guidance", type=several(float), default=[0.0], help="w, or several; default 0: none")
     add_guidance_options(add)
     add(
         "--denoise",
-        type=switches,
+        type=several(lambda part: bool(("0", "1").index(part))),
         help="remove the training noise: 0, 1, or 0,1 for both; default 1 if it was gaussian",
     )
-    add_denoising_options(add, steps=counts, more="; several make a sweep")
+    add_denoising_options(add, steps=several(int), more="; several make a sweep")
     add(
         "--labels",
         help="of a conditional model: random, balanced, or class ids that take turns, 3,7; "
         "default random",
     )
     add("--seed", type=int, default=0, help="of noise and labels; default 0")
-    add("--batch-size", type=int, default=100, help="and samples a file; default 100")
     add_dtype_option(add)
+    drawing.add_argument(
+        "--batch-size", type=int, default=100, help="and samples a file; default 100"
+    )
 
-    add = parser.add_argument_group("what they are compared with").add_argument
-    add(
+    compared = parser.add_argument_group("what they are compared with").add_argument
+    compared(
         "--reference",
         required=True,
         help="SHARDS folder made by data_prep, or its s3:// address; or an .npz: by "
         "tarflow_dist.reference, ADM's VIRTUAL_*.npz, pytorch-fid's",
     )
-    add("--split", default="train", choices=("train", "val"), help="of SHARDS; default train")
-    add("--features", default="inception", choices=EXTRACTORS, help="default inception")
-    add("--inception-weights", type=Path, help="FID's Inception v3, a .pth file")
+    compared("--split", default="train", choices=("train", "val"), help="of SHARDS; default train")
+    compared("--features", default="inception", choices=EXTRACTORS, help="default inception")
+    compared("--inception-weights", type=Path, help="FID's Inception v3, a .pth file")
 
-    add = parser.add_argument_group("what is written").add_argument
-    add("--out", type=Path, help="folder of the samples; default samples/MODEL's name")
-    add(
+    written = parser.add_argument_group("what is written").add_argument
+    written("--out", type=Path, help="folder of the samples; default samples/MODEL's name")
+    written(
         "--write",
-        type=formats,
-        default="",
+        type=several(lambda part: FORMATS[FORMATS.index(part)]),
+        default=[],
         help="further forms of the samples, one or several: npz (ADM's), folder (PNG files), tar "
         "(WebDataset); default none",
     )
-    add(
+    written(
         "--wandb",
         type=Path,
         metavar="RUN",
         help="a training run's folder: log figures and pictures to its Weights & Biases",
     )
     args = parser.parse_args(argv)
-    args.out = args.out or Path("samples", args.model.resolve().name)
+    args.out = args.out or Path("samples", (args.model or args.samples).resolve().name)
+    if args.model is not None and args.num_samples is None:
+        parser.error("--num-samples is missing: how many to draw")
+    if args.samples is not None:
+        wanted = [a.option_strings[0] for a in of_model if vars(args)[a.dest] != a.default]
+        if wanted or args.write:
+            parser.error(
+                f"--samples are there already: leave out {', '.join(wanted) or '--write'}, which "
+                "are for those of a --model"
+            )
     return args
-
-
-def weights(text: str) -> list[float]:
-    return _parts(text, float)
-
-
-def counts(text: str) -> list[int]:
-    return _parts(text, int)
-
-
-def switches(text: str) -> list[bool]:
-    return _parts(text, lambda part: bool(("0", "1").index(part)))
-
-
-def formats(text: str) -> list[str]:
-    return _parts(text, lambda part: FORMATS[FORMATS.index(part)]) if text else []
-
-
-def _parts(text: str, parse: Callable[[str], T]) -> list[T]:
-    """The parts of "a,b,c", no two of them equal."""
-    try:
-        parts = [parse(part) for part in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"can't read {text!r}") from error
-    if len(set(parts)) < len(parts):
-        raise argparse.ArgumentTypeError(f"{text!r} names one twice")
-    return parts
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -129,12 +137,14 @@ def check_arguments(args: argparse.Namespace) -> None:
     Raises:
         UserError: a number out of range, or a path that leads nowhere or to something else.
     """
-    if args.num_samples < 2:
+    if args.num_samples is not None and args.num_samples < 2:
         raise UserError("--num-samples must be at least 2: a covariance needs two images")
     if args.batch_size < 1:
         raise UserError("--batch-size must be at least 1")
-    if not args.model.is_dir():
+    if args.model is not None and not args.model.is_dir():
         raise UserError(f"--model {args.model} is not a folder")
+    if args.samples is not None and not args.samples.exists():
+        raise UserError(f"--samples {args.samples} is not there")
     if "://" not in args.reference and not Path(args.reference).exists():
         raise UserError(f"--reference {args.reference} is not there")
     for name, what in TAKEN.items():
@@ -147,6 +157,159 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.wandb is not None and not (args.wandb / "config.yaml").is_file():
         raise UserError(f"--wandb {args.wandb} is not the folder of a training run")
     check_features(args.features, args.inception_weights)
+
+
+def sweep_settings(
+    args: argparse.Namespace, flow: "TarFlow", weights_sha256: str
+) -> "dict[str, SampleSettings]":
+    """The settings of each point of the sweep over --guidance, --denoise and --denoise-steps, by
+    the name of the point: "" for a single one.
+
+    Raises:
+        UserError: guidance, denoising or labels that this model can't have.
+    """
+    from tarflow_dist.evaluation.settings import UINT8_RULES, SampleSettings
+    from tarflow_dist.flow.guidance import Guidance
+    from tarflow_dist.policy import dtype_name
+
+    config = json.dumps(flow.config.to_json()).encode()
+    points = {}
+    for weight, (way, denoising) in product(args.guidance, denoising_ways(args, flow).items()):
+        # the options are for a sweep's guided points
+        unguided = weight == 0 and len(args.guidance) > 1
+        guidance = Guidance() if unguided else guidance_of(args, weight, flow)
+        points[f"guidance-{weight:g}-{way}"] = SampleSettings(
+            weights_sha256=weights_sha256,
+            config_sha256=hashlib.sha256(config).hexdigest(),
+            dtype=dtype_name(next(flow.parameters()).dtype),
+            num_samples=args.num_samples,
+            chunk_size=args.batch_size,
+            seed=args.seed,
+            labels=label_rule(args, flow),
+            uint8_rule=UINT8_RULES[flow.noise],
+            sampler=flow.sampler(args.batch_size, guidance),
+            guidance=guidance,
+            denoising=denoising,
+        )
+    return points if len(points) > 1 else {"": next(iter(points.values()))}
+
+
+def denoising_ways(args: argparse.Namespace, flow: "TarFlow") -> "dict[str, Denoising | None]":
+    """Each way of denoising in the sweep, by its part of the points' names."""
+    wanted = args.denoise or [flow.noise == "gaussian"]
+    if flow.noise == "uniform" and any(wanted):
+        raise UserError(
+            f"{args.model} was trained with uniform noise, which leaves nothing to denoise: leave "
+            "--denoise out"
+        )
+    steps = args.denoise_steps or [None]
+    asked = [denoising_of(args, count, flow, wanted=any(wanted)) for count in steps]
+    if flow.sigma_range is not None:
+        asked = [replace(way, steps=way.steps or flow.config.denoising_steps) for way in asked]
+    ways: dict[str, Denoising | None] = {}
+    for denoise in wanted:
+        if not denoise:
+            ways["denoise-0"] = None
+        elif len(asked) == 1:
+            ways["denoise-1"] = asked[0]
+        else:
+            ways |= {f"denoise-1-steps-{way.steps}": way for way in asked}
+    return ways
+
+
+def label_rule(args: argparse.Namespace, flow: "TarFlow") -> str | None:
+    """The rule of `sample_labels`, or None for an unconditional model."""
+    if not flow.num_classes:
+        if args.labels is not None:
+            raise UserError(
+                f"{args.model} is unconditional and takes no labels: leave --labels out"
+            )
+        return None
+    rule = "random" if args.labels is None else args.labels
+    if rule in ("random", "balanced"):
+        return rule
+    try:
+        given = [int(label) for label in rule.split(",")]
+    except ValueError as error:
+        raise UserError(
+            f"--labels is random, balanced or class ids such as 3,7, and not {rule!r}"
+        ) from error
+    if not 0 <= min(given) <= max(given) < flow.num_classes:
+        raise UserError(f"--labels {rule}: the model's classes are 0 to {flow.num_classes - 1}")
+    return ",".join(map(str, given))
+
+
+def run(args: argparse.Namespace, training_run: "TrainingRun | None") -> None:
+    """Draws, measures, compares and reports, on all ranks."""
+    from tarflow_dist import distributed
+    from tarflow_dist.evaluation import pipeline, result
+    from tarflow_dist.evaluation.features import make_extractor
+    from tarflow_dist.evaluation.image_sets import open_samples
+    from tarflow_dist.evaluation.measure import describe_extractor
+    from tarflow_dist.evaluation.reference_set import open_reference
+    from tarflow_dist.evaluation.wandb_log import log_to_run
+    from tarflow_dist.files import sha256
+    from tarflow_dist.pretrained import TarFlow
+
+    # rank 0 compares and reports alone, for minutes, and the others wait
+    device = distributed.init(timeout=timedelta(days=1))
+    stages = result.Stages()
+    with stages.stage("loading"):
+        if args.model is not None:
+            flow = TarFlow.from_pretrained(args.model).requires_grad_(False)
+            flow = flow.to(device, dtype_on(flow, device, args.dtype))
+            image_shape, num_classes = flow.image_shape, flow.num_classes
+        else:
+            given = open_samples(args.samples)
+            image_shape, num_classes = given.image_shape, 0
+        extractor = make_extractor(
+            args.features,
+            image_shape=image_shape,
+            inception_weights=args.inception_weights,
+            device=device,
+        )
+        reference = open_reference(
+            args.reference,
+            args.split,
+            image_shape=image_shape,
+            num_classes=num_classes,
+            extractor=extractor,
+        )
+        if args.model is not None:
+            files = sorted(args.model.glob("*.safetensors"))
+            weights_sha256 = distributed.from_main(sha256(*files) if distributed.is_main() else "")
+            settings = sweep_settings(args, flow, weights_sha256)
+    with distributed.only_job(args.out):
+        if args.model is not None:
+            points = pipeline.draw(flow, settings, args.out, device)
+        else:
+            points = [pipeline.given(args.samples, given, args.out)]
+        measured = pipeline.measure_all(
+            points, reference, extractor, batch_size=args.batch_size, device=device, stages=stages
+        )
+        facts = {
+            **({"model": str(args.model)} if args.model is not None else {}),
+            **describe_extractor(extractor),
+            **reference.describe(),
+            **result.describe_machine(device),
+            "command": args.command,
+        }
+        if measured is not None:
+            results = pipeline.compare(points, measured, facts, device)
+            found = pipeline.neighbours_of(points, results, measured, reference, extractor)
+            pipeline.report(
+                args.out,
+                points,
+                results,
+                formats=args.write,
+                class_names=reference.class_names,
+                neighbours=found,
+                stages=stages,
+            )
+            if training_run is not None:
+                by_folder = {p.folder: one for p, one in zip(points, results, strict=True)}
+                log_to_run(training_run, by_folder)
+    distributed.shutdown()
 
 
 def find_training_run(folder: Path, model: Path) -> "TrainingRun":
@@ -175,8 +338,6 @@ def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     check_arguments(args)
     try:
-        from tarflow_dist.evaluation.pipeline import run
-
         run(args, find_training_run(args.wandb, args.model) if args.wandb else None)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":

@@ -1,13 +1,13 @@
 """Samples to look at: rows of one class each, small images magnified."""
 
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from tarflow_dist.evaluation.store import NO_LABEL, Pixels, SampleStore
+from tarflow_dist.evaluation.image_sets import Samples
+from tarflow_dist.evaluation.store import NO_LABEL
 from tarflow_dist.files import write_whole
 from tarflow_dist.telemetry.pictures import GUTTER, font, strip
 
@@ -32,15 +32,15 @@ def class_rows(labels: NDArray[np.int64], rows: int, columns: int) -> list[Row]:
 
 
 def write_grid(
-    store: SampleStore,
+    samples: Samples,
     file: Path,
     names: list[str] | None = None,
     rows: int = 20,
     columns: int = 10,
 ) -> None:
     """A PNG with a row for each of up to `rows` classes, under their `names` or numbers."""
-    wanted = class_rows(store.labels(), rows, columns)
-    strips = [strip(read_at(store, indexes), LARGEST) for _, indexes in wanted]
+    wanted = class_rows(samples.labels(), rows, columns)
+    strips = [strip(samples.images(indexes), LARGEST) for _, indexes in wanted]
     left = NAME_WIDTH if any(label is not None for label, _ in wanted) else 0
     height = strips[0].height + GUTTER
     grid = Image.new("RGB", (left + max(s.width for s in strips), len(strips) * height), "white")
@@ -60,11 +60,3 @@ def write_grid(
 def class_name(label: int, names: list[str] | None) -> str:
     """The first of a class's names in words, or its number where there are none."""
     return names[label].partition(",")[0] if names else str(label)
-
-
-def read_at(store: SampleStore, indexes: list[int]) -> Pixels:
-    """The images (len(indexes), H, W, C) of the ascending sample indexes."""
-    rows_of: dict[int, list[int]] = defaultdict(list)
-    for index in indexes:
-        rows_of[index // store.chunk_size].append(index % store.chunk_size)
-    return np.concatenate([store.read_images(chunk, rows) for chunk, rows in rows_of.items()])

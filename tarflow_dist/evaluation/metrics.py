@@ -1,5 +1,7 @@
-"""What two image sets' features say of each other: the figures of a result."""
+"""What two image sets' features say of each other. A metric is one row of `METRICS`."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -7,8 +9,10 @@ import torch
 from numpy.typing import NDArray
 
 from tarflow_dist.evaluation.feature_set import FeatureSet
-from tarflow_dist.evaluation.statistics import Gaussian, frechet_distance, symmetric_root
+from tarflow_dist.evaluation.statistics import frechet_distance, symmetric_root
 from tarflow_dist.telemetry.progress import Progress
+
+Device = torch.device | str
 
 NEIGHBOURHOOD = 3  # k of precision and recall
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000
@@ -17,62 +21,76 @@ BLOCK = 256  # rows of a table of distances that are held at a time
 FEATURES_MISSING = "the reference holds no features of single images, only their moments"
 
 
-def compare(
-    samples: FeatureSet, reference: FeatureSet, device: torch.device | str = "cpu"
-) -> dict[str, Any]:
-    """All figures that the two sets allow, as JSON values: None where there is none, and then
-    "not_measured" says why.
+class Unmeasurable(Exception):  # noqa: N818
+    """Why these two sets don't have a figure."""
 
-    - frechet_distance, with frechet_distance_error, its standard error, and frechet_distance_bias,
-      how much of it comes from the number of samples being finite; both by `jackknife`.
-    - spatial_frechet_distance: sFID.
-    - inception_score and inception_score_std, over ten splits.
-    - precision and recall: the share of samples within the third-nearest-neighbour balls of the
-      reference, and the other way round (arXiv 1904.06991).
-    - kernel_distance and kernel_distance_std: KID (arXiv 1801.01401), over 100 subsets of 1,000 or
-      of the smaller set.
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of a result, and those that come with it."""
+
+    name: str
+    """Its key in result.json."""
+    title: str
+    """For people; empty if it is shown with another one."""
+    meaning: str
+    """For people who don't know it."""
+    measure: Callable[[FeatureSet, FeatureSet, Device], tuple[float, ...]]
+    """Samples, reference and a device → the figure and those of `more`."""
+    more: tuple[str, ...] = ()
+    """Keys of the figures that come with it."""
+    spread: str = ""
+    """Key of its uncertainty, if it has one."""
+    plain_title: str = ""
+    """On other features than Inception's, if it has another name there."""
+    digits: int = 4
+    """Shown."""
+
+    def title_on(self, features: str) -> str:
+        """Its title on the features called `features`."""
+        return self.title if features.startswith("inception") else self.plain_title or self.title
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two feature sets say of each other.
+
+    Attributes:
+        figures: by the keys in `FIGURES`; None where a figure was not measured.
+        not_measured: and why.
+        warnings: sentences on what makes the figures less than they seem.
     """
-    assert samples.features is not None
-    result: dict[str, Any] = {
-        "frechet_distance": frechet_distance(*samples.pooled, *reference.pooled)
-    }
+
+    figures: dict[str, float | None]
+    not_measured: dict[str, str]
+    warnings: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **self.figures,
+            "not_measured": self.not_measured,
+            "warnings": self.warnings,
+        }
+
+
+def compare(samples: FeatureSet, reference: FeatureSet, device: Device = "cpu") -> Comparison:
+    """All of `METRICS` that the two sets allow."""
+    figures: dict[str, float | None] = {}
     missing: dict[str, str] = {}
-    error, bias = jackknife(samples.features, samples.pooled, reference.pooled, device)
-    result |= {"frechet_distance_error": error, "frechet_distance_bias": bias}
-    if error is None:
-        missing["frechet_distance_error"] = f"fewer than {2 * JACKKNIFE_GROUPS} samples"
-
-    result["spatial_frechet_distance"] = None
-    if samples.spatial is None:
-        missing["spatial_frechet_distance"] = "these features have no places"
-    elif reference.spatial is None:
-        missing["spatial_frechet_distance"] = "the reference holds no spatial statistics"
-    else:
-        result["spatial_frechet_distance"] = frechet_distance(*samples.spatial, *reference.spatial)
-
-    scores = samples.split_scores
-    if scores is None:
-        missing["inception_score"] = "these features classify nothing"
-    result["inception_score"] = float(np.mean(scores)) if scores else None
-    result["inception_score_std"] = float(np.std(scores)) if scores else None
-
-    names = ("precision", "recall", "kernel_distance", "kernel_distance_std")
-    result |= dict.fromkeys(names)
-    if reference.features is None:
-        missing |= dict.fromkeys(names[:3], FEATURES_MISSING)
-    elif min(len(samples.features), len(reference.features)) <= NEIGHBOURHOOD:
-        missing |= dict.fromkeys(names[:3], "too few images")
-    else:
-        figures = (
-            *precision_recall(samples.features, reference.features, device),
-            *kernel_distance(samples.features, reference.features),
-        )
-        result |= dict(zip(names, figures, strict=True))
-    return result | {"not_measured": missing}
+    for metric in METRICS:
+        names = (metric.name, *metric.more)
+        try:
+            figures |= dict(zip(names, metric.measure(samples, reference, device), strict=True))
+        except Unmeasurable as reason:
+            figures |= dict.fromkeys(names)
+            missing[metric.name] = str(reason)
+    return Comparison(figures, missing, warnings(figures, samples, reference))
 
 
-def warnings(result: dict[str, Any], samples: FeatureSet, reference: FeatureSet) -> list[str]:
-    """Sentences on what makes the figures of `result` less than they seem."""
+def warnings(
+    figures: dict[str, float | None], samples: FeatureSet, reference: FeatureSet
+) -> list[str]:
+    """Sentences on what makes the `figures` less than they seem."""
     dim = len(samples.pooled.mean)
     found = []
     for what, about in (("samples", samples.about), ("reference images", reference.about)):
@@ -81,8 +99,8 @@ def warnings(result: dict[str, Any], samples: FeatureSet, reference: FeatureSet)
                 f"{about['count']:,} {what} for {dim:,} features: the covariance is singular and "
                 f"the Fréchet distance means little; take many more than {dim:,}"
             )
-    distance, bias = result["frechet_distance"], result["frechet_distance_bias"]
-    if not found and bias is not None and bias > 0.05 * distance:
+    distance, bias = figures["frechet_distance"], figures["frechet_distance_bias"]
+    if not found and distance is not None and bias is not None and bias > 0.05 * distance:
         found.append(
             f"about {bias:.3g} of the Fréchet distance of {distance:.4g} comes from the small "
             f"number of samples, {samples.about['count']:,}: compare it only with distances at the "
@@ -91,31 +109,52 @@ def warnings(result: dict[str, Any], samples: FeatureSet, reference: FeatureSet)
     return found
 
 
+def _frechet(samples: FeatureSet, reference: FeatureSet, device: Device) -> tuple[float]:
+    return (frechet_distance(*samples.pooled, *reference.pooled),)
+
+
+def _spatial(samples: FeatureSet, reference: FeatureSet, device: Device) -> tuple[float]:
+    if samples.spatial is None:
+        raise Unmeasurable("these features have no places")
+    if reference.spatial is None:
+        raise Unmeasurable("the reference holds no spatial statistics")
+    return (frechet_distance(*samples.spatial, *reference.spatial),)
+
+
+def _inception_score(
+    samples: FeatureSet, reference: FeatureSet, device: Device
+) -> tuple[float, float]:
+    scores = samples.split_scores
+    if scores is None:
+        raise Unmeasurable("these features classify nothing")
+    return float(np.mean(scores)), float(np.std(scores))
+
+
 def jackknife(
-    features: NDArray[np.float32],
-    samples: Gaussian,
-    reference: Gaussian,
-    device: torch.device | str = "cpu",
-) -> tuple[float | None, float | None]:
-    """Standard error and bias of the Fréchet distance between the samples' `features` (N, F) and
-    the reference: it is taken anew without each tenth of the samples in turn (delete-a-group
-    jackknife, Efron & Stein 1981). None where there are fewer than 20.
+    samples: FeatureSet, reference: FeatureSet, device: Device = "cpu"
+) -> tuple[float, float]:
+    """Standard error and bias of the Fréchet distance: it is taken anew without each tenth of the
+    samples in turn (delete-a-group jackknife, Efron & Stein 1981).
 
     The bias falls as 1/N (arXiv 1911.07023); the distance less its bias estimates that of endless
     samples.
+
+    Raises:
+        Unmeasurable: fewer than 20 samples.
     """
-    N, groups = len(features), JACKKNIFE_GROUPS
+    assert samples.features is not None
+    N, groups = len(samples.features), JACKKNIFE_GROUPS
     if 2 * groups > N:
-        return None, None
+        raise Unmeasurable(f"fewer than {2 * groups} samples")
 
     def tensor(values: NDArray) -> torch.Tensor:
         return torch.as_tensor(values, dtype=torch.float64, device=device)
 
-    root = tensor(symmetric_root(reference.covariance))
-    real = tensor(reference.mean)
-    rest = float(np.trace(reference.covariance))
-    mean = tensor(samples.mean)
-    centred = tensor(samples.covariance) * (N - 1)  # Σ (x − μ)(x − μ)ᵀ
+    root = tensor(symmetric_root(reference.pooled.covariance))
+    real = tensor(reference.pooled.mean)
+    rest = float(np.trace(reference.pooled.covariance))
+    mean = tensor(samples.pooled.mean)
+    centred = tensor(samples.pooled.covariance) * (N - 1)  # Σ (x − μ)(x − μ)ᵀ
 
     def distance(mean: torch.Tensor, covariance: torch.Tensor) -> float:
         # faster than `frechet_distance`; what it loses is the same in all of these
@@ -125,7 +164,7 @@ def jackknife(
     without = []
     with Progress("spread", groups, unit="distance") as progress:
         for g in range(groups):
-            group = tensor(features[g * N // groups : (g + 1) * N // groups]) - mean
+            group = tensor(samples.features[g * N // groups : (g + 1) * N // groups]) - mean
             n = N - len(group)
             offset = -group.sum(dim=0) / n  # of the others' mean from the mean of all
             others = centred - group.T @ group - n * torch.outer(offset, offset)
@@ -137,20 +176,40 @@ def jackknife(
     return float(error), float(bias)
 
 
-def precision_recall(
-    samples: NDArray[np.float32], reference: NDArray[np.float32], device: torch.device | str = "cpu"
-) -> tuple[float, float]:
-    """Of features (N, F) and (M, F). By torch-fidelity's rule; its own function takes minutes for
-    50,000 samples on a CPU, and moves all distances there from a GPU."""
-    x, y = (torch.from_numpy(features).to(device) for features in (samples, reference))
-    radii_x, radii_y = _squared_radii(x), _squared_radii(y)
-    reached = torch.zeros(len(y), dtype=torch.bool, device=device)
+def _both_features(
+    samples: FeatureSet, reference: FeatureSet
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    assert samples.features is not None
+    if reference.features is None:
+        raise Unmeasurable(FEATURES_MISSING)
+    if min(len(samples.features), len(reference.features)) <= NEIGHBOURHOOD:
+        raise Unmeasurable("too few images")
+    return samples.features, reference.features
+
+
+def _precision(samples: FeatureSet, reference: FeatureSet, device: Device) -> tuple[float]:
+    x, y = _both_features(samples, reference)
+    return (share_within(x, y, device),)
+
+
+def _recall(samples: FeatureSet, reference: FeatureSet, device: Device) -> tuple[float]:
+    x, y = _both_features(samples, reference)
+    return (share_within(y, x, device),)
+
+
+def share_within(
+    points: NDArray[np.float32], of: NDArray[np.float32], device: Device = "cpu"
+) -> float:
+    """The share of `points` (N, F) that lie within the ball to its third-nearest neighbour of at
+    least one in `of` (M, F) (arXiv 1904.06991). By torch-fidelity's rule; its own function takes
+    minutes for 50,000 samples on a CPU, and moves all distances there from a GPU."""
+    x, y = (torch.from_numpy(features).to(device) for features in (points, of))
+    radii = _squared_radii(y)
     within = 0
     for start in range(0, len(x), BLOCK):
         squares = _squared_distances(x[start : start + BLOCK], y)
-        within += int((squares <= radii_y).any(dim=1).sum())
-        reached |= (squares <= radii_x[start : start + BLOCK, None]).any(dim=0)
-    return within / len(x), float(reached.double().mean())
+        within += int((squares <= radii).any(dim=1).sum())
+    return within / len(x)
 
 
 def _squared_radii(x: torch.Tensor) -> torch.Tensor:
@@ -170,17 +229,54 @@ def _squared_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.addmm(b.square().sum(dim=1), a, b.T, alpha=-2) + a.square().sum(dim=1)[:, None]
 
 
-def kernel_distance(
-    samples: NDArray[np.float32], reference: NDArray[np.float32]
+def _kernel_distance(
+    samples: FeatureSet, reference: FeatureSet, device: Device
 ) -> tuple[float, float]:
     """Mean and standard deviation over subsets, by torch-fidelity with its own kernel and seed."""
     from torch_fidelity import metric_kid
 
+    x, y = _both_features(samples, reference)
     result = metric_kid.kid_features_to_metric(
-        torch.from_numpy(samples),
-        torch.from_numpy(reference),
+        torch.from_numpy(x),
+        torch.from_numpy(y),
         kid_subsets=KERNEL_SUBSETS,
-        kid_subset_size=min(KERNEL_SUBSET_SIZE, len(samples), len(reference)),
+        kid_subset_size=min(KERNEL_SUBSET_SIZE, len(x), len(y)),
         verbose=False,
     )
     return result[metric_kid.KEY_METRIC_KID_MEAN], result[metric_kid.KEY_METRIC_KID_STD]
+
+
+# what each figure means, for people, with the paper's number at arXiv
+FID = "distance of the features' means and covariances (1706.08500); lower is better"
+FID_ERROR = "standard error of the distance, and how much of it finitely many samples make up"
+SFID = "the same on features that know where things are (2103.03841); lower is better"
+SCORE = "how sure and how varied a classifier is of the samples (1606.03498); higher is better"
+PRECISION = "share of samples among the reference images (1904.06991); higher is better"
+RECALL = "share of reference images among the samples (1904.06991); higher is better"
+KID = "distance of kernel means, for any number of samples (1801.01401); lower is better"
+
+METRICS = (
+    Metric(
+        *("frechet_distance", "FID", FID, _frechet),
+        spread="frechet_distance_error",
+        plain_title="Fréchet distance",
+        digits=5,
+    ),
+    Metric("frechet_distance_error", "", FID_ERROR, jackknife, more=("frechet_distance_bias",)),
+    Metric("spatial_frechet_distance", "sFID", SFID, _spatial),
+    Metric(
+        *("inception_score", "Inception Score", SCORE, _inception_score),
+        more=("inception_score_std",),
+        spread="inception_score_std",
+    ),
+    Metric("precision", "precision", PRECISION, _precision),
+    Metric("recall", "recall", RECALL, _recall),
+    Metric(
+        *("kernel_distance", "KID", KID, _kernel_distance),
+        more=("kernel_distance_std",),
+        spread="kernel_distance_std",
+        plain_title="kernel distance",
+    ),
+)
+FIGURES = tuple(name for metric in METRICS for name in (metric.name, *metric.more))
+"""Their keys in result.json."""

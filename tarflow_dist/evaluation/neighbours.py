@@ -1,6 +1,5 @@
 """The training images nearest to a few samples: would show a model that memorises."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +7,8 @@ from torch import Tensor
 
 from tarflow_dist.distributed import gather
 from tarflow_dist.evaluation.features import FeatureExtractor
-from tarflow_dist.evaluation.grid import read_at
-from tarflow_dist.evaluation.store import Pixels, SampleStore
+from tarflow_dist.evaluation.image_sets import ImageSet
+from tarflow_dist.evaluation.store import Pixels
 
 
 class Neighbours:
@@ -71,23 +70,22 @@ def show_neighbours(
     found: Neighbours,
     first: int,
     count: int,
-    store: SampleStore,
-    images: Callable[[list[int]], Pixels],
+    samples: ImageSet,
+    reference: ImageSet,
     extractor: FeatureExtractor,
 ) -> list[NeighboursOf]:
-    """The neighbours of the queries `first` to `first` + `count`, which are the first samples of
-    `store`; `images` gives the training images by index."""
+    """The neighbours of the queries `first` to `first` + `count`, which are the first of the
+    `samples`, among the images of the `reference`."""
     device = found.distances.device
     shown = []
     for sample in range(count):
-        nearest = found.indexes[first + sample].tolist()
-        pixels = images(nearest)
+        pixels = reference.images(found.indexes[first + sample].tolist())
         features = extractor(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)).pooled
         among = torch.cdist(features[:1].double(), features[1:].double())
         shown.append(
             NeighboursOf(
                 sample,
-                read_at(store, [sample])[0],
+                samples.images([sample])[0],
                 pixels,
                 found.distances[first + sample].tolist(),
                 float(among.min()),

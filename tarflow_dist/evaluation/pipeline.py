@@ -1,9 +1,7 @@
-"""The stages of `sample_fid`: draw, measure, compare, report. All ranks call `run`."""
+"""The stages of `sample_fid`: draw, measure, compare, and what is written. All ranks call each."""
 
-import argparse
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,20 +11,19 @@ import torch
 from tarflow_dist import distributed
 from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation import metrics, result, sweep
+from tarflow_dist.evaluation.draw import draw_missing_chunks, make_draw
 from tarflow_dist.evaluation.export import WRITERS
 from tarflow_dist.evaluation.feature_set import FeatureSet
-from tarflow_dist.evaluation.features import FeatureExtractor, make_extractor
+from tarflow_dist.evaluation.features import FeatureExtractor
 from tarflow_dist.evaluation.grid import write_grid
-from tarflow_dist.evaluation.measure import describe_extractor, measure, sample_batches
+from tarflow_dist.evaluation.image_sets import Samples
+from tarflow_dist.evaluation.measure import describe_extractor, measure
 from tarflow_dist.evaluation.neighbours import Neighbours, NeighboursOf, show_neighbours
-from tarflow_dist.evaluation.reference_set import Reference, ShardsReference, open_reference
+from tarflow_dist.evaluation.reference_set import Reference
 from tarflow_dist.evaluation.report import write_report
 from tarflow_dist.evaluation.result import Stages
-from tarflow_dist.evaluation.sampling import draw_missing_chunks, make_draw
-from tarflow_dist.evaluation.settings import hash_weights, sweep_settings
+from tarflow_dist.evaluation.settings import SampleSettings
 from tarflow_dist.evaluation.store import SampleStore
-from tarflow_dist.evaluation.wandb_log import TrainingRun, log_to_run
-from tarflow_dist.options import dtype_on
 from tarflow_dist.pretrained import TarFlow
 from tarflow_dist.telemetry.environment import describe_environment
 
@@ -36,119 +33,120 @@ FEATURES_FILE = "features.npz"
 
 @dataclass
 class Point:
-    """One point of a sweep, or the only one."""
+    """One point of a sweep, or the only one.
+
+    Attributes:
+        folder: of its files.
+        facts: what a result says of its samples, as JSON values.
+        first_features: (Q, F) of the samples whose neighbours are looked for.
+    """
 
     name: str
-    store: SampleStore
-    drawn: dict[str, Any] = field(default_factory=dict)
+    folder: Path
+    samples: Samples
+    facts: dict[str, Any]
     stages: Stages = field(default_factory=Stages)
     first_features: torch.Tensor | None = None
-    """Of the samples whose neighbours are looked for."""
-
-    @property
-    def features_file(self) -> Path:
-        return self.store.folder / FEATURES_FILE
 
 
-def run(args: argparse.Namespace, training_run: TrainingRun | None) -> None:
-    """`args` are those of `sample_fid`; `training_run` is where the result is logged besides."""
-    # rank 0 compares and reports alone, for minutes, and the others wait
-    device = distributed.init(timeout=timedelta(days=1))
-    stages = Stages()
-    with stages.stage("loading"):
-        flow = TarFlow.from_pretrained(args.model).requires_grad_(False)
-        flow = flow.to(device, dtype_on(flow, device, args.dtype))
-        extractor = make_extractor(
-            args.features,
-            image_shape=flow.image_shape,
-            inception_weights=args.inception_weights,
-            device=device,
-        )
-        reference = open_reference(
-            args.reference,
-            args.split,
-            image_shape=flow.image_shape,
-            num_classes=flow.num_classes,
-            extractor=extractor,
-        )
-        weights = distributed.from_main(hash_weights(args.model) if distributed.is_main() else "")
-        settings = sweep_settings(args, flow, weights)
-        points = [Point(name, SampleStore(args.out / name, s)) for name, s in settings.items()]
-    with distributed.only_job(args.out):
+@dataclass(frozen=True)
+class Measured:
+    """The features of all there is to compare: on rank 0."""
+
+    points: list[FeatureSet]
+    reference: FeatureSet
+    neighbours: Neighbours | None
+    """Of all points' first samples; None if the reference has no images to search."""
+
+
+def draw(
+    flow: TarFlow, settings: dict[str, SampleSettings], out: Path, device: torch.device
+) -> list[Point]:
+    """Draws what is missing of each point, by its name, into stores below `out`."""
+    points = []
+    for name, chosen in settings.items():
+        saved = chosen.to_json()
+        store = SampleStore(out / name, saved)
         if distributed.is_main():
-            _begin(points)
-        for _, group in groupby(points, lambda point: point.store.settings["guidance"]):
-            _draw_samples(flow, list(group), device)
-        for point in points:
-            with point.stages.stage("sample_features"):
-                _measure_samples(point, extractor, device)
-        with stages.stage("reference_features"):
-            real, neighbours = _measure_reference(
-                reference, extractor, points, args.batch_size, device
-            )
-        facts = {
-            "model": str(args.model),
-            **describe_extractor(extractor),
-            **reference.describe(),
-            **result.describe_machine(device),
-            "command": args.command,
-        }
-        if real is not None:
-            results = [_compare(point, real, facts, device) for point in points]
-            best = min(range(len(results)), key=lambda i: results[i]["frechet_distance"])
-            _save_results(args.out, points, results, best)  # before what can fail
-            with stages.stage("outputs"):
-                found = _show_neighbours(neighbours, points, best, reference, extractor)
-                _write_outputs(args, points, results, best, reference.class_names, found)
-            for one in results:
-                one["seconds"] |= stages.seconds
-            _save_results(args.out, points, results, best)
-            if training_run is not None:
-                by_folder = {p.store.folder: one for p, one in zip(points, results, strict=True)}
-                log_to_run(training_run, by_folder)
-            if len(points) > 1:
-                sweep.show(results, best)
-            result.show(results[best], args.out)
-    distributed.shutdown()
+            store.begin()
+        points.append(Point(name, store.folder, store, saved))
+    if distributed.is_main():
+        for sampler in dict.fromkeys(chosen.sampler for chosen in settings.values()):
+            print(f"sampler: {sampler}", flush=True)
+    # points that differ in the denoising alone share the decoding
+    for _, group in groupby(points, lambda point: settings[point.name].guidance):
+        _draw_together(flow, list(group), settings, device)
+    return points
 
 
-def _begin(points: list[Point]) -> None:
-    """Makes the points' stores, and says how they are filled."""
-    for point in points:
-        point.store.begin()
-    for sampler in dict.fromkeys(point.store.settings["sampler"] for point in points):
-        print(f"sampler: {sampler}", flush=True)
+def given(path: Path, samples: Samples, out: Path) -> Point:
+    """The samples of `path`, which another program drew, with its results in `out`."""
+    return Point("", out, samples, {"samples": str(path), "num_samples": len(samples)})
 
 
-def _draw_samples(flow: TarFlow, points: list[Point], device: torch.device) -> None:
-    """Fills the points' stores. The points differ in the denoising step alone, so each has the
-    others' time too. Collective."""
-    stores = [point.store for point in points]
+def _draw_together(
+    flow: TarFlow, points: list[Point], settings: dict[str, SampleSettings], device: torch.device
+) -> None:
+    """Each point has the others' time too."""
+    stores = [SampleStore(point.folder, point.facts) for point in points]
     with ExitStack() as stages:
         for point in points:
             stages.enter_context(point.stages.stage("sampling"))
         drawn = draw_missing_chunks(
             stores,
-            make_draw(flow, [store.settings for store in stores]),
+            make_draw(flow, [settings[point.name] for point in points]),
             f"sampling {', '.join(point.name for point in points)}".strip(),
             distributed.device_name(device),
         )
-    for point, chunks in zip(points, drawn.chunks, strict=True):
-        point.drawn = result.describe_drawing(drawn, chunks)
+    for place, (point, store) in enumerate(zip(points, stores, strict=True)):
+        point.facts = {
+            **point.facts,
+            "sample_devices": store.devices(),
+            "redrawn_samples": store.redrawn(),
+            **drawn.describe(place),
+        }
 
 
-def _measure_samples(point: Point, extractor: FeatureExtractor, device: torch.device) -> None:
-    """Leaves the features of the point's samples in its folder. Collective."""
-    file, who = point.features_file, {}
+def measure_all(
+    points: list[Point],
+    reference: Reference,
+    extractor: FeatureExtractor,
+    *,
+    batch_size: int,
+    device: torch.device,
+    stages: Stages,
+) -> Measured | None:
+    """On rank 0 all features; on the others None. The points' own stay in their folders."""
+    for point in points:
+        with point.stages.stage("sample_features"):
+            _measure_samples(point, extractor, batch_size, device)
+    neighbours = None
+    if reference.searchable is not None:
+        queries = torch.cat([p.first_features for p in points if p.first_features is not None])
+        neighbours = Neighbours(queries.to(device), SHOWN_NEIGHBOURS[1])
+    with stages.stage("reference_features"):
+        real = reference.measure(
+            extractor, batch_size=batch_size, device=device, neighbours=neighbours
+        )
+    if real is None or not distributed.is_main():
+        return None
+    own = [FeatureSet.load(point.folder / FEATURES_FILE) for point in points]
+    return Measured(own, real, neighbours)
+
+
+def _measure_samples(
+    point: Point, extractor: FeatureExtractor, batch_size: int, device: torch.device
+) -> None:
+    file, who = point.folder / FEATURES_FILE, {}
     if distributed.is_main():
-        who = {"samples_sha256": point.store.sha256(), **describe_extractor(extractor)}
+        who = {"samples_sha256": point.samples.sha256(), **describe_extractor(extractor)}
     if not distributed.from_main(distributed.is_main() and _is_measured(file, who)):
         measured = measure(
-            sample_batches(point.store),
+            point.samples,
             extractor,
             label=f"features {point.name}".strip(),
-            total=point.store.num_samples,
-            keep=point.store.num_samples,
+            batch_size=batch_size,
+            keep=len(point.samples),
             device=device,
         )
         if measured is not None:
@@ -170,92 +168,96 @@ def _is_measured(file: Path, who: dict[str, Any]) -> bool:
     return there.features is not None and there.about.items() >= who.items()
 
 
-def _measure_reference(
-    reference: Reference,
-    extractor: FeatureExtractor,
-    points: list[Point],
-    batch_size: int,
-    device: torch.device,
-) -> tuple[FeatureSet | None, Neighbours | None]:
-    """The reference's features, on rank 0, and those of its images, if it has any, that are nearest
-    to the points' first samples. Collective."""
-    if not isinstance(reference, ShardsReference):
-        return reference.measure(extractor, batch_size=batch_size, device=device), None
-    queries = torch.cat([p.first_features for p in points if p.first_features is not None])
-    neighbours = Neighbours(queries.to(device), SHOWN_NEIGHBOURS[1])
-    real = reference.measure(extractor, batch_size=batch_size, device=device, neighbours=neighbours)
-    return real, neighbours
+def compare(
+    points: list[Point], measured: Measured, facts: dict[str, Any], device: torch.device
+) -> list[dict[str, Any]]:
+    """The result of each point; `facts` are those of all."""
+    results = []
+    dim = len(measured.reference.pooled.mean)
+    for point, samples in zip(points, measured.points, strict=True):
+        with point.stages.stage("metrics", f"comparing {dim} features {point.name}".rstrip()):
+            comparison = metrics.compare(samples, measured.reference, device)
+        results.append(
+            {
+                **comparison.to_json(),
+                **facts,
+                **point.facts,
+                "samples_sha256": samples.about["samples_sha256"],
+                "seconds": point.stages.seconds,
+                "environment": describe_environment(),
+            }
+        )
+    return results
 
 
-def _show_neighbours(
-    neighbours: Neighbours | None,
+def neighbours_of(
     points: list[Point],
-    best: int,
+    results: list[dict[str, Any]],
+    measured: Measured,
     reference: Reference,
     extractor: FeatureExtractor,
 ) -> list[NeighboursOf]:
-    """Those of the samples of `points[best]`; none if the reference has no images."""
-    if neighbours is None or not isinstance(reference, ShardsReference):
+    """Those of the samples of the best point; none if the reference has no images to search."""
+    found = measured.neighbours
+    if found is None or reference.searchable is None:
         return []
-    count = len(neighbours.indexes) // len(points)
-    return show_neighbours(
-        neighbours, best * count, count, points[best].store, reference.images, extractor
-    )
+    best = _best(results)
+    count = len(found.indexes) // len(points)
+    samples = points[best].samples
+    return show_neighbours(found, best * count, count, samples, reference.searchable, extractor)
 
 
-def _compare(
-    point: Point, real: FeatureSet, facts: dict[str, Any], device: torch.device
-) -> dict[str, Any]:
-    """The result of one point."""
-    dim = len(real.pooled.mean)
-    with point.stages.stage("metrics", f"comparing {dim} features {point.name}".rstrip()):
-        samples = FeatureSet.load(point.features_file)
-        figures = metrics.compare(samples, real, device)
-    return {
-        **figures,
-        "warnings": metrics.warnings(figures, samples, real),
-        **facts,
-        **point.store.settings,
-        "samples_sha256": point.store.sha256(),
-        "sample_devices": point.store.devices(),
-        "redrawn_samples": point.store.redrawn(),
-        **point.drawn,
-        "seconds": point.stages.seconds,
-        "environment": describe_environment(),
-    }
-
-
-def _write_outputs(
-    args: argparse.Namespace,
+def report(
+    out: Path,
     points: list[Point],
     results: list[dict[str, Any]],
-    best: int,
+    *,
+    formats: list[str],
     class_names: list[str] | None,
     neighbours: list[NeighboursOf],
+    stages: Stages,
 ) -> None:
-    for point in points:
-        for form in args.write:
-            WRITERS[form](point.store)
-        write_grid(point.store, point.store.folder / "grid.png", class_names)
-    plot = None
+    """Writes each point's result and grid, its samples in further `formats`, and the report, and
+    prints the gist. The figures are there before what can fail."""
+    best = _best(results)
+    _save(out, points, results)
+    with stages.stage("outputs"):
+        for point in points:
+            for form in formats:
+                assert isinstance(point.samples, SampleStore)
+                WRITERS[form](point.samples)
+            write_grid(point.samples, point.folder / "grid.png", class_names)
+        plot = None
+        if len(points) > 1:
+            plot = out / "sweep.png"
+            sweep.write_csv(results, out / "sweep.csv")
+            sweep.plot(results, plot)
+        write_report(
+            out / "report.html",
+            results,
+            best,
+            drawn=points[best].samples,
+            class_names=class_names,
+            neighbours=neighbours,
+            sweep_plot=plot,
+        )
+    for one in results:
+        one["seconds"] |= stages.seconds
+    _save(out, points, results)
     if len(points) > 1:
-        plot = args.out / "sweep.png"
-        sweep.write_csv(results, args.out / "sweep.csv")
-        sweep.plot(results, plot)
-    write_report(
-        args.out / "report.html",
-        results,
-        best,
-        store=points[best].store,
-        class_names=class_names,
-        neighbours=neighbours,
-        sweep_plot=plot,
-    )
+        sweep.show(results, best)
+    result.show(results[best], out)
 
 
-def _save_results(out: Path, points: list[Point], results: list[dict[str, Any]], best: int) -> None:
+def _best(results: list[dict[str, Any]]) -> int:
+    return min(range(len(results)), key=lambda place: results[place]["frechet_distance"])
+
+
+def _save(out: Path, points: list[Point], results: list[dict[str, Any]]) -> None:
+    """Each point's result.json, and that of the sweep."""
     for point, one in zip(points, results, strict=True):
-        result.write_result(one, point.store.folder / "result.json")
+        result.write_result(one, point.folder / "result.json")
     if len(points) > 1:
         by_name = {point.name: one for point, one in zip(points, results, strict=True)}
-        result.write_result({"best": points[best].name, "points": by_name}, out / "result.json")
+        whole = {"best": points[_best(results)].name, "points": by_name}
+        result.write_result(whole, out / "result.json")

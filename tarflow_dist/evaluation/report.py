@@ -11,11 +11,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from tarflow_dist.evaluation.grid import LARGEST, class_name, class_rows, read_at
+from tarflow_dist.evaluation.grid import LARGEST, class_name, class_rows
+from tarflow_dist.evaluation.image_sets import Samples
+from tarflow_dist.evaluation.metrics import FIGURES, METRICS
 from tarflow_dist.evaluation.neighbours import NeighboursOf
-from tarflow_dist.evaluation.result import denoising, figures
-from tarflow_dist.evaluation.store import SampleStore
-from tarflow_dist.evaluation.sweep import FIGURES
+from tarflow_dist.evaluation.result import denoising, figures, samples
 from tarflow_dist.files import write_whole
 from tarflow_dist.telemetry.pictures import strip
 
@@ -25,16 +25,6 @@ SHOWN_ELSEWHERE = {
     *FIGURES,
     *("not_measured", "warnings", "command", "samples_sha256", "seconds", "environment"),
 }
-EXPLANATIONS = {
-    "FID": "distance of the features' means and covariances; lower is better",
-    "Fréchet distance": "distance of the pixels' means and covariances; lower is better",
-    "sFID": "the same on features that know where things are; lower is better",
-    "Inception Score": "how sure and how varied a classifier is of the samples; higher is better",
-    "precision": "share of samples that lie among the reference images; higher is better",
-    "recall": "share of reference images that lie among the samples; higher is better",
-    "KID": "distance of kernel means, the same for any number of samples; lower is better",
-    "kernel distance": "distance of kernel means, the same for any number; lower is better",
-}
 
 
 def write_report(
@@ -42,7 +32,7 @@ def write_report(
     results: list[dict[str, Any]],
     best: int,
     *,
-    store: SampleStore,
+    drawn: Samples,
     class_names: list[str] | None,
     neighbours: list[NeighboursOf],
     sweep_plot: Path | None,
@@ -52,7 +42,7 @@ def write_report(
     Args:
         results: as in result.json.
         best: the place of the one that is shown in full.
-        store: its samples.
+        drawn: its samples.
         neighbours: of some of its samples; empty if the reference has no images.
         sweep_plot: a PNG.
     """
@@ -68,12 +58,14 @@ def write_report(
     page = environment.get_template("report.html.jinja").render(
         results=results,
         best=shown,
+        source=shown.get("model") or shown["samples"],
         figures=figures,
         denoising=denoising,
-        explanations=EXPLANATIONS,
+        samples=samples,
+        meanings={metric.title_on(shown["features"]): metric.meaning for metric in METRICS},
         dependencies={k: v for k, v in shown.items() if k not in SHOWN_ELSEWHERE}
         | shown["environment"],
-        rows=list(_rows(store, class_names)),
+        rows=list(_rows(drawn, class_names)),
         neighbours=neighbours,
         strip=partial(strip, largest=LARGEST),
         sweep_plot=sweep_plot and Image.open(sweep_plot),
@@ -82,11 +74,11 @@ def write_report(
         part.write_text(page, encoding="utf-8")
 
 
-def _rows(store: SampleStore, class_names: list[str] | None) -> Iterator[tuple[str, Image.Image]]:
+def _rows(drawn: Samples, class_names: list[str] | None) -> Iterator[tuple[str, Image.Image]]:
     """A name and a strip of samples for each class that is shown."""
-    for label, indexes in class_rows(store.labels(), CLASSES, SAMPLES_A_CLASS):
+    for label, indexes in class_rows(drawn.labels(), CLASSES, SAMPLES_A_CLASS):
         name = "" if label is None else class_name(label, class_names)
-        yield name, strip(read_at(store, indexes), LARGEST)
+        yield name, strip(drawn.images(indexes), LARGEST)
 
 
 def data_url(picture: Image.Image) -> Markup:

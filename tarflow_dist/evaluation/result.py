@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tarflow_dist import distributed
-from tarflow_dist.evaluation.sampling import Drawn
+from tarflow_dist.evaluation.metrics import METRICS
 from tarflow_dist.files import write_whole
 
 
@@ -31,17 +31,6 @@ class Stages:
         yield
         spent = self.seconds.get(name, 0.0) + time.perf_counter() - began
         self.seconds[name] = round(spent, 3)
-
-
-def describe_drawing(drawn: Drawn, chunks: int) -> dict[str, Any]:
-    """What this sitting drew, `chunks` of it for the store in question. "sampling_overhead" is the
-    share of the ranks' time in it that the model did not have: waiting for the last chunk to be
-    written, and for the slowest rank."""
-    overhead = 1 - drawn.model_seconds / drawn.seconds if any(drawn.chunks) else None
-    return {
-        "chunks_drawn": chunks,
-        "sampling_overhead": None if overhead is None else round(overhead, 4),
-    }
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -63,30 +52,16 @@ def write_result(result: dict[str, Any], file: Path) -> None:
         part.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def plus_minus(result: dict[str, Any], name: str, spread: str, digits: int = 4) -> str:
-    """The figure `name` with its `spread`, for people; "—" where it was not measured."""
-    if result[name] is None:
-        return "—"
-    error = result.get(spread)
-    return f"{result[name]:.{digits}g}" + ("" if error is None else f" ± {error:.2g}")
-
-
 def figures(result: dict[str, Any]) -> dict[str, str]:
-    """The figures of a result as people read them, by name."""
-    inception = result["features"].startswith("inception")
-    rows = {
-        "FID" if inception else "Fréchet distance": plus_minus(
-            result, "frechet_distance", "frechet_distance_error", 5
-        ),
-        "sFID": plus_minus(result, "spatial_frechet_distance", ""),
-        "Inception Score": plus_minus(result, "inception_score", "inception_score_std"),
-        "precision": plus_minus(result, "precision", ""),
-        "recall": plus_minus(result, "recall", ""),
-        "KID" if inception else "kernel distance": plus_minus(
-            result, "kernel_distance", "kernel_distance_std"
-        ),
-    }
-    return {name: value for name, value in rows.items() if value != "—"}
+    """The figures of a result as people read them, with their spreads, by title."""
+    shown = {}
+    for metric in METRICS:
+        if metric.title and result[metric.name] is not None:
+            error = result.get(metric.spread)
+            spread = "" if error is None else f" ± {error:.2g}"
+            title = metric.title_on(result["features"])
+            shown[title] = f"{result[metric.name]:.{metric.digits}g}{spread}"
+    return shown
 
 
 def guidance(result: dict[str, Any]) -> str:
@@ -114,16 +89,32 @@ def denoising(result: dict[str, Any]) -> str:
     return f"denoised in {result['denoise_steps']} steps{order}{clipped}{stochastic}"
 
 
+def samples(result: dict[str, Any]) -> str:
+    """What was measured, for people."""
+    count = f"{result['num_samples']:,}"
+    if "guidance" not in result:
+        return f"{count} images of {result['samples']}"
+    annealed = " annealed" if result["annealed"] else ""
+    return f"{count} samples at guidance {result['guidance']:g}{annealed}, {denoising(result)}"
+
+
 def show(result: dict[str, Any], folder: Path) -> None:
     """Prints the gist."""
-    count, redrawn = result["reference_images"], result["redrawn_samples"]
-    rows = figures(result) | {
-        "features": result["features"],
-        "samples": f"{result['num_samples']:,}, labels {result['labels'] or 'none'}, "
-        f"seed {result['seed']}, sha256 {result['samples_sha256'][:16]}…"
-        + (f", {redrawn:,} of them drawn again" if redrawn else ""),
-        "guidance": guidance(result),
-        "denoising": denoising(result),
+    count = result["reference_images"]
+    digest = f"sha256 {result['samples_sha256'][:16]}…"
+    rows = figures(result) | {"features": result["features"]}
+    if "guidance" in result:
+        redrawn = result["redrawn_samples"]
+        rows |= {
+            "samples": f"{result['num_samples']:,}, labels {result['labels'] or 'none'}, "
+            f"seed {result['seed']}, {digest}"
+            + (f", {redrawn:,} of them drawn again" if redrawn else ""),
+            "guidance": guidance(result),
+            "denoising": denoising(result),
+        }
+    else:
+        rows["samples"] = f"{samples(result)}, {digest}"
+    rows |= {
         "reference": " ".join(filter(None, (result["reference"], result["reference_split"])))
         + f", {'an unsaid number of' if count is None else format(count, ',')} images",
         "seconds": ", ".join(f"{stage} {s:.1f}" for stage, s in result["seconds"].items()),

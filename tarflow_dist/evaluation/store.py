@@ -2,12 +2,17 @@
 
 import hashlib
 import io
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from tarflow_dist.distributed import rank, world_size
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import read_sealed, regular, write_sealed, write_whole
 from tarflow_dist.flow.config import MOST_CLASSES
@@ -50,16 +55,28 @@ class SampleStore:
         self.num_chunks = -(-self.num_samples // self.chunk_size)
         self._check_settings()
 
+    @classmethod
+    def open(cls, folder: Path) -> "SampleStore":
+        """The store that is there.
+
+        Raises:
+            UserError: there is none.
+        """
+        return cls(folder, _read_settings(folder))
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W); of a store that has its first chunk."""
+        _, height, width, channels = self.read_images(0, [0]).shape
+        return channels, height, width
+
     def _check_settings(self) -> None:
-        file = self.folder / SETTINGS_FILE
         if not any(self.folder.glob("samples-*.parquet")):
             return
-        if not file.exists():
-            raise UserError(f"{self.folder} holds samples but no {SETTINGS_FILE}: empty it")
-        try:
-            there = read_sealed(file, version=VERSION)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} can't be read ({error}): empty {self.folder}") from error
+        there = _read_settings(self.folder)
         differing = [
             f"{key} {there.get(key)!r}, not {self.settings.get(key)!r}"
             for key in self.settings | there
@@ -154,6 +171,20 @@ class SampleStore:
             raise self._damaged(chunk)
         return images
 
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's share: indexes (B,) and images (B, C, H, W), a chunk at a time, which
+        `batch_size` does not change."""
+        for chunk in range(rank(), self.num_chunks, world_size()):
+            images = torch.from_numpy(self.read_images(chunk)).permute(0, 3, 1, 2)
+            yield torch.tensor(self.chunk_indexes(chunk)), images
+
+    def images(self, indexes: Sequence[int]) -> Pixels:
+        """The images (len(indexes), H, W, C) of the ascending sample indexes."""
+        rows_of: dict[int, list[int]] = defaultdict(list)
+        for index in indexes:
+            rows_of[index // self.chunk_size].append(index % self.chunk_size)
+        return np.concatenate([self.read_images(chunk, rows) for chunk, rows in rows_of.items()])
+
     def sha256(self) -> str:
         """One digest of all samples, the SHA-256 of the chunks' digests one after another. Equal
         wherever and in whatever sittings the same samples were drawn."""
@@ -203,6 +234,20 @@ class SampleStore:
         return UserError(
             f"{self.chunk_file(chunk)} is damaged: delete it and run the same command again"
         )
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    file = folder / SETTINGS_FILE
+    if not file.exists():
+        raise UserError(f"{folder} holds samples but no {SETTINGS_FILE}: empty it")
+    try:
+        there = read_sealed(file, version=VERSION)
+        counts = there["num_samples"], there["chunk_size"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file} can't be read ({error}): empty {folder}") from error
+    if not all(isinstance(count, int) and count > 0 for count in counts):
+        raise UserError(f"{file} makes no sense (num_samples, chunk_size): empty {folder}")
+    return there
 
 
 def _digest(images: Pixels, labels: NDArray[np.int64]) -> str:

@@ -6,25 +6,15 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from tarflow_dist.evaluation.metrics import FIGURES, METRICS
 from tarflow_dist.evaluation.result import denoising, figures
 from tarflow_dist.files import write_whole
 
-FIGURES = (
-    "frechet_distance",
-    "frechet_distance_error",
-    "frechet_distance_bias",
-    "spatial_frechet_distance",
-    "inception_score",
-    "inception_score_std",
-    "precision",
-    "recall",
-    "kernel_distance",
-    "kernel_distance_std",
-)
 COLUMNS = (
     *("guidance", "denoise", "denoise_steps", *FIGURES),
     *("num_samples", "redrawn_samples", "samples_sha256"),
 )
+PLOTTED = ("frechet_distance", "inception_score", "precision", "recall")
 
 
 def write_csv(results: list[dict[str, Any]], file: Path) -> None:
@@ -50,14 +40,7 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
     the guidance weight, a curve for each way of denoising; or at one weight against the steps."""
     from matplotlib.figure import Figure
 
-    distance = "FID" if results[0]["features"].startswith("inception") else "Fréchet distance"
-    panels = [
-        (distance, "frechet_distance", "frechet_distance_error"),
-        ("Inception Score", "inception_score", "inception_score_std"),
-        ("precision", "precision", None),
-        ("recall", "recall", None),
-    ]
-    panels = [panel for panel in panels if results[0][panel[1]] is not None]
+    panels = [m for m in METRICS if m.name in PLOTTED and results[0][m.name] is not None]
     by_steps = len({r["guidance"] for r in results}) == 1
     by_steps = by_steps and len({r.get("denoise_steps") for r in results if r["denoise"]}) > 1
     curves: dict[str, list[tuple[float, dict[str, Any]]]] = defaultdict(list)
@@ -68,21 +51,22 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
         else:
             curves[denoising(result)].append((result["guidance"], result))
     figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
-    for axes, (title, name, spread) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
+    for axes, metric in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for label, points in curves.items():
             points.sort(key=itemgetter(0))
             axes.errorbar(
                 [place for place, _ in points],
-                [r[name] for _, r in points],
-                yerr=[r[spread] or 0 for _, r in points] if spread else None,
+                [r[metric.name] for _, r in points],
+                yerr=[r[metric.spread] or 0 for _, r in points] if metric.spread else None,
                 label=label,
                 marker="o",
                 markersize=4,
                 capsize=3,
             )
-        axes.set(xlabel="denoising steps" if by_steps else "guidance w", title=title)
+        axes.set(
+            xlabel="denoising steps" if by_steps else "guidance w",
+            title=metric.title_on(results[0]["features"]),
+        )
         axes.grid(alpha=0.3)
         axes.legend()
     with write_whole(file) as part:

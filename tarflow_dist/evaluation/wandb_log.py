@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tarflow_dist.config import LogConfig
-from tarflow_dist.evaluation.sweep import FIGURES
+from tarflow_dist.evaluation.metrics import FIGURES
 from tarflow_dist.telemetry.metrics import end_wandb, start_wandb
 
 

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from tarflow_dist.errors import UserError
-from tarflow_dist.evaluation.feature_set import FeatureSet, image_batches, image_shape
+from tarflow_dist.evaluation.feature_set import FeatureSet
 from tarflow_dist.evaluation.features import Features, PixelFeatures
-from tarflow_dist.evaluation.reference_set import FileReference, sha256
+from tarflow_dist.evaluation.npz import image_batches, shape_of_images
+from tarflow_dist.evaluation.reference_set import Reference, open_reference
 from tarflow_dist.evaluation.statistics import Gaussian
+from tarflow_dist.files import sha256
 
 SHAPE = (3, 2, 2)
 DIM = 12
@@ -29,9 +31,19 @@ def images(count: int = 25) -> np.ndarray:
     return np.random.default_rng(1).integers(0, 256, (count, 2, 2, 3), dtype=np.uint8)
 
 
+def opened(file: Path, extractor: Any = None, shape: tuple[int, int, int] = SHAPE) -> Reference:
+    return open_reference(
+        str(file),
+        "train",
+        image_shape=shape,
+        num_classes=0,
+        extractor=extractor or PixelFeatures(shape),
+    )
+
+
 def measured(file: Path, extractor: Any = None) -> FeatureSet:
     extractor = extractor or PixelFeatures(SHAPE)
-    reference = FileReference(file, image_shape=SHAPE, extractor=extractor)
+    reference = opened(file, extractor)
     found = reference.measure(extractor, batch_size=10, device=torch.device("cpu"))
     assert found is not None
     return found
@@ -67,7 +79,7 @@ def test_adms_file(tmp_path: Path, save: Any) -> None:
     np.testing.assert_array_equal(there.spatial.mean, spatial["mu_s"])  # type: ignore[union-attr]
     pixels = images().transpose(0, 3, 1, 2).reshape(25, -1) / 127.5 - 1
     np.testing.assert_allclose(there.features, pixels, atol=1e-6)  # type: ignore[arg-type]
-    reference = FileReference(file, image_shape=SHAPE, extractor=PixelFeatures(SHAPE))
+    reference = opened(file)
     assert reference.describe() == {
         "reference": str(file),
         "reference_split": None,
@@ -91,13 +103,13 @@ def test_grey_images_of_three_channels(tmp_path: Path) -> None:
     device = torch.device("cpu")
     np.savez(file, arr_0=grey.repeat(3, axis=3))
     extractor = PixelFeatures(shape)
-    reference = FileReference(file, image_shape=shape, extractor=extractor)
+    reference = opened(file, extractor, shape)
     there = reference.measure(extractor, batch_size=10, device=device)
     assert there is not None
     pixels = grey.reshape(25, 4) / 127.5 - 1
     np.testing.assert_allclose(there.pooled.mean, pixels.mean(0), rtol=1e-12)
     np.savez(file, arr_0=images())
-    reference = FileReference(file, image_shape=shape, extractor=extractor)
+    reference = opened(file, extractor, shape)
     with pytest.raises(UserError, match="colour images and the model's are grey"):
         reference.measure(extractor, batch_size=10, device=device)
 
@@ -112,7 +124,7 @@ def test_a_full_disk_is_named(small_disk: Path) -> None:
 def test_ranks_share_the_images(tmp_path: Path) -> None:
     file = tmp_path / "a.npz"
     np.savez(file, arr_0=images())
-    assert image_shape(file) == (25, 2, 2, 3)
+    assert shape_of_images(file) == (25, 2, 2, 3)
     found = [
         batch for rank in range(3) for batch in image_batches(file, 4, rank=rank, world_size=3)
     ]

@@ -7,9 +7,8 @@ from torch_fidelity import metric_fid, metric_isc, metric_prc
 
 from tarflow_dist.evaluation import metrics
 from tarflow_dist.evaluation.feature_set import FeatureSet
-from tarflow_dist.evaluation.measure import InceptionScore
-from tarflow_dist.evaluation.metrics import compare, jackknife
-from tarflow_dist.evaluation.statistics import Gaussian, frechet_distance
+from tarflow_dist.evaluation.metrics import Unmeasurable, compare, jackknife, share_within
+from tarflow_dist.evaluation.statistics import Gaussian, InceptionScore, frechet_distance
 
 DIM = 2048
 
@@ -66,9 +65,13 @@ def test_precision_and_recall(sets: tuple[np.ndarray, np.ndarray]) -> None:
     assert 0.02 < precision < 0.98
     assert 0.02 < recall < 0.98
     # a float32 distance may fall on the other side of a radius
-    assert metrics.precision_recall(*sets) == pytest.approx((precision, recall), abs=0.003)
+    x, y = sets
+    ours = share_within(x, y), share_within(y, x)
+    assert ours == pytest.approx((precision, recall), abs=0.003)
     theirs = metric_prc.calculate_precision_recall_full(*map(torch.from_numpy, sets))
-    assert metrics.precision_recall(*sets) == pytest.approx(theirs, abs=0.003)
+    assert ours == pytest.approx(theirs, abs=0.003)
+    figures = compare(*map(feature_set, sets)).figures
+    assert (figures["precision"], figures["recall"]) == ours
 
 
 def test_kernel_distance(sets: tuple[np.ndarray, np.ndarray]) -> None:
@@ -85,7 +88,10 @@ def test_kernel_distance(sets: tuple[np.ndarray, np.ndarray]) -> None:
     expected = (
         mean_off_diagonal(kernel(x, x)) + mean_off_diagonal(kernel(y, y)) - 2 * kernel(x, y).mean()
     )
-    mean, std = metrics.kernel_distance(*sets)
+    figures = compare(*map(feature_set, sets)).figures
+    mean, std = figures["kernel_distance"], figures["kernel_distance_std"]
+    assert mean is not None
+    assert std is not None
     assert abs(mean - expected) < 5 * std / np.sqrt(metrics.KERNEL_SUBSETS) < 0.1 * mean
 
 
@@ -126,9 +132,7 @@ def test_spread_and_bias_are_those_of_many_sets() -> None:
         x = (rng.normal(size=(count, dim)) * std).astype(np.float32)
         distances.append(frechet_distance(*gaussian(x), *reference))
         if len(errors) < 60:
-            error, bias = jackknife(x, gaussian(x), reference)
-            assert error is not None
-            assert bias is not None
+            error, bias = jackknife(feature_set(x), FeatureSet(reference))
             errors.append(error)
             biases.append(bias)
     assert np.mean(errors) == pytest.approx(np.std(distances), rel=0.15)
@@ -143,36 +147,36 @@ def test_jackknife_without_each_tenth_written_out() -> None:
         without.append(frechet_distance(*gaussian(kept), *gaussian(y)))
     error = np.sqrt(0.9 * ((np.array(without) - np.mean(without)) ** 2).sum())
     bias = 9 * (np.mean(without) - frechet_distance(*gaussian(x), *gaussian(y)))
-    assert jackknife(x, gaussian(x), gaussian(y)) == pytest.approx((error, bias), rel=1e-4)
-    assert jackknife(x[:19], gaussian(x[:19]), gaussian(y)) == (None, None)
+    assert jackknife(feature_set(x), feature_set(y)) == pytest.approx((error, bias), rel=1e-4)
+    with pytest.raises(Unmeasurable, match="fewer than 20 samples"):
+        jackknife(feature_set(x[:19]), feature_set(y))
 
 
 def test_what_the_sets_lack_is_said() -> None:
     x, y = features(30, 5), features(40, 5, seed=1)
     bare = FeatureSet(gaussian(y), about={"count": None})
-    result = compare(feature_set(x), bare)
-    assert result["frechet_distance"] > 0
+    found = compare(feature_set(x), bare)
+    assert found.figures["frechet_distance"] > 0  # type: ignore[operator]
     for name in ("precision", "recall", "kernel_distance"):
-        assert result[name] is None
-        assert "no features of single images" in result["not_measured"][name]
-    assert "classify nothing" in result["not_measured"]["inception_score"]
+        assert found.figures[name] is None
+        assert "no features of single images" in found.not_measured[name]
+    assert "classify nothing" in found.not_measured["inception_score"]
     spatial = feature_set(x, spatial=gaussian(x), split_scores=[1.0, 3.0])
-    assert (
-        "no spatial statistics"
-        in compare(spatial, bare)["not_measured"]["spatial_frechet_distance"]
-    )
-    both = compare(spatial, feature_set(y, spatial=gaussian(y)))
+    missing = compare(spatial, bare).not_measured
+    assert "no spatial statistics" in missing["spatial_frechet_distance"]
+    both = compare(spatial, feature_set(y, spatial=gaussian(y))).figures
     assert both["spatial_frechet_distance"] == both["frechet_distance"]
     assert (both["inception_score"], both["inception_score_std"]) == (2.0, 1.0)
-    assert compare(feature_set(x[:3]), feature_set(y))["not_measured"]["recall"] == "too few images"
+    few = compare(feature_set(x[:3]), feature_set(y))
+    assert few.not_measured["recall"] == "too few images"
+    assert few.not_measured["frechet_distance_error"] == "fewer than 20 samples"
 
 
 def test_warnings() -> None:
     x, y = features(400, 5), features(400, 5, seed=30)
 
     def of(samples: np.ndarray) -> list[str]:
-        sets = feature_set(samples), feature_set(y)
-        return metrics.warnings(compare(*sets), *sets)
+        return compare(feature_set(samples), feature_set(y)).warnings
 
     assert of(x) == []
     assert "5 samples for 5 features: the covariance is singular" in of(x[:5])[0]

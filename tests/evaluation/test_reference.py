@@ -9,7 +9,7 @@ import ranks
 
 from tarflow_dist.data.shards import open_shards
 from tarflow_dist.errors import UserError
-from tarflow_dist.evaluation.reference_set import sha256
+from tarflow_dist.files import sha256
 from tarflow_dist.reference import main
 
 

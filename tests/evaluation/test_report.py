@@ -80,7 +80,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "report.html",
         RESULTS,
         3,
-        store=store,
+        drawn=store,
         class_names=["tench, Tinca tinca", "goldfish"],
         neighbours=[neighbour],
         sweep_plot=folder / "sweep.png",

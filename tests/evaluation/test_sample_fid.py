@@ -11,20 +11,20 @@ import pytest
 import ranks
 import torch
 from commands import run
+from PIL import Image
 
 from tarflow_dist.data.shards import open_shards
 from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation import pipeline
+from tarflow_dist.evaluation.draw import sample_labels
 from tarflow_dist.evaluation.feature_set import FeatureSet
 from tarflow_dist.evaluation.features import PixelFeatures
-from tarflow_dist.evaluation.measure import check_image_shape
-from tarflow_dist.evaluation.reference_set import open_reference, sha256
-from tarflow_dist.evaluation.sampling import sample_labels
-from tarflow_dist.evaluation.settings import sweep_settings
+from tarflow_dist.evaluation.image_sets import check_image_shape, open_samples
+from tarflow_dist.evaluation.reference_set import open_reference
 from tarflow_dist.evaluation.statistics import Gaussian
-from tarflow_dist.files import only_run
+from tarflow_dist.files import only_run, sha256
 from tarflow_dist.pretrained import TarFlow
-from tarflow_dist.sample_fid import check_arguments, main, parse_arguments
+from tarflow_dist.sample_fid import check_arguments, main, parse_arguments, sweep_settings
 
 COMMAND = "tarflow_dist.sample_fid"
 
@@ -130,7 +130,7 @@ def test_settings_follow_the_model(model: Path) -> None:
     flow = TarFlow.from_pretrained(model)
     points = sweep_settings(parse_arguments(arguments(model, "--denoise", "0")), flow, "abc")
     assert list(points) == [""]
-    settings = points[""]
+    settings = points[""].to_json()
     assert settings["weights_sha256"] == "abc"
     assert (settings["labels"], settings["denoise"]) == ("random", False)
     assert settings["sampler"] == "sequential"
@@ -141,7 +141,7 @@ def test_the_policy_in_force_is_a_setting(model: Path, monkeypatch: pytest.Monke
     flow = TarFlow.from_pretrained(model)
     monkeypatch.setattr(TarFlow, "sampler", lambda _, batch, rule: f"{batch} at {rule.weight}")
     points = sweep_settings(parse_arguments(arguments(model, "--guidance", "0,2")), flow, "")
-    assert [point["sampler"] for point in points.values()] == ["100 at 0.0", "100 at 2.0"]
+    assert [point.sampler for point in points.values()] == ["100 at 0.0", "100 at 2.0"]
 
 
 def test_points_of_a_sweep(model: Path) -> None:
@@ -150,9 +150,10 @@ def test_points_of_a_sweep(model: Path) -> None:
     args = parse_arguments(arguments(model, "--guidance", "0,1.5", "--denoise", "0,1", *guided))
     points = sweep_settings(args, flow, "")
     assert list(points) == [f"guidance-{w}-denoise-{d}" for w in ("0", "1.5") for d in (0, 1)]
-    shown = [(p["guidance"], p["denoise"], p["attn_temp"]) for p in points.values()]
+    saved = [point.to_json() for point in points.values()]
+    shown = [(p["guidance"], p["denoise"], p["attn_temp"]) for p in saved]
     assert shown == [(0.0, False, 1.0), (0.0, True, 1.0), (1.5, False, 0.9), (1.5, True, 0.9)]
-    shown = [(p["rule"], p["guide_blocks"]) for p in points.values()]
+    shown = [(p["rule"], p["guide_blocks"]) for p in saved]
     assert shown == [("linear", None)] * 2 + [("gaussian", [0, 1])] * 2
 
 
@@ -165,12 +166,12 @@ def test_points_of_a_sweep_over_denoising_steps(tmp_path: Path) -> None:
         "guidance-0-denoise-1-steps-3",
         "guidance-0-denoise-1-steps-7",
     ]
-    none, three, seven = points.values()
+    none, three, seven = (point.to_json() for point in points.values())
     assert not [name for name in none if name.startswith("denoise_")]
     assert (three["denoise_steps"], seven["denoise_steps"]) == (3, 7)
     assert {three["denoise_order"], seven["denoise_order"]} == {2}
     (alone,) = sweep_settings(parse_arguments(arguments(tmp_path)), flow, "").values()
-    assert alone["denoise_steps"] == 20
+    assert alone.to_json()["denoise_steps"] == 20
     args = parse_arguments(arguments(tmp_path, "--denoise", "0", "--denoise-clip"))
     with pytest.raises(UserError, match="and nothing is: leave them out"):
         sweep_settings(args, flow, "")
@@ -366,13 +367,69 @@ def test_a_sweep_resumes_and_reuses_the_reference_file(
     assert {"sweep.csv", "sweep.png", "report.html"} <= {file.name for file in out.iterdir()}
 
 
+def test_what_another_program_drew_is_measured(model: Path, digits: Path, tmp_path: Path) -> None:
+    """The same samples in every form have the same figures, and nothing is asked of them."""
+    drawn, log = tmp_path / "drawn", tmp_path / "log"
+    reference = ("--reference", digits / "mds", "--split", "val", "--features", "pixels")
+    draw = ("--model", model, "--num-samples", 40, "--write", "npz,folder", "--out", drawn)
+    ranks.run_command(log, COMMAND, *draw, *reference)
+    expected = outcome(drawn)
+    for form in (drawn, drawn / "samples.npz", drawn / "png"):
+        out = tmp_path / f"of-{form.name}"
+        # an .npz of ADM's has grey images in three channels
+        where = ("--reference", drawn / "samples.npz") if form.suffix else reference[:4]
+        ranks.run_command(log, COMMAND, "--samples", form, *where, *reference[4:], "--out", out)
+        found = outcome(out)
+        assert found["num_samples"] == 40
+        assert found["samples"] == str(form)
+        assert "guidance" not in found
+        if form.suffix:
+            assert found["frechet_distance"] == pytest.approx(0, abs=1e-6)
+        else:
+            for name in ("frechet_distance", "precision", "kernel_distance"):
+                assert found[name] == pytest.approx(expected[name], rel=1e-9)
+        assert "40 images of" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--seed", "3", "--labels", "1"], "leave out --labels, --seed, which are for those of a"),
+        (["--write", "npz"], "leave out --write"),
+        (["--model", "m"], "not allowed with argument"),
+    ],
+)
+def test_nothing_is_asked_of_samples_that_are_there(
+    more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(["--samples", "there", "--reference", "shards", *more])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_pictures_that_are_no_set(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds 0 pictures: two or more"):
+        open_samples(tmp_path)
+    for name, size in (("a.png", (4, 4)), ("b.png", (4, 4)), ("c.png", (5, 4))):
+        Image.new("L", size).save(tmp_path / name)
+    pictures = open_samples(tmp_path)
+    assert pictures.image_shape == (1, 4, 4)
+    assert pictures.images([0, 1]).shape == (2, 4, 4, 1)
+    with pytest.raises(UserError, match=r"c.png is 5×4 and .*a.png is 4×4"):
+        list(pictures.batches(2))
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"a\.png is no image that can be read"):
+        open_samples(tmp_path)
+
+
 def test_interrupted_says_what_stays(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tarflow_dist.evaluation.pipeline.run", interrupted)
+    monkeypatch.setattr("tarflow_dist.sample_fid.run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main(arguments(model, "--features", "pixels", "--out", "there"))
     assert capsys.readouterr().err == (

@@ -9,7 +9,7 @@ from PIL import Image
 from tarflow_dist import config as configs
 from tarflow_dist.config import LogConfig
 from tarflow_dist.errors import UserError
-from tarflow_dist.evaluation.sweep import FIGURES
+from tarflow_dist.evaluation.metrics import FIGURES
 from tarflow_dist.evaluation.wandb_log import TrainingRun, log_to_run
 from tarflow_dist.sample_fid import find_training_run
 

@@ -11,13 +11,16 @@ from torch import Tensor
 
 from tarflow_dist import distributed
 from tarflow_dist.errors import UserError
-from tarflow_dist.evaluation.sampling import (
+from tarflow_dist.evaluation.draw import (
     draw_missing_chunks,
     make_draw,
     one_thread,
     sample_labels,
 )
+from tarflow_dist.evaluation.settings import SampleSettings
 from tarflow_dist.evaluation.store import SampleStore
+from tarflow_dist.flow.denoise import Denoising
+from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.pretrained import Draws, TarFlow
 
 SETTINGS = {"num_samples": 10, "chunk_size": 4}
@@ -103,12 +106,20 @@ def a_flow() -> TarFlow:
     return flow.requires_grad_(False)
 
 
-def flow_settings(denoise: bool) -> dict:
-    return {
-        **{"seed": 3, "labels": "random", "guidance": 1.0, "annealed": True, "guide": "both"},
-        **{"attn_temp": 1.0, "rule": "gaussian", "guide_blocks": [1]},
-        **{"denoise": denoise, "num_samples": 70, "chunk_size": 4},
-    }
+def flow_settings(denoise: bool) -> SampleSettings:
+    return SampleSettings(
+        weights_sha256="",
+        config_sha256="",
+        dtype="float32",
+        num_samples=70,
+        chunk_size=4,
+        seed=3,
+        labels="random",
+        uint8_rule="",
+        sampler="",
+        guidance=Guidance(1.0, annealed=True, rule="gaussian", blocks=[1]),
+        denoising=Denoising() if denoise else None,
+    )
 
 
 def test_a_flow_draws_the_same_image_in_any_batch() -> None:
@@ -122,7 +133,7 @@ def test_a_flow_draws_the_same_image_in_any_batch() -> None:
 
 def test_with_and_without_the_score_step_from_one_decoding() -> None:
     flow = a_flow()
-    draw = make_draw(flow, [flow_settings(False), flow_settings(True)])
+    draw = make_draw(flow, [flow_settings(denoise) for denoise in (False, True)])
     apart = [draw(torch.arange(4), [place])[1][0].images for place in (0, 1)]
     decode, calls = flow.decode, []
 
@@ -161,8 +172,8 @@ def draw_unstably(folder: Path) -> None:
         return decode(z, *arguments, **options).masked_fill(lost, torch.nan)
 
     flow.decode = unstable  # type: ignore[method-assign]
-    settings = [flow_settings(False), flow_settings(True)]
-    stores = [SampleStore(folder / str(i), s) for i, s in enumerate(settings)]
+    settings = [flow_settings(denoise) for denoise in (False, True)]
+    stores = [SampleStore(folder / str(i), s.to_json()) for i, s in enumerate(settings)]
     draw_missing_chunks(stores, make_draw(flow, settings))
     distributed.shutdown()
 
@@ -176,7 +187,8 @@ def test_samples_drawn_again_are_counted_on_any_ranks_and_after_a_resume(tmp_pat
     digests = []
     for count in (1, 3):
         folder = tmp_path / str(count)
-        stores = [SampleStore(folder / str(i), flow_settings(bool(i))) for i in (0, 1)]
+        settings = [flow_settings(denoise) for denoise in (False, True)]
+        stores = [SampleStore(folder / str(i), s.to_json()) for i, s in enumerate(settings)]
         for store in stores:
             store.begin()
         ranks.run(draw_unstably, folder, ranks=count)

@@ -1,4 +1,5 @@
-"""Drawing a sample store full on any number of ranks: the same images whatever that number."""
+"""The first stage: filling sample stores on any number of ranks, with the same images whatever that
+number."""
 
 import os
 import time
@@ -16,9 +17,8 @@ from torch import Tensor
 from tarflow_dist import rng
 from tarflow_dist.distributed import Counter, from_main, gather, is_main
 from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError, enough_memory
+from tarflow_dist.evaluation.settings import SampleSettings
 from tarflow_dist.evaluation.store import NO_LABEL, SampleStore
-from tarflow_dist.flow.denoise import Denoising
-from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.pretrained import Draws, TarFlow
 from tarflow_dist.telemetry.progress import Progress
 
@@ -41,6 +41,16 @@ class Drawn:
     model_seconds: float
     """Those of them that the model took."""
 
+    def describe(self, place: int) -> dict[str, Any]:
+        """What a result says of it, for the store at `place`. "sampling_overhead" is the share of
+        the ranks' time that the model did not have: waiting for the last chunk to be written, and
+        for the slowest rank."""
+        overhead = 1 - self.model_seconds / self.seconds if any(self.chunks) else None
+        return {
+            "chunks_drawn": self.chunks[place],
+            "sampling_overhead": None if overhead is None else round(overhead, 4),
+        }
+
 
 def sample_labels(rule: str, index: Tensor, *, num_classes: int, seed: int) -> Tensor:
     """Class ids (B,) of the samples `index` (B,).
@@ -59,18 +69,22 @@ def sample_labels(rule: str, index: Tensor, *, num_classes: int, seed: int) -> T
     return given[index % len(given)]
 
 
-def make_draw(flow: TarFlow, settings: Sequence[dict[str, Any]]) -> Draw:
-    """Draws for stores of these `settings`, which differ in the denoising alone: "labels" is a rule
-    of `sample_labels`, or None for an unconditional model; the others are `TarFlow.sample`'s."""
-    chosen = {name: settings[0][name] for name in ("seed", *Guidance().arguments())}
-    ways = [Denoising.of(point) if point["denoise"] else None for point in settings]
-    rule, seed = settings[0]["labels"], settings[0]["seed"]
+def make_draw(flow: TarFlow, settings: Sequence[SampleSettings]) -> Draw:
+    """Draws for stores of these `settings`, which differ in the denoising alone."""
+    ways = [point.denoising for point in settings]
+    common = settings[0]
 
     def draw(index: Tensor, places: list[int]) -> tuple[Tensor, list[Draws]]:
         y = None
-        if rule is not None:
-            y = sample_labels(rule, index, num_classes=flow.num_classes, seed=seed)
-        drawn = flow.draw(y, [ways[place] for place in places], index=index, **chosen)
+        if common.labels is not None:
+            y = sample_labels(common.labels, index, num_classes=flow.num_classes, seed=common.seed)
+        drawn = flow.draw(
+            y,
+            [ways[place] for place in places],
+            seed=common.seed,
+            index=index,
+            **common.guidance.arguments(),
+        )
         return torch.full_like(index, NO_LABEL) if y is None else y, drawn
 
     return draw
