@@ -54,7 +54,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add_denoising_options(add)
     add(
         "--labels",
-        help="of a conditional model: random, balanced, or class ids that take turns, 3,7; "
+        help="of a conditional model: random, balanced, or class ids or names that take turns, "
+        """3,dogs,"cats, big", where quotes make a name of what has a comma or is a number; """
         "default random",
     )
     add("--seed", type=int, default=0, help="of noise and labels; default 0")

@@ -99,7 +99,9 @@ def run(args: argparse.Namespace, training_run: TrainingRun | None) -> None:
             _save_results(args.out, points, results, best)  # before what can fail
             with stages.stage("outputs"):
                 found = _show_neighbours(neighbours, points, best, reference, extractor)
-                _write_outputs(args, points, results, best, reference.class_names, found)
+                _write_outputs(
+                    args, points, results, best, flow.class_names or reference.class_names, found
+                )
             for one in results:
                 one["seconds"] |= stages.seconds
             _save_results(args.out, points, results, best)

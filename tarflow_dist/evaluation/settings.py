@@ -10,7 +10,7 @@ from typing import Any
 from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation.reference_set import sha256
 from tarflow_dist.flow.guidance import Guidance
-from tarflow_dist.options import denoising_of, guidance_of
+from tarflow_dist.options import class_numbers, denoising_of, guidance_of
 from tarflow_dist.policy import dtype_name
 from tarflow_dist.pretrained import TarFlow
 
@@ -76,15 +76,7 @@ def label_rule(args: argparse.Namespace, flow: TarFlow) -> str | None:
     rule = "random" if args.labels is None else args.labels
     if rule in ("random", "balanced"):
         return rule
-    try:
-        given = [int(label) for label in rule.split(",")]
-    except ValueError as error:
-        raise UserError(
-            f"--labels is random, balanced or class ids such as 3,7, and not {rule!r}"
-        ) from error
-    if not 0 <= min(given) <= max(given) < flow.num_classes:
-        raise UserError(f"--labels {rule}: the model's classes are 0 to {flow.num_classes - 1}")
-    return ",".join(map(str, given))
+    return ",".join(map(str, class_numbers(rule, flow, least=0)))
 
 
 def hash_weights(model: Path) -> str:
