@@ -91,9 +91,10 @@ def _some(names: list[str], shown: int = 5) -> str:
 
 
 def _readable(summary: dict[str, Any], label: int) -> str:
-    """A class's name in words if there is one, or else the name of its folder."""
-    names = summary.get("class_names") or summary["classes"]
-    return str(names[label]).partition(",")[0]
+    """The first of a class's names in words if there is one, or else the name of its folder."""
+    if words := summary.get("class_names"):
+        return str(words[label]).partition(",")[0]
+    return str(summary["classes"][label])
 
 
 def contact_sheet(folder: Path, summary: dict[str, Any], manifest: Any) -> Image.Image:

@@ -217,6 +217,10 @@ class Config(Section):
     """The run's folder. The same command on an existing folder goes on where it stopped."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the weights, the order of images, noise, dropped labels and flips."""
+    init: Path | None = None
+    """A model's folder, or a run's, to start from: its weights (a run's moving average) are taken
+    before the first step. Classes that go by the same name in the data and there keep what was
+    learned of them, others start anew; the rest of `model` must be the same, but for the noise."""
     model: FlowConfig
     """The flow. None of it can change in a run."""
     data: DataConfig
@@ -279,7 +283,7 @@ class Config(Section):
 
 UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # a key, to pydantic
 # A run goes on with these as they were; everything else may change from one start to the next.
-FIXED_IN_A_RUN = ("model", "seed")
+FIXED_IN_A_RUN = ("model", "seed", "init")
 SAVED_FILE = "config.yaml"  # in the run's folder
 VERSION = 1  # of a config file, which may say it
 

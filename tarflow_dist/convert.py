@@ -7,9 +7,11 @@ SOURCE is a run's folder or one of its checkpoints, a DeepSpeed checkpoint of an
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tarflow_dist.classes import NAMELESS, Classes
 from tarflow_dist.errors import UserError, run_command
+from tarflow_dist.training import pointer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +22,16 @@ RUN_OPTIONS = ("weights",)
 FOREIGN_OPTIONS = (
     *("trust_pickle", "sigma", "uniform", "sigma_range", "in_channels", "head_dim", "key"),
 )
+
+
+class Source(NamedTuple):
+    """What a checkpoint says of a model."""
+
+    weights: dict[str, "Tensor"]
+    sizes: dict[str, Any]
+    """The arguments of `Flow`."""
+    provenance: dict[str, Any]
+    classes: Classes
 
 
 def main(argv: list[str]) -> None:
@@ -72,13 +84,15 @@ def convert(arguments: argparse.Namespace) -> None:
         raise UserError(f"{source} is a model already, as TarFlow.from_pretrained loads it")
     if (out / "model.safetensors").exists():
         raise UserError(f"{out} holds a model already: choose another folder, or remove it")
-    is_run = _is_run(source)
+    is_run = pointer.is_run(source)
     idle = FOREIGN_OPTIONS if is_run else RUN_OPTIONS
     if given := [name for name in idle if getattr(arguments, name) not in (None, False)]:
         kind = "a run of ours" if is_run else "no run of ours"
         option = given[0].replace("_", "-")
         raise UserError(f"{source} is {kind}, to which --{option} does not apply: leave it out")
-    weights, sizes, provenance = (_read_run if is_run else _read_foreign)(source, arguments)
+    weights, sizes, provenance, classes = (_read_run if is_run else _read_foreign)(
+        source, arguments
+    )
 
     import torch
 
@@ -98,6 +112,7 @@ def convert(arguments: argparse.Namespace) -> None:
             kind = f"in {arguments.dtype} " if arguments.dtype else ""
             raise UserError(f"{source} makes no model: its {name} {kind}is not finite")
     flow.provenance = {"source": str(source), **provenance}
+    flow.classes = classes
     try:
         flow.save_pretrained(out)
     except OSError as error:
@@ -108,33 +123,17 @@ def convert(arguments: argparse.Namespace) -> None:
     print(f"{out}: {count / 1e6:.4g} M parameters, {shown}, {dtype}".replace("torch.", ""))
 
 
-def _is_run(source: Path) -> bool:
-    is_folder = (source / "config.yaml").is_file() and (source / "checkpoints").is_dir()
-    return is_folder or (source / "state.json").is_file()
+def _read_run(source: Path, arguments: argparse.Namespace) -> Source:
+    from tarflow_dist.training.checkpoint import open_run
 
-
-def _read_run(
-    source: Path, arguments: argparse.Namespace
-) -> tuple[dict[str, "Tensor"], dict[str, Any], dict[str, Any]]:
-    from tarflow_dist.training import checkpoint, pointer
-
-    saved: checkpoint.Checkpoint | None
-    if (source / pointer.FOLDER).is_dir():
-        saved = checkpoint.newest_whole(source / pointer.FOLDER)
-    else:
-        saved = checkpoint.Checkpoint(source)
-        saved.verify()
-    if saved is None:
-        raise UserError(f"the run {source} has no checkpoint yet")
+    saved = open_run(source)
     kind = arguments.weights or "ema"
     weights = saved.read_all(RUN_WEIGHTS[kind]) | saved.read_all("buffers")
     provenance = {"images": saved.state.images, "weights": kind}
-    return weights, saved.model.to_json(), provenance
+    return Source(weights, saved.model.to_json(), provenance, saved.classes)
 
 
-def _read_foreign(
-    source: Path, arguments: argparse.Namespace
-) -> tuple[dict[str, "Tensor"], dict[str, Any], dict[str, Any]]:
+def _read_foreign(source: Path, arguments: argparse.Namespace) -> Source:
     from tarflow_dist import foreign
 
     if source.is_dir() and not (source / "latest").is_file():
@@ -173,7 +172,7 @@ def _read_foreign(
     }
     # heads leave no trace in the shapes; the published models' are 64 wide
     head_dim = 64 if arguments.head_dim is None else arguments.head_dim
-    return weights, {**model, **noise, "head_dim": head_dim}, {}
+    return Source(weights, {**model, **noise, "head_dim": head_dim}, {}, NAMELESS)
 
 
 if __name__ == "__main__":

@@ -182,6 +182,8 @@ def from_saved(kind: type[T], saved: Mapping[str, Any]) -> T:
     Raises:
         ValueError: something unknown is not empty, something is missing, or no value of `kind`'s.
     """
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"{saved!r:.100} is no {kind.__name__}")
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     used = {name: value for name, value in saved.items() if name in names or value}
     if unknown := sorted(used.keys() - names):

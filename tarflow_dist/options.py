@@ -26,6 +26,22 @@ def whole_numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas") from None
 
 
+def class_numbers(labels: str, flow: "TarFlow", least: int = -1) -> list[int]:
+    """The classes that --labels names, by their ids or names.
+
+    Raises:
+        UserError: the model has no such class; ids begin at `least`.
+    """
+    try:
+        numbers = flow.classes.numbers(labels)
+    except ValueError as error:
+        raise UserError(f"--labels {labels}: {error}") from error
+    if not all(least <= number < flow.num_classes for number in numbers):
+        none = ", or -1 for none" if least < 0 else ""
+        raise UserError(f"--labels {labels}: class ids go from 0 to {flow.num_classes - 1}{none}")
+    return numbers
+
+
 def several(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
     """The parts of "a,b,c", no two of them equal."""
 

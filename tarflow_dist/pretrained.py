@@ -1,6 +1,7 @@
 """`TarFlow`: the flow with its files, and sampling from labels to uint8 images."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tarflow_dist import rng
+from tarflow_dist.classes import NAMELESS, Classes
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import describe, from_saved, read_sealed, regular, write_sealed, write_whole
 from tarflow_dist.flow.config import FlowConfig
@@ -42,16 +44,22 @@ class Draws(NamedTuple):
 class TarFlow(Flow):
     """A TARFlow that loads, saves and samples. See `Flow` for its arguments and its mathematics.
 
-    `provenance` says where the weights come from; it is kept in config.json. `policy` is what
-    `python -m tarflow_dist.calibrate` found, and `redrawn` counts the samples that had to be drawn
-    again.
+    `provenance` says where the weights come from, and `classes` what the classes are called; both
+    are kept in config.json. `policy` is what `python -m tarflow_dist.calibrate` found, and
+    `redrawn` counts the samples that had to be drawn again.
     """
 
     def __init__(self, **config: Any):
         super().__init__(**config)
         self.provenance: dict[str, Any] = {}
+        self.classes = NAMELESS
         self.policy: Policy | None = None
         self.redrawn = 0
+
+    @property
+    def class_names(self) -> list[str]:
+        """What to call class 0, 1, …; empty where it isn't known, or there are no classes."""
+        return self.classes.shown
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, calibrated: bool = True) -> "TarFlow":
@@ -65,12 +73,16 @@ class TarFlow(Flow):
         saved = _read_config(path / CONFIG_FILE)
         try:
             config = from_saved(FlowConfig, saved["model"])
+            classes = from_saved(Classes, saved.get("classes", {}))
+            if classes.names and len(classes.names) != config.num_classes:
+                raise ValueError(f"it names {len(classes.names)} of {config.num_classes} classes")
         except ValueError as error:
             raise UserError(f"{path / CONFIG_FILE} describes no TARFlow: {error}") from error
         weights = _read_weights(path / WEIGHTS_FILE, saved.get("weights"))
         with torch.device("meta"):
             flow = cls(**config.to_json())
         flow.provenance = saved.get("provenance", {})
+        flow.classes = classes
         flow.load_weights(weights, source=path / WEIGHTS_FILE)
         flow.policy = Policy(fingerprint_of(weights))
         if calibrated:
@@ -116,6 +128,7 @@ class TarFlow(Flow):
             save_file(weights, weights_part, metadata={"format": "pt"})
             content = {
                 "model": self.config.to_json(),
+                "classes": asdict(self.classes),
                 "provenance": self.provenance,
                 "weights": describe(weights_part),
             }

@@ -19,10 +19,10 @@ from tarflow_dist.options import (
     add_denoising_options,
     add_dtype_option,
     add_guidance_options,
+    class_numbers,
     denoising_of,
     guidance_of,
     load_model,
-    whole_numbers,
 )
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ STATIONS = 4
 """Images of a denoising that are shown, the last one among them."""
 SHOWN_SIDE = 64
 """Pixels of an image in the grid: smaller ones are magnified as far as they go in whole steps."""
+NAME_WIDTH, NAME_HEIGHT, FONT_SIZE = 120, 16, 12
+"""Of the classes' names in the grid."""
 
 
 def main(argv: list[str]) -> None:
@@ -60,7 +62,7 @@ def main(argv: list[str]) -> None:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
-    write_grid(rows, args.out)
+    write_grid(rows, captions(args, flow, y), args.out)
     print(f"{args.out}: {len(rows)} x {rows.shape[1]} images")
 
 
@@ -72,7 +74,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="folder of model.safetensors and config.json")
-    add("--labels", type=whole_numbers, help="class ids with commas between; -1 for none")
+    add(
+        "--labels",
+        help="class ids or names with commas between, -1 for none; a name that has a comma or is a "
+        """number in double quotes: '"cats, big",3,dogs'; default the first 10 classes""",
+    )
     add("--count", type=int, help="images of each label, or of an unconditional model")
     add("--seed", type=int, default=0)
     add("--no-denoise", action="store_true", help="leave the training noise in")
@@ -120,16 +126,15 @@ def labels_of(args: argparse.Namespace, flow: "TarFlow") -> "Tensor | None":
         raise UserError(f"{args.model} is unconditional and takes no labels: leave --labels out")
     if not flow.num_classes:
         return None
+    asked = None if args.labels is None else class_numbers(args.labels, flow)
     if given := args.reconstruct or args.interpolate:
-        labels = args.labels or [-1]
+        labels = asked or [-1]
         labels = labels * len(given) if len(labels) == 1 else labels
         if len(labels) != len(given):
             raise UserError(f"{len(labels)} labels were given for {len(given)} images")
     else:
-        labels = list(range(min(flow.num_classes, 10))) if args.labels is None else args.labels
+        labels = list(range(min(flow.num_classes, 10))) if asked is None else asked
         labels = [label for label in labels for _ in range(args.count or 1)]
-    if not all(-1 <= label < flow.num_classes for label in labels):
-        raise UserError(f"labels must lie in 0…{flow.num_classes - 1}, or be -1 for none")
     return torch.tensor(labels, device=flow.device)
 
 
@@ -261,11 +266,23 @@ def read_images(flow: "TarFlow", files: Sequence[Path]) -> "Tensor":
     return dequantise(k, torch.full(k.shape, 0.5, dtype=flow.dtype, device=k.device))
 
 
-def write_grid(images: "Tensor", file: Path) -> None:
-    """uint8 (rows, columns, H, W, C) as one PNG with white gaps."""
-    from PIL import Image
+def captions(args: argparse.Namespace, flow: "TarFlow", y: "Tensor | None") -> list[str]:
+    """What to write beside the rows of samples, or above the columns of a single row: their
+    classes' names, or ids where those aren't known."""
+    if y is None or args.reconstruct or args.interpolate:
+        return []
+    numbers = y.tolist() if args.trace else y.tolist()[:: args.count or 1]
+    names = flow.class_names
+    return ["no label" if n < 0 else names[n] if names else str(n) for n in numbers]
+
+
+def write_grid(images: "Tensor", names: list[str], file: Path) -> None:
+    """uint8 (rows, columns, H, W, C) as one PNG with white gaps; `names` of its rows, or else of
+    its columns, or none."""
+    from PIL import Image, ImageDraw
 
     from tarflow_dist.files import write_whole
+    from tarflow_dist.telemetry.pictures import fitted, font
 
     rows, columns, H, W, C = images.shape
     scale = max(1, SHOWN_SIDE // H)
@@ -273,9 +290,22 @@ def write_grid(images: "Tensor", file: Path) -> None:
     height, width = H * scale + GAP, W * scale + GAP
     grid = images.new_full((rows, columns, height, width, C), 255)
     grid[:, :, GAP:, GAP:] = images
-    sheet = grid.permute(0, 2, 1, 3, 4).reshape(rows * height, columns * width, C)
+    pixels = grid.permute(0, 2, 1, 3, 4).reshape(rows * height, columns * width, C)
+    pictures = Image.fromarray(pixels.squeeze(2).numpy() if C == 1 else pixels.numpy())
+    beside = len(names) == rows
+    left = NAME_WIDTH if names and beside else 0
+    top = NAME_HEIGHT if names and not beside else 0
+    sheet = Image.new(pictures.mode, (left + pictures.width, top + pictures.height), "white")
+    sheet.paste(pictures, (left, top))
+    draw, letters = ImageDraw.Draw(sheet), font(FONT_SIZE)
+    for i, name in enumerate(names):
+        if beside:
+            at, room, anchor = (GAP, i * height + height // 2), NAME_WIDTH - GAP, "lm"
+        else:
+            at, room, anchor = (i * width + GAP, top), width - GAP, "ls"
+        draw.text(at, fitted(name, letters, room), "black", letters, anchor=anchor)
     with write_whole(file) as part:
-        Image.fromarray(sheet.squeeze(2).numpy() if C == 1 else sheet.numpy()).save(part, "PNG")
+        sheet.save(part, "PNG")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from tarflow_dist.options import (
     add_denoising_options,
     add_dtype_option,
     add_guidance_options,
+    class_numbers,
     denoising_of,
     dtype_on,
     guidance_of,
@@ -82,7 +83,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add_denoising_options(add, steps=several(int), more="; several make a sweep")
     add(
         "--labels",
-        help="of a conditional model: random, balanced, or class ids that take turns, 3,7; "
+        help="of a conditional model: random, balanced, or class ids or names that take turns, "
+        """3,dogs,"cats, big", where quotes make a name of what has a comma or is a number; """
         "default random",
     )
     add("--seed", type=int, default=0, help="of noise and labels; default 0")
@@ -228,15 +230,7 @@ def label_rule(args: argparse.Namespace, flow: "TarFlow") -> str | None:
     rule = "random" if args.labels is None else args.labels
     if rule in ("random", "balanced"):
         return rule
-    try:
-        given = [int(label) for label in rule.split(",")]
-    except ValueError as error:
-        raise UserError(
-            f"--labels is random, balanced or class ids such as 3,7, and not {rule!r}"
-        ) from error
-    if not 0 <= min(given) <= max(given) < flow.num_classes:
-        raise UserError(f"--labels {rule}: the model's classes are 0 to {flow.num_classes - 1}")
-    return ",".join(map(str, given))
+    return ",".join(map(str, class_numbers(rule, flow, least=0)))
 
 
 def run(args: argparse.Namespace, training_run: "TrainingRun | None") -> None:
@@ -259,9 +253,10 @@ def run(args: argparse.Namespace, training_run: "TrainingRun | None") -> None:
             flow = TarFlow.from_pretrained(args.model).requires_grad_(False)
             flow = flow.to(device, dtype_on(flow, device, args.dtype))
             image_shape, num_classes = flow.image_shape, flow.num_classes
+            class_names = flow.class_names
         else:
             given = open_samples(args.samples)
-            image_shape, num_classes = given.image_shape, 0
+            image_shape, num_classes, class_names = given.image_shape, 0, None
         extractor = make_extractor(
             args.features,
             image_shape=image_shape,
@@ -302,7 +297,7 @@ def run(args: argparse.Namespace, training_run: "TrainingRun | None") -> None:
                 points,
                 results,
                 formats=args.write,
-                class_names=reference.class_names,
+                class_names=class_names or reference.class_names,
                 neighbours=found,
                 stages=stages,
             )

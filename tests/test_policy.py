@@ -162,7 +162,8 @@ def test_what_calibrate_finds_is_what_sample_uses(tmp_path: Path) -> None:
 
     done = run("tarflow_dist.sample", model, "--labels", "2", *guided, "--out", out)
     assert f"sampler: {flow.sampler(1, GUIDED)}" in done.stdout
-    assert torch.equal(cells(out, 1)[0], flow.sample([2], **GUIDED.arguments())[0])
+    (drawn,) = cells(out, 1, left=sample.NAME_WIDTH)
+    assert torch.equal(drawn, flow.sample([2], **GUIDED.arguments())[0])
 
 
 def test_samples_that_are_not_finite_are_no_measure(tmp_path: Path) -> None:
@@ -204,7 +205,7 @@ def test_traces_and_ways_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     flow = a_flow()
     flow.save_pretrained(tmp_path)
     sample.main([str(tmp_path), "--labels", "0,1", "--trace", "--out", str(out)])
-    steps = cells(out, 8)  # two rows of noise, two blocks, denoised
+    steps = cells(out, 8, left=sample.NAME_WIDTH)  # two rows of noise, two blocks, denoised
     images = flow.sample([0, 1])
     assert torch.equal(torch.stack([steps[3], steps[7]]), images)
 
@@ -225,7 +226,7 @@ def test_traces_and_ways_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--labels", "7"], "labels must lie in 0…2"),
+        (["--labels", "7"], "--labels 7: class ids go from 0 to 2, or -1 for none"),
         (["--guidance", "-1"], "0 or more"),
         (["--guidance", "1", "--guide-blocks", "5"], "0 to 1"),
         (["--reconstruct", "none.png"], "no image that can be read"),
@@ -246,9 +247,10 @@ def test_what_sample_refuses(arguments: list[str], message: str, tmp_path: Path)
     assert "\n" not in str(caught.value)
 
 
-def cells(file: Path, count: int) -> torch.Tensor:
-    """The first `count` images, row by row, of a grid of 8 x 8 images: uint8 (count, 8, 8, 3)."""
-    sheet = torch.from_numpy(np.array(Image.open(file)))
+def cells(file: Path, count: int, left: int = 0, top: int = 0) -> torch.Tensor:
+    """The first `count` images, row by row, of a grid of 8 x 8 images: uint8 (count, 8, 8, 3).
+    Names take `left` pixels beside them, or `top` above."""
+    sheet = torch.from_numpy(np.array(Image.open(file)))[top:, left:]
     side = 8 * 8 + 4
     rows, columns = sheet.shape[0] // side, sheet.shape[1] // side
     found = [

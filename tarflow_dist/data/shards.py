@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from xxhash import xxh3_64_hexdigest, xxh3_128
 
+from tarflow_dist.classes import Classes
 from tarflow_dist.data.images import decode_image
 from tarflow_dist.data.store import Folder, Store, open_store
 from tarflow_dist.errors import UserError
@@ -35,6 +36,7 @@ class Summary(BaseModel):
     image_size: Annotated[int, Field(ge=1, le=1 << 16)] | None
     channels: Literal[1, 3]
     classes: list[str]
+    class_names: list[str] | None = None
     settings: _Settings
 
     @classmethod
@@ -53,6 +55,7 @@ class Shards:
     Attributes:
         sizes: images in each shard.
         num_classes: labels are 0 … num_classes - 1.
+        classes: their names.
         image_shape: (C, H, W).
         manifest: the set's manifest.parquet.
     """
@@ -67,6 +70,7 @@ class Shards:
                 "batches from"
             )
         self.num_classes = len(summary.classes)
+        self.classes = Classes(summary.classes, summary.class_names or ())
         self.image_shape = (summary.channels, side, side)
         self._encode = summary.settings.encode
         self.manifest = store.path("manifest.parquet")

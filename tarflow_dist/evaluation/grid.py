@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from tarflow_dist.evaluation.image_sets import Samples
 from tarflow_dist.evaluation.store import NO_LABEL
 from tarflow_dist.files import write_whole
-from tarflow_dist.telemetry.pictures import GUTTER, font, strip
+from tarflow_dist.telemetry.pictures import GUTTER, fitted, font, strip
 
 NAME_WIDTH = 160
 LARGEST = 128  # pixels of an image's side as shown
@@ -49,14 +49,12 @@ def write_grid(
         grid.paste(pictures, (left, i * height))
         if label is not None:
             at = (GUTTER, i * height + pictures.height // 2)
-            name = class_name(label, names)
-            while draw.textlength(name, letters) > NAME_WIDTH - 3 * GUTTER:
-                name = name.removesuffix("…")[:-1] + "…"
+            name = fitted(class_name(label, names), letters, NAME_WIDTH - 3 * GUTTER)
             draw.text(at, name, "black", letters, anchor="lm")
     with write_whole(file) as part:
         grid.save(part, "PNG")
 
 
 def class_name(label: int, names: list[str] | None) -> str:
-    """The first of a class's names in words, or its number where there are none."""
-    return names[label].partition(",")[0] if names else str(label)
+    """What a class is called, or its number where that isn't known."""
+    return names[label] if names else str(label)

@@ -7,6 +7,9 @@ from torch.nn import functional as F
 from tarflow_dist.flow.noise_level import NoiseLevelEmbedding
 from tarflow_dist.flow.transformer import KVCache, TransformerLayer, accurate_dtype
 
+EMBEDDING_STD = 1e-2
+"""That embeddings start with."""
+
 
 class FlowBlock(nn.Module):
     """z_i = (x_i − μ_i(x_<i)) · exp(−α_i(x_<i)), with μ = α = 0 at the first patch.
@@ -39,9 +42,11 @@ class FlowBlock(nn.Module):
         self.volume_preserving = volume_preserving
         self.head_dim = head_dim
         self.proj_in = nn.Linear(patch_dim, width)
-        self.pos_embed = nn.Parameter(torch.randn(num_patches, width) * 1e-2)
+        self.pos_embed = nn.Parameter(torch.randn(num_patches, width) * EMBEDDING_STD)
         self.class_embed = (
-            nn.Parameter(torch.randn(num_classes, 1, width) * 1e-2) if num_classes else None
+            nn.Parameter(torch.randn(num_classes, 1, width) * EMBEDDING_STD)
+            if num_classes
+            else None
         )
         self.time_embed = NoiseLevelEmbedding(width) if noise_conditional else None
         self.attn_blocks = nn.ModuleList(

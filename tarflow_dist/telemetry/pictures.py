@@ -19,6 +19,13 @@ def font(size: int) -> ImageFont.FreeTypeFont:
     )
 
 
+def fitted(text: str, letters: ImageFont.FreeTypeFont, width: int) -> str:
+    """As much of `text` as goes into `width` pixels."""
+    while text != "…" and letters.getlength(text) > width:
+        text = text.removesuffix("…")[:-1] + "…"
+    return text
+
+
 def strip(images: NDArray[np.uint8], largest: int | None = None) -> Image.Image:
     """The images (B, H, W, C) side by side, each followed by a gutter to the right; those above
     `largest` pixels made smaller."""

@@ -3,8 +3,8 @@
 checkpoints/00012800000/    named by the images seen
     tensors-00000.safetensors …   one file a writing rank; every tensor whole, in one of them:
                                   weights/, exp_avg/, exp_avg_sq/, ema/ and buffers/NAME
-    state.json                    RunState, the model's config, and the files with sizes and hashes;
-                              with a hash of its own
+    state.json                    RunState, the model's config, the names of its classes, and
+                              the files with sizes and hashes; with a hash of its own
 checkpoints/latest          the name of the newest, written last (`pointer`)
 """
 
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tarflow_dist import distributed
+from tarflow_dist.classes import Classes
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import describe, from_saved, inside, read_sealed
 from tarflow_dist.flow.config import FlowConfig
@@ -33,6 +34,7 @@ class Checkpoint:
         folder: where it lies.
         state: the run's progress.
         model: what the flow is made of.
+        classes: what its classes are called.
 
     Raises:
         UserError: something is missing or damaged.
@@ -44,6 +46,7 @@ class Checkpoint:
             content = read_sealed(folder / STATE_FILE, version=VERSION)
             self.state = from_saved(RunState, content["state"])
             self.model = from_saved(FlowConfig, content["model"])
+            self.classes = from_saved(Classes, content.get("classes", {}))
             self._described: dict[str, dict[str, Any]] = content["files"]
             self._files: dict[str, Any] = {}
             for name, described in self._described.items():
@@ -83,6 +86,23 @@ class Checkpoint:
         prefix = f"{kind}/"
         keys = sorted(key for key in self._files if key.startswith(prefix))
         return {key.removeprefix(prefix): self.read(key) for key in keys}
+
+
+def open_run(path: Path) -> Checkpoint:
+    """The checkpoint to take of a run's folder, or the one that `path` itself is, verified.
+    Collective.
+
+    Raises:
+        UserError: there is none yet, or none is whole.
+    """
+    if not (path / pointer.FOLDER).is_dir():
+        saved = Checkpoint(path)
+        saved.verify()
+        return saved
+    newest = newest_whole(path / pointer.FOLDER)
+    if newest is None:
+        raise UserError(f"the run {path} has no checkpoint yet")
+    return newest
 
 
 def least_val_loss(folder: Path, names: list[str]) -> str | None:

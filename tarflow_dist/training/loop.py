@@ -6,11 +6,13 @@ import time
 import torch
 
 from tarflow_dist import distributed
+from tarflow_dist.classes import NAMELESS
 from tarflow_dist.config import Config
 from tarflow_dist.data.loader import train_batches
 from tarflow_dist.data.order import ImageOrder
 from tarflow_dist.data.shards import Shards
 from tarflow_dist.training import pointer, run_folder
+from tarflow_dist.training.first_weights import first_state
 from tarflow_dist.training.health import Health
 from tarflow_dist.training.held_out import held_out_loss
 from tarflow_dist.training.interrupt import Interrupt
@@ -59,7 +61,12 @@ def _train(
     run_folder.check_kinds(config.run)
     changes = run_folder.changes_since_start(config)
     engine = build_engine(config, micro_batch_size, device)
+    classes = shards.classes if config.model.num_classes else NAMELESS
     state = restore(config, engine)
+    if config.init is not None and state.images == 0:
+        read, said = first_state(config, classes)
+        engine.load(read, optimizer_steps=0)
+        changes += said
     changes += recognise_data(state, shards)
     batches = train_batches(
         shards,
@@ -73,7 +80,7 @@ def _train(
     )
     pace = start_pace(config, device, state.images)
     stepper = Stepper(engine, batches, config, device, pace)
-    saver = Saver(config.run / pointer.FOLDER, config.checkpoint, engine.flow.config)
+    saver = Saver(config.run / pointer.FOLDER, config.checkpoint, engine.flow.config, classes)
     health = Health(config, engine)
     with Journal(config, state, changes, pace) as journal:
         stop = False

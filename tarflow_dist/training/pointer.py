@@ -20,6 +20,12 @@ GIVEN_UP = ".given-up"
 LONGEST = 64  # bytes that are read of a pointer, which has 12
 
 
+def is_run(path: Path) -> bool:
+    """Whether `path` is a run's folder, or one of its checkpoints."""
+    is_folder = (path / "config.yaml").is_file() and (path / FOLDER).is_dir()
+    return is_folder or (path / "state.json").is_file()
+
+
 def names(folder: Path) -> list[str]:
     """All checkpoints below `folder`, in their order."""
     return _numbered(folder, "")

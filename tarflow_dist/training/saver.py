@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tarflow_dist import distributed
+from tarflow_dist.classes import NAMELESS, Classes
 from tarflow_dist.config import CheckpointConfig
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import describe, grant, publish_folder, sync, write_sealed
@@ -30,13 +31,21 @@ class Saver:
         folder: the run's checkpoints/.
         config: how many are kept, and what happens when one can't be written.
         model: what the flow is made of.
+        classes: what its classes are called.
 
     Attributes:
         stall_seconds: time that training has waited for checkpoints so far.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, model: FlowConfig):
-        self._folder, self._config, self._model = folder, config, model
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        model: FlowConfig,
+        classes: Classes = NAMELESS,
+    ):
+        self._folder, self._config = folder, config
+        self._about = {"model": model.to_json(), "classes": asdict(classes)}
         self._writer: _Writer | None = None
         self.stall_seconds = 0.0
 
@@ -59,7 +68,7 @@ class Saver:
         part = self._folder / f".{state.images:011d}.part"
         problem = _attempt(lambda: _prepare(self._folder, part)) if distributed.is_main() else None
         problem = distributed.from_main(problem)
-        content = {"state": asdict(state), "model": self._model.to_json()}
+        content = {"state": asdict(state), **self._about}
         self._writer = _Writer(part, _own_share(tensors), content, problem)
         self._writer.start()
         self.stall_seconds += time.monotonic() - began

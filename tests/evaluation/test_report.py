@@ -160,7 +160,7 @@ def test_a_browser_shows_the_words(report: Path, tmp_path: Path) -> None:
         "8 samples for 2,048 features: take more &lt;b&gt;of them&lt;/b&gt;.",
         "too few images",
         "3 of the 8 had to be drawn again",
-        ">tench<",
+        ">tench, Tinca tinca<",
         ">goldfish<",
         "distances 1.25, 2, 3, 4, 5, 6; the nearest is 2.5 from the next of these",
         "--model 'a &amp; b'",

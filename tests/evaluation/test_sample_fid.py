@@ -113,9 +113,9 @@ def test_lists_that_make_no_sense(
         (10, ["--guidance", "1", "--guide-blocks", "0,2"], "the model's blocks, 0 to 1"),
         (10, ["--guide-blocks", "0"], "and guide_blocks say how to guide: give a guidance above 0"),
         (0, ["--labels", "balanced"], "leave --labels out"),
-        (10, ["--labels", "3,x"], "random, balanced or class ids such as 3,7, and not '3,x'"),
-        (10, ["--labels", ""], "random, balanced or class ids such as 3,7, and not ''"),
-        (10, ["--labels", "3,10"], "the model's classes are 0 to 9"),
+        (10, ["--labels", "3,x"], "--labels 3,x: 'x' is no class id, and the model does not know"),
+        (10, ["--labels", ""], "'' is no class id"),
+        (10, ["--labels", "3,10"], "--labels 3,10: class ids go from 0 to 9"),
     ],
 )
 def test_options_the_model_cannot_have(
