@@ -19,12 +19,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
-
-from data_prep.__main__ import main as data_prep
 
 CONFIG = Path(__file__).parents[1] / "configs" / "digits.yaml"
 # matrices large enough for ZeRO 3 to spread them
@@ -43,7 +40,7 @@ OPERATIONS = {
     "barrier": "barrier",
 }
 """Of torch.ops.c10d; another one is an error."""
-THROUGH_HOST = ("any_rank", "any_rank_each", "gather", "to_main", "barrier")
+THROUGH_HOST = ("any_rank", "gather", "to_main", "barrier")
 """Functions of tarflow_dist.distributed, whatever the device."""
 
 
@@ -90,7 +87,6 @@ class Watch:
         from tarflow_dist.training.engine import Engine
         from tarflow_dist.training.journal import Journal
         from tarflow_dist.training.saver import Saver
-        from tarflow_dist.training.step import Stepper
 
         class Mode(TorchDispatchMode):
             def __torch_dispatch__(mode, op, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: N805
@@ -108,7 +104,7 @@ class Watch:
             for name in THROUGH_HOST:
                 patch(distributed, name, self._through_host(getattr(distributed, name)))
             patch(loop, "build_engine", self._keep(loop.build_engine))
-            patch(Stepper, "step", self._begin_step(Stepper.step))
+            patch(distributed.AnyRank, "ask", self._begin_step(distributed.AnyRank.ask))
             stack.enter_context(Mode())
             yield
 
@@ -152,12 +148,12 @@ class Watch:
         return within
 
     def _begin_step(self, inner: Callable) -> Callable:
-        def step(*args: Any, **kwargs: Any) -> Any:
+        def ask(*args: Any, **kwargs: Any) -> Any:
             self._phase = "step"
             self.sent["step"] = Sent()  # of the last step alone
             return inner(*args, **kwargs)
 
-        return step
+        return ask
 
     def _keep(self, inner: Callable) -> Callable:
         def build(*args: Any, **kwargs: Any) -> Any:
@@ -167,14 +163,31 @@ class Watch:
         return build
 
 
-def measure(world: int, shards: Path, overrides: list[str]) -> dict[str, Any]:
-    """What rank 0 of `world` sends in a run of STEPS steps under `overrides` of the digits'
-    config. The process has a process group of that size."""
+def join(world: int) -> None:
+    """This process becomes rank 0 of `world`, in which every other rank does as it does."""
+    os.environ |= {"RANK": "0", "WORLD_SIZE": str(world), "LOCAL_RANK": "0"}
+    os.environ |= {"LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeProcessGroup, FakeStore
+
+    torch.set_num_threads(1)
+    options = FakeProcessGroup.Options()
+    options.simulate_uniform_ranks = True
+    store = FakeStore()
+    dist.init_process_group("fake", rank=0, world_size=world, store=store, pg_options=options)
+
+
+def measure(shards: Path, overrides: list[str]) -> dict[str, Any]:
+    """What this rank sends in a run of STEPS steps under `overrides` of the digits' config."""
     import torch
 
     from tarflow_dist import config as configs
+    from tarflow_dist import distributed
     from tarflow_dist.training import loop
 
+    world = distributed.world_size()
     images = STEPS * world
     with tempfile.TemporaryDirectory() as folder:
         config = configs.load(
@@ -197,41 +210,25 @@ def measure(world: int, shards: Path, overrides: list[str]) -> dict[str, Any]:
         for phase in ("step", "log", "save", "resume")
     }
     read = sum(size for _, size, _ in engine.tensors()) * 4 / parameters
-    return {**phases, "parameters": parameters, "read": read}
-
-
-def join(world: int) -> None:
-    """This process becomes rank 0 of `world`, in which every other rank does as it does."""
-    os.environ |= {"RANK": "0", "WORLD_SIZE": str(world), "LOCAL_RANK": "0"}
-    os.environ |= {"LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
-    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    import torch
-    import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeProcessGroup, FakeStore
-
-    torch.set_num_threads(1)
-    options = FakeProcessGroup.Options()
-    options.simulate_uniform_ranks = True
-    store = FakeStore()
-    dist.init_process_group("fake", rank=0, world_size=world, store=store, pg_options=options)
+    return {"world": world, **phases, "parameters": parameters, "read": read}
 
 
 def measure_all(
-    world: int, stages: list[int], precisions: list[str], shards: Path, overrides: list[str]
+    stages: list[int], precisions: list[str], shards: Path, overrides: list[str]
 ) -> list[dict[str, Any]]:
-    """A result for each ZeRO stage and precision that the config allows, in a new process."""
-    join(world)
+    """A result for each ZeRO stage and precision that the config allows."""
     return [
-        {"world": world, "stage": stage, "precision": precision}
-        | measure(
-            world,
-            shards,
-            [f"train.zero_stage={stage}", f"train.precision={precision}", *overrides],
-        )
+        {"stage": stage, "precision": precision}
+        | measure(shards, [f"train.zero_stage={stage}", f"train.precision={precision}", *overrides])
         for precision in sorted(precisions, key=PRECISIONS.index)
         for stage in stages
         if (stage, precision) != (0, "bf16")
     ]
+
+
+def join_and_measure(world: int, *of_what: Any) -> list[dict[str, Any]]:
+    join(world)
+    return measure_all(*of_what)
 
 
 def rows(results: list[dict]) -> Iterator[str]:
@@ -274,16 +271,12 @@ def main() -> None:
             from data_prep.__main__ import main as data_prep
 
             data_prep(["digits", f"{folder}/digits"])
-        work = partial(
-            measure_all,
-            stages=args.stages,
-            precisions=args.precisions,
-            shards=args.shards or Path(folder) / "digits" / "mds",
-            overrides=args.overrides,
-        )
+        shards = args.shards or Path(folder) / "digits" / "mds"
+        of_what = (args.stages, args.precisions, shards, args.overrides)
         # a process a world: DeepSpeed keeps the one that it was first used in
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            results = [result for found in pool.imap(work, args.worlds, 1) for result in found]
+            jobs = [pool.apply_async(join_and_measure, (world, *of_what)) for world in args.worlds]
+            results = [result for job in jobs for result in job.get()]
     if args.json:
         args.json.write_text(json.dumps(results))
     print("\n".join(rows(results)))
