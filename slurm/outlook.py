@@ -9,6 +9,7 @@ from slurm.tasks import Task
 from tarflow_dist.config import Config
 from tarflow_dist.cost.cards import card
 from tarflow_dist.cost.estimate import CHECKPOINT_COPIES, estimate
+from tarflow_dist.cost.network import advised, network, network_estimate, waiting
 from tarflow_dist.flow.counts import Counts
 from tarflow_dist.training import pointer
 
@@ -82,6 +83,18 @@ def _training_rows(config: Config, resources: Resources) -> tuple[dict[str, str]
         f"{speed.images_per_second * 3600:,.0f} images an hour, {speed.days:,.1f} days, at an MFU "
         f"of {MFU:.0%}"
     )
+    if resources.network is not None:
+        told = network_estimate(
+            config,
+            gpu,
+            network(resources.network),
+            nodes=resources.nodes,
+            gpus_per_node=resources.ranks_per_node,
+            mfu=MFU,
+        )
+        rows["a step"] = waiting(told.chosen)
+        if told.advice is not None:
+            rows["recommended"] = advised(told.advice)
     rows["checkpoint"] = f"{cost.checkpoint_bytes / 1e9:.1f} GB"
     if cost.chosen.fits:
         return rows, ""

@@ -78,6 +78,9 @@ class Resources(Section):
     """More arguments of srun."""
     gpu: str = "h100"
     """The GPUs, for the estimate of memory and speed; the names are tarflow_dist.plan's."""
+    network: str | None = None
+    """The network between the nodes, for the estimate of what a step waits for: GB/s that a node
+    sends, such as 45, or its cards and their Gb/s, such as 2x200."""
     slurm: dict[str, str | int | bool] = Field(default={})
     """More options of sbatch; those without a value are true."""
 

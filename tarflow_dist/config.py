@@ -99,6 +99,9 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16", "bf16_autocast"] = "bf16"
     """bf16 keeps fp32 master weights and accumulates gradients in fp32; bf16_autocast keeps fp32
     weights and multiplies matrices in bf16."""
+    reduce_precision: Literal["fp32", "bf16"] = "fp32"
+    """In which gradients are summed over the ranks. bf16 halves what they send, for a slow network,
+    and rounds each rank's gradient and the sum on its way; over passes they are summed in fp32."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO: 0 keeps everything on every rank, 1 shards the optimiser state over the
     ranks, 2 the gradients too, 3 the weights too."""
@@ -132,6 +135,11 @@ class TrainConfig(Section):
             raise ValueError(
                 "DeepSpeed computes precision bf16 wrongly at zero_stage 0: "
                 "choose bf16_autocast, or zero_stage 1"
+            )
+        if self.precision == "fp32" and self.reduce_precision == "bf16":
+            raise ValueError(
+                "precision fp32 promises gradients in fp32, reduce_precision bf16 rounds them: "
+                "choose one of the two"
             )
         if self.offload and self.zero_stage < 2:
             raise ValueError(f"offload needs zero_stage 2 or 3, not {self.zero_stage}")

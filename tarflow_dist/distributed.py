@@ -112,14 +112,36 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is set on any rank. Goes through host memory: the device isn't awaited."""
-    (answer,) = any_rank_each(flag)
-    return answer
+    return bool(sum_over_ranks(torch.tensor(int(flag))))
 
 
-def any_rank_each(*flags: bool) -> list[bool]:
-    """For each of the flags, whether it is set on any rank, in one exchange."""
-    totals = sum_over_ranks(torch.tensor(flags, dtype=torch.int64))
-    return [bool(total) for total in totals.tolist()]
+class AnyRank:
+    """Questions to all ranks that keep neither the host nor the device waiting: they travel beside
+    the device's work from `ask` to `answers`."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def ask(self, *flags: bool) -> None:
+        """Each rank's flags, the same number on all."""
+        with torch.cuda.stream(self._stream):  # nothing, on a CPU
+            totals = torch.zeros(len(flags), device=self._device)
+            for total, flag in zip(totals, flags, strict=True):
+                total.fill_(flag)  # a kernel's argument: a copy from the host would wait
+            self._work = dist.all_reduce(totals, async_op=True)
+            if self._stream is not None:
+                self._work.wait()  # the stream does
+                totals = totals.to("cpu", non_blocking=True)
+        self._totals = totals
+
+    def answers(self) -> list[bool]:
+        """For each of the flags asked about last, whether it was set on any rank."""
+        if self._stream is None:
+            self._work.wait()
+        else:
+            self._stream.synchronize()
+        return [bool(total) for total in self._totals.tolist()]
 
 
 def gather(value: T) -> list[T]:

@@ -16,6 +16,14 @@ from tarflow_dist import config as configs
 from tarflow_dist.config import Config
 from tarflow_dist.cost.cards import CARDS, card
 from tarflow_dist.cost.estimate import HEADROOM, Estimate, Layout, does_not_fit, estimate
+from tarflow_dist.cost.network import (
+    NODES,
+    NetworkEstimate,
+    advised,
+    network,
+    network_estimate,
+    waiting,
+)
 from tarflow_dist.errors import UserError, run_command
 
 EXIT_DOES_NOT_FIT = 1
@@ -35,6 +43,11 @@ def main(argv: list[str]) -> int:
     add("--gpus-per-node", type=int, default=8)
     add("--gpu", default="h100", help=", ".join(CARDS))
     add("--mfu", type=float, default=0.4, help="model FLOPs utilisation, 0 to 1 (default 0.4)")
+    add(
+        "--network",
+        help="between the nodes: GB/s that a node sends, such as 45, or its cards and their Gb/s, "
+        "such as 2x200; says what a step waits for",
+    )
     add("--json", action="store_true", help="print everything as JSON, in bytes and operations")
     args = parser.parse_intermixed_args(argv)
     if args.nodes < 1 or args.gpus_per_node < 1:
@@ -45,11 +58,23 @@ def main(argv: list[str]) -> int:
     config = configs.load(args.config, args.overrides)
     gpus = args.nodes * args.gpus_per_node
     result = estimate(config, card(args.gpu), gpus, mfu=args.mfu)
+    told: NetworkEstimate | None = None
+    if args.network is not None:
+        told = network_estimate(
+            config,
+            card(args.gpu),
+            network(args.network),
+            nodes=args.nodes,
+            gpus_per_node=args.gpus_per_node,
+            mfu=args.mfu,
+        )
     if args.json:
-        print(json.dumps(asdict(result), indent=1))
+        print(json.dumps(asdict(result) | {"network": told and asdict(told)}, indent=1))
     else:
         print(f"{args.config} on {gpus} x {args.gpu} ({args.nodes} nodes), MFU {args.mfu:g}\n")
         print("\n".join(_lines(result, config, card(args.gpu).memory)))
+        if told is not None:
+            print("\n" + "\n".join(_network_lines(told, config)))
     if result.chosen.fits:
         return 0
     print(f"warning: {does_not_fit(result, args.gpu)}", file=sys.stderr)
@@ -82,12 +107,43 @@ def _lines(result: Estimate, config: Config, card_memory: int) -> Iterator[str]:
     yield ""
     room = f"{card_memory / GIB:.0f} less {HEADROOM:.0%} that CUDA and NCCL need"
     yield f"GiB a GPU, of {room}; * is the config's choice"
-    table = [HEADS, *map(_cells, result.layouts)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+    yield from _table([HEADS, *map(_cells, result.layouts)])
     if train.offload:
         yield f"offload: {result.chosen.memory.host / GIB:.1f} GiB of host memory a GPU"
+
+
+def _network_lines(told: NetworkEstimate, config: Config) -> Iterator[str]:
+    between = told.network
+    yield f"{'network':<16}{between.name}: {_si(between.bandwidth)}B/s a node"
+    yield f"{'a step':<16}{waiting(told.chosen)}"
+    if told.advice is not None:
+        yield f"{'recommended':<16}{advised(told.advice)}"
+    yield ""
+    train = config.train
+    yield f"ZeRO {train.zero_stage}, gradients sent in {train.reduce_precision}, by nodes; seconds"
+    head = ("nodes", "GPUs", "images a GPU", "computing", "sending", "waited for", "share")
+    yield from _table(
+        [
+            (*head, "images/s", "days"),
+            *(
+                (
+                    *(str(step.nodes), str(step.gpus), str(train.batch_size // step.gpus)),
+                    *(f"{step.compute:.3f}", f"{step.communication:.3f}", f"{step.waited:.3f}"),
+                    *(f"{step.share:.1%}", f"{step.images_per_second:,.0f}", f"{step.days:,.1f}"),
+                )
+                for step in told.scaling
+            ),
+        ]
+    )
+    if left_out := sorted({*NODES} - {step.nodes for step in told.scaling}):
+        nodes = ", ".join(map(str, left_out))
+        yield f"not on {nodes} nodes: train.batch_size {train.batch_size} can't be cut over them"
+
+
+def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
 
 
 HEADS = (

@@ -60,6 +60,7 @@ def test_what_is_dumped_loads_again(tmp_path: Path) -> None:
         ("optimizer.lr=.inf", "optimizer.lr is inf"),
         ("seed=99999999999999999999", "seed is 99999999999999999999"),
         ("model.patch_size=8", "image_size 8 is a single patch"),
+        ("train.reduce_precision=bf16", "precision fp32 promises gradients in fp32"),
         ("seed", "should look like key=value"),
         ("seed.a=1", "seed is {'a': 1}"),
         ("model.width.a=1", "model.width has no keys below it"),

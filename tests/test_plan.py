@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from tarflow_dist import config as configs
+from tarflow_dist.cost import network as networks
 from tarflow_dist.cost.cards import CARDS, card, find_card
 from tarflow_dist.cost.estimate import estimate
 from tarflow_dist.cost.memory import image_activations
@@ -163,7 +164,8 @@ CELLS = {
     ],
     2: [
         "train.precision=bf16_autocast train.zero_stage=0",
-        "train.precision=bf16 train.zero_stage=1",
+        "train.precision=bf16 train.zero_stage=1 train.micro_batch_size=2",
+        "train.precision=bf16 train.zero_stage=1 train.reduce_precision=bf16",
         "train.precision=bf16 train.zero_stage=2 train.micro_batch_size=2",
         "train.precision=bf16 train.zero_stage=3",
     ],
@@ -189,9 +191,8 @@ def test_memory_is_what_training_allocates(ranks: int) -> None:
         train = config.train
         whole = estimate(config, card("h100"), ranks, mfu=0.4)
         memory = whole.chosen.memory
-        # between steps, ZeRO keeps no gradients but in these two
-        holds = train.zero_stage == 3 or (train.zero_stage == 1 and train.precision == "bf16")
-        between = memory.states - (0 if holds else memory.gradients)
+        # between steps, only ZeRO 3 keeps gradients
+        between = memory.states - (0 if train.zero_stage == 3 else memory.gradients)
         assert seen["states"] == pytest.approx(between, rel=0.03), cell
         if train.zero_stage < 3:  # where releases escape the profiler
             expected, found = memory.peak - memory.buffers, seen["peak"] - memory.buffers
@@ -253,6 +254,8 @@ def test_a_run_that_cannot_fit_is_told_what_would() -> None:
         (("--gpu", "h10"), "unknown GPU h10; did you mean h100?"),
         (("--mfu", "1.5"), "--mfu is 1.5"),
         (("--nodes", "0"), "--nodes and --gpus-per-node must be at least 1"),
+        (("--network", "fast"), "the network fast is neither GB/s a node"),
+        (("--network", "0x200"), "the network 0x200 is neither GB/s a node"),
         (("--gpus-per-node", "3"), "is not divisible by world size (3)"),
         (("model.widht=1",), "did you mean model.width?"),
     ],
@@ -262,6 +265,62 @@ def test_mistakes_are_one_sentence(arguments: tuple[str, ...], sentence: str) ->
     assert done.returncode == 2
     assert sentence in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def pipeline(ready: list[float], seconds: float) -> float:
+    """When the last of some messages is through that are ready then, one after another."""
+    end = 0.0
+    for time in ready:
+        end = max(end, time) + seconds
+    return end
+
+
+@pytest.mark.parametrize("gb_per_second", [1, 8, 20, 60, 400])
+@pytest.mark.parametrize(("stage", "passes"), [(1, 1), (1, 2), (2, 2)])
+def test_a_step_waits_as_messages_one_after_another_do(
+    stage: Any, passes: int, gb_per_second: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configs.load(
+        ROOT / "configs" / "in256.yaml", [f"train.micro_batch_size={12 // passes}"]
+    )
+    counts, buckets = Counts(config.model), 8
+    monkeypatch.setattr(networks, "BUCKET", counts.num_parameters / buckets)
+    between = networks.network(str(gb_per_second))
+    step = networks.training_step(
+        config, card("h100"), between, 8, 8, 0.5, stage=stage, reduce_precision="fp32"
+    )
+    flops = 0.5 * 989e12
+    forward = 12 / passes * counts.forward_flops / flops
+    backward = 12 / passes * (counts.training_flops - counts.forward_flops) / flops
+    assert step.compute == pytest.approx(passes * (forward + backward))
+
+    a_byte = 63 / 64 / (gb_per_second * 1e9)
+    to_reduce, to_gather = (n * counts.num_parameters * a_byte / buckets for n in (4, 2))
+    # a bucket is full after each eighth of the backward pass
+    full = [(k + 1) * backward / buckets for k in range(buckets)]
+    waited = (passes if stage == 2 else 1) * (pipeline(full, to_reduce) - backward)
+    # each eighth of the forward pass begins when its weights are there
+    there = [(k + 1) * to_gather for k in range(buckets)]
+    waited += pipeline(there, forward / buckets) - forward
+    assert step.waited == pytest.approx(waited)
+    reductions = passes if stage == 2 else 1
+    assert step.sent == pytest.approx((4 * reductions + 2) * counts.num_parameters)
+
+
+@pytest.mark.parametrize(("name", "share"), [("8x400", 0.04), ("2x200", 0.15)])
+def test_in256_on_8_nodes_waits_little(name: str, share: float) -> None:
+    done = plan(ROOT / "configs" / "in256.yaml", "--nodes", 8, "--network", name, "--json")
+    told = json.loads(done.stdout)["network"]
+    step = told["advice"]["step"]
+    assert step["waited"] / (step["compute"] + step["waited"]) < share
+    assert [step["nodes"] for step in told["scaling"]] == [1, 2, 4, 8, 16, 32]
+    assert told["scaling"][0]["waited"] == 0
+
+
+def test_a_slow_network_gets_gradients_in_bf16() -> None:
+    done = plan(ROOT / "configs" / "in256.yaml", "--nodes", 8, "--network", "2x100")
+    assert "recommended     train.zero_stage=1 train.reduce_precision=bf16" in done.stdout
+    assert "not on 64 nodes: train.batch_size 768 can't be cut" in done.stdout
 
 
 def test_planning_loads_no_torch() -> None:

@@ -30,7 +30,7 @@ class Layout:
         largest_micro_batch: images a GPU and pass that would fit; 0 if none.
     """
 
-    stage: int
+    stage: Stage
     checkpoint_every: int
     chosen: bool
     memory: Memory
@@ -190,6 +190,7 @@ def _layout(
             counts,
             stage=stage,
             precision=train.precision,
+            reduce_precision=train.reduce_precision,
             world_size=gpus,
             micro_batch=micro_batch,
             accumulating=micro_batch < share,

@@ -16,8 +16,13 @@ Precision = Literal["fp32", "bf16", "bf16_autocast"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 FP32 = 4
-# DeepSpeed's own sizes, in values: of the buffer that gradients are reduced through, how many
-# weights stage 3 assembles for a pass and fetches ahead, and below which a parameter stays whole.
+# Stages 1 and 2, see training/overlap.py: values that travel between the ranks at once, enough for
+# a network's full rate, few enough that the last ones, which nothing hides, are a small part of
+# all; and how many such buckets are on their way while another fills.
+BUCKET = 32_000_000
+IN_FLIGHT = 2
+# DeepSpeed's own sizes at stage 3, in values: of the buffer that gradients are reduced through, how
+# many weights it assembles for a pass and fetches ahead, and below which a parameter stays whole.
 REDUCE_BUCKET = 500_000_000
 LIVE_WEIGHTS = 1_000_000_000
 PREFETCHED_WEIGHTS = 50_000_000
@@ -70,6 +75,7 @@ def training_memory(
     *,
     stage: Stage,
     precision: Precision,
+    reduce_precision: Precision,
     world_size: int,
     micro_batch: int,
     accumulating: bool,
@@ -88,7 +94,6 @@ def training_memory(
     bf16 = precision == "bf16"
     weight = 2 if bf16 else FP32
     own = P / world_size
-    bucket, in_bucket = REDUCE_BUCKET, min(P, REDUCE_BUCKET)
     activations = micro_batch * image_activations(counts, precision, checkpoint_every)
     if precision == "bf16_autocast":
         activations += 2 * P  # the weights' bf16 copies
@@ -97,26 +102,21 @@ def training_memory(
     held, buffers, late = 0.0, 0.0, 0.0
     if stage == 0:
         held = FP32 * P if accumulating else 0
-        reduced = FP32 * in_bucket if world_size > 1 else 0
+        reduced = FP32 * min(P, REDUCE_BUCKET) if world_size > 1 else 0
         late = FP32 * P - held + reduced
         update = FP32 * P - held
-    elif stage == 1 and bf16:  # fp32 sums of all gradients beside the bf16 ones
-        held, late = FP32 * P, weight * P
-        update = weight * P
-    elif stage == 1:
-        held = FP32 * P if accumulating else 0
-        buffers, late = FP32 * bucket, FP32 * P - held
-        update = FP32 * own - held
-    elif stage == 2:  # reduced in fp32 out of a bucket of the weights' type
-        held = FP32 * own if accumulating else 0
-        reduced = (weight + FP32 if bf16 else FP32) * in_bucket
-        buffers, late = weight * bucket, FP32 * own - held + reduced
+    elif stage in (1, 2):  # each gradient goes into its bucket and is gone
+        sent = FP32 if reduce_precision == "fp32" else 2
+        bucket, flying = min(P, BUCKET), min(P, (IN_FLIGHT + 1) * BUCKET)
+        held = FP32 * (P if stage == 1 else own) if accumulating else 0
+        buffers = sent * bucket
+        late = FP32 * own + sent * (flying - bucket + flying / world_size) - held
         update = FP32 * own - held
     else:
         held = FP32 * own
         assembled = min(P, LIVE_WEIGHTS) + min(P, PREFETCHED_WEIGHTS)
-        buffers = FP32 * bucket + weight * assembled
-        late = (weight + FP32) * in_bucket
+        buffers = FP32 * REDUCE_BUCKET + weight * assembled
+        late = (weight + FP32) * min(P, REDUCE_BUCKET)
         update = FP32 * own
 
     weights: float = weight * P

@@ -18,12 +18,16 @@ if not torch.cuda.is_available():
 import deepspeed
 
 from tarflow_dist.config import Config
+from tarflow_dist.cost.memory import BUCKET
 from tarflow_dist.distributed import any_rank, world_size
 from tarflow_dist.flow.model import Flow
 from tarflow_dist.training.ema import DECAY, EMA, track_ema
-from tarflow_dist.training.layers import prepare_layers
+from tarflow_dist.training.layers import owners, prepare_layers
+from tarflow_dist.training.overlap import OverlappedZero, buckets
 from tarflow_dist.training.zero import ZeroState
 
+# DeepSpeed has no setting for the class it takes at stages 1 and 2.
+deepspeed.runtime.engine.DeepSpeedZeroOptimizer = OverlappedZero
 # Otherwise DeepSpeed compiles a C++ extension on CPU machines that serves inference alone.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -56,7 +60,7 @@ class Engine:
         clip_norm = config.optimizer.clip_grad_norm or 0.0
         adamw = partial(_CheckedAdamW, max_norm=clip_norm or math.inf)
         optimizer = (torch.optim.AdamW if stage else adamw)(
-            flow.parameters(),
+            buckets(flow.parameters(), BUCKET) if stage in (1, 2) else flow.parameters(),
             lr=config.optimizer.lr,
             betas=config.optimizer.betas,
             weight_decay=config.optimizer.weight_decay,
@@ -83,9 +87,10 @@ class Engine:
                         "dtype": "bfloat16",
                         "lower_precision_safe_modules": [],  # whose gradients it would send in bf16
                     },
-                    # gradients are summed in fp32, over passes and over ranks
-                    "data_types": {"grad_accum_dtype": "fp32"},
-                    "communication_data_type": "fp32",
+                    # over passes gradients are summed in fp32; so does OverlappedZero, which
+                    # DeepSpeed would not take for bf16 weights at stage 1 if this said so
+                    "data_types": {"grad_accum_dtype": None if stage == 1 else "fp32"},
+                    "communication_data_type": config.train.reduce_precision,
                     "steps_per_print": None,
                 },
             )
@@ -97,6 +102,8 @@ class Engine:
         flow.var = flow.var.float()
         self._zero_state = ZeroState(stage, zero, optimizer)
         self._zero_state.create(EMA)
+        if isinstance(zero, OverlappedZero):
+            zero.wait_before_use(owners(flow))
         track_ema(optimizer)
 
     def __call__(

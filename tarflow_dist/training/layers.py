@@ -1,9 +1,11 @@
 """What is done to the model's transformer layers from outside: compilation, activation
 checkpointing. Parameter names stay as they are."""
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tarflow_dist.flow.model import Flow
@@ -21,3 +23,14 @@ def prepare_layers(flow: Flow, *, compile: bool, checkpoint_every: int) -> None:
             layer.forward = partial(  # type: ignore[method-assign]
                 checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
             )
+
+
+def owners(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
+    """The modules of a flow whose forward pass takes weights, with those; a transformer layer,
+    which may be compiled, takes all of its own at once."""
+    if isinstance(module, TransformerLayer):
+        yield module, list(module.parameters())
+        return
+    yield module, list(module.parameters(recurse=False))
+    for child in module.children():
+        yield from owners(child)

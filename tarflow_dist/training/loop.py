@@ -82,15 +82,16 @@ def _train(
     stepper = Stepper(engine, batches, config, device, pace)
     saver = Saver(config.run / pointer.FOLDER, config.checkpoint, engine.flow.config, classes)
     health = Health(config, engine)
+    anyone = distributed.AnyRank(device)
     with Journal(config, state, changes, pace) as journal:
         stop = False
         while state.images < config.train.images and not stop:
+            anyone.ask(interrupt.requested, saver.writing)
             step = stepper.step(state)
             state.images += batch_size
             watchdog.step_done()
             diverged = health.judge(step.problem, state)  # why the run should go back, if so
-            # the same answers on every rank
-            stop, writing = distributed.any_rank_each(interrupt.requested, saver.writing)
+            stop, writing = anyone.answers()  # the same on every rank
             finished = state.images >= config.train.images
 
             if finished or state.passed(config.log.every_images, batch_size):

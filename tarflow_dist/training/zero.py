@@ -86,6 +86,8 @@ class ZeroState:
             if held.ds_status == ZeroParamStatus.AVAILABLE:  # small ones stay assembled
                 parameter.copy_(weights)
         else:
+            if self._stage:
+                self._zero.wait_for([parameter])  # or the last step's would follow
             parameter.copy_(weights)
             if self._stage:
                 safe_set_full_fp32_param(parameter, weights)

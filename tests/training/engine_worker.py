@@ -16,6 +16,7 @@ from tarflow_dist import config as configs
 from tarflow_dist import distributed
 from tarflow_dist.config import CheckpointConfig
 from tarflow_dist.flow.model import Flow
+from tarflow_dist.training import engine as engines
 from tarflow_dist.training.checkpoint import Checkpoint
 from tarflow_dist.training.engine import Engine
 from tarflow_dist.training.pointer import newest
@@ -24,6 +25,7 @@ from tarflow_dist.training.state import RunState
 
 STEPS, BATCH, LR, EMA_DECAY = 8, 16, 1e-3, 0.9
 HALF = STEPS // 2
+engines.BUCKET = 10_000  # so that ZeRO 1 and 2 have many, in flight together, of so small a flow
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -36,6 +36,8 @@ CELLS = {
         "3-offload": ("fp32", 3, 4, "train.offload=true"),
         "1-bf16": ("bf16", 1, 4),
         "2-bf16": ("bf16", 2, 8),
+        "1-bf16-sent": ("bf16", 1, 4, "train.reduce_precision=bf16"),
+        "2-bf16-sent": ("bf16_autocast", 2, 4, "train.reduce_precision=bf16"),
         "3-bf16": ("bf16", 3, 4),
         "3-autocast": ("bf16_autocast", 3, 8),
     },
