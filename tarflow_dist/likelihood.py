@@ -3,10 +3,12 @@
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from tarflow_dist import rng
 from tarflow_dist.data.loader import Batch
 from tarflow_dist.distributed import sum_over_ranks
+from tarflow_dist.flow.config import FlowConfig, NoiseLevels
 from tarflow_dist.flow.model import Flow
 from tarflow_dist.flow.noise import add_gaussian, dequantise
 from tarflow_dist.flow.noise_level import noise_levels
@@ -22,24 +24,57 @@ def mean_log_prob(flow: Flow, batches: Iterable[Batch], *, draws: int, seed: int
     for batch in batches:
         pixels, index = batch.images.to(flow.device), batch.index.to(flow.device)
         labels = batch.labels.to(flow.device) if flow.num_classes else None
-        shape = tuple(pixels.shape[1:])
         for draw in range(draws):
-            sigma = None
-            if flow.sigma_range is not None:
-                u = rng.uniform(
-                    (), seed=seed, purpose="held-out noise level", index=index, epoch=draw
-                )
-                sigma = noise_levels("uniform", flow.sigma_range, u)
-            if flow.noise == "gaussian":
-                noise = rng.normal(shape, seed=seed, purpose="held out", index=index, epoch=draw)
-                level = flow.sigma if sigma is None else sigma
-                assert level is not None
-                x = add_gaussian(pixels, noise, level)
-            else:
-                noise = rng.uniform(shape, seed=seed, purpose="held out", index=index, epoch=draw)
-                x = dequantise(pixels, noise)
+            x, sigma = with_noise(
+                pixels,
+                flow.config,
+                "uniform",
+                seed=seed,
+                purpose="held out",
+                index=index,
+                epoch=draw,
+            )
             total += flow.log_prob(x, labels, sigma).double().sum()
             count += len(pixels)
     sum_over_ranks(total)
     sum_over_ranks(count)
     return float(total / count) / flow.num_dims
+
+
+def with_noise(
+    pixels: Tensor,
+    model: FlowConfig,
+    levels: NoiseLevels,
+    *,
+    seed: int,
+    purpose: str,
+    index: Tensor,
+    epoch: Tensor | int,
+) -> tuple[Tensor, Tensor | None]:
+    """Images as `model` is trained on them, a function of (seed, purpose, epoch, image index).
+
+    Args:
+        pixels: uint8 (B, C, H, W).
+        levels: how an iTARFlow's noise levels are distributed.
+        index: (B,).
+        epoch: (B,), or one for all.
+
+    Returns:
+        The images with noise, (B, C, H, W), and float32 noise levels (B,) where the level is a
+        condition, or None.
+    """
+    shape = tuple(pixels.shape[1:])
+
+    def uniform(shape: tuple[int, ...], purpose: str) -> Tensor:
+        return rng.uniform(shape, seed=seed, purpose=purpose, index=index, epoch=epoch)
+
+    if model.noise == "uniform":
+        return dequantise(pixels, uniform(shape, purpose)), None
+    drawn = None
+    if model.sigma_range is not None:
+        u = uniform((), f"{purpose} level")
+        drawn = noise_levels(levels, model.sigma_range, u).float()
+    sigma = model.sigma if drawn is None else drawn
+    assert sigma is not None
+    normal = rng.normal(shape, seed=seed, purpose=purpose, index=index, epoch=epoch)
+    return add_gaussian(pixels, normal, sigma), drawn

@@ -9,8 +9,7 @@ from torch import Tensor
 from tarflow_dist import rng
 from tarflow_dist.config import Config
 from tarflow_dist.data.loader import Batch
-from tarflow_dist.flow.noise import add_gaussian, dequantise
-from tarflow_dist.flow.noise_level import noise_levels
+from tarflow_dist.likelihood import with_noise
 
 
 def augment(
@@ -29,18 +28,16 @@ def augment(
     if config.data.flip:
         mirrored = uniform((1, 1, 1), "flip") < 0.5
         pixels = torch.where(mirrored, pixels.flip(-1), pixels)
-    shape = tuple(pixels.shape[1:])
     model = config.model
-    sigma: float | Tensor | None = model.sigma
-    levels = None
-    if model.sigma_range is not None:
-        drawn = uniform((), "noise level")
-        levels = sigma = noise_levels(config.train.noise_levels, model.sigma_range, drawn).float()
-    if sigma is not None:
-        normal = rng.normal(shape, seed=config.seed, purpose="noise", index=index, epoch=epoch)
-        x = add_gaussian(pixels, normal, sigma)
-    else:
-        x = dequantise(pixels, uniform(shape, "noise"))
+    x, levels = with_noise(
+        pixels,
+        model,
+        config.train.noise_levels,
+        seed=config.seed,
+        purpose="noise",
+        index=index,
+        epoch=epoch,
+    )
     if not model.num_classes:
         return x.float(), None, levels
     labels = batch.labels.to(device, non_blocking=True)

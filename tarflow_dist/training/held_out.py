@@ -8,17 +8,20 @@ from tarflow_dist import distributed
 from tarflow_dist.config import Config
 from tarflow_dist.data.loader import Batch, eval_batches
 from tarflow_dist.data.shards import Shards
-from tarflow_dist.flow.units import loss_of
-from tarflow_dist.likelihood import mean_log_prob
 from tarflow_dist.training.averaged import averaged_flow
 from tarflow_dist.training.engine import Engine
+from tarflow_dist.training.objective import Objective
 
 
 def held_out_loss(
-    engine: Engine, shards: Shards, config: Config, batch_size: int, alive: Callable[[], None]
+    engine: Engine,
+    objective: Objective,
+    shards: Shards,
+    config: Config,
+    batch_size: int,
+    alive: Callable[[], None],
 ) -> float:
-    """The averaged weights' loss on `config.eval.count` images of `shards`, in nats a dimension.
-    Collective.
+    """The averaged weights' loss on `config.eval.count` images of `shards`. Collective.
 
     Args:
         batch_size: images a rank takes through the flow at once.
@@ -40,4 +43,4 @@ def held_out_loss(
 
     # bf16 weights would put the third digit off
     flow = averaged_flow(engine, torch.float32)
-    return loss_of(mean_log_prob(flow, told(), draws=1, seed=config.seed))
+    return objective.held_out_loss(flow, told())

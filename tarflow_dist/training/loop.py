@@ -17,6 +17,7 @@ from tarflow_dist.training.health import Health
 from tarflow_dist.training.held_out import held_out_loss
 from tarflow_dist.training.interrupt import Interrupt
 from tarflow_dist.training.journal import Journal
+from tarflow_dist.training.maximum_likelihood import MaximumLikelihood
 from tarflow_dist.training.preview import draw_preview
 from tarflow_dist.training.saver import Saver
 from tarflow_dist.training.start import (
@@ -79,7 +80,8 @@ def _train(
         num_workers=config.data.num_workers,
     )
     pace = start_pace(config, device, state.images)
-    stepper = Stepper(engine, batches, config, device, pace)
+    objective = MaximumLikelihood(engine, config, device)
+    stepper = Stepper(engine, objective, batches, config, device, pace)
     saver = Saver(config.run / pointer.FOLDER, config.checkpoint, engine.flow.config, classes)
     health = Health(config, engine)
     anyone = distributed.AnyRank(device)
@@ -101,7 +103,7 @@ def _train(
             if val_shards is not None and measured:
                 began = time.monotonic()
                 alive = watchdog.step_done
-                loss = held_out_loss(engine, val_shards, config, micro_batch_size, alive)
+                loss = held_out_loss(engine, objective, val_shards, config, micro_batch_size, alive)
                 journal.write_val_loss(loss, seconds=time.monotonic() - began)
                 state.val_loss = loss if math.isfinite(loss) else None
             journal.advance(batch_size)
@@ -121,7 +123,7 @@ def _train(
                 saver.publish()
                 health.go_back(state, diverged)
             if state.passed(config.preview.every_images, batch_size):
-                journal.show_preview(draw_preview(engine, config, state.images))
+                journal.show_preview(draw_preview(engine, objective, config, state.images))
         saver.finish()
         journal.record_progress()
     return state.images >= config.train.images

@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 from tarflow_dist import distributed
 from tarflow_dist.config import Config
 from tarflow_dist.files import write_whole
-from tarflow_dist.pretrained import TarFlow
 from tarflow_dist.telemetry.pictures import image_grid
 from tarflow_dist.training.averaged import averaged_flow
 from tarflow_dist.training.engine import Engine
+from tarflow_dist.training.objective import Objective
 
 FOLDER = "previews"
 
 
-def draw_preview(engine: Engine, config: Config, images: int) -> Path | str:
+def draw_preview(engine: Engine, objective: Objective, config: Config, images: int) -> Path | str:
     """Draws `config.preview` at `images` seen, each rank a share of the samples. Collective.
 
     Returns:
@@ -29,11 +29,10 @@ def draw_preview(engine: Engine, config: Config, images: int) -> Path | str:
     flow = averaged_flow(engine, dtype)
     count = config.preview.count
     index = torch.arange(count)
-    labels = index * flow.num_classes // count if flow.num_classes else None
     mine = slice(distributed.rank(), None, distributed.world_size())
     own: NDArray[np.uint8] | str
     try:
-        own = _draw(flow, config, index[mine], None if labels is None else labels[mine])
+        own = objective.draw(flow, index[mine], count)
     except (ValueError, torch.OutOfMemoryError) as error:
         own = str(error)
     drawn = distributed.gather(own)
@@ -51,18 +50,3 @@ def draw_preview(engine: Engine, config: Config, images: int) -> Path | str:
         except OSError as error:
             return f"{file} can't be written ({error.strerror})"
     return file
-
-
-def _draw(
-    flow: TarFlow, config: Config, index: torch.Tensor, labels: torch.Tensor | None
-) -> NDArray[np.uint8]:
-    preview = config.preview
-    drawn = flow.sample(
-        labels,
-        index=index,
-        seed=config.seed,
-        guidance=preview.guidance,
-        annealed=preview.annealed,
-        attn_temp=preview.attn_temp,
-    )
-    return drawn.cpu().numpy()

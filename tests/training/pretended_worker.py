@@ -91,6 +91,7 @@ def main(config_file: str, out: str, device: str, *overrides: str) -> None:
             waits = patches.enter_context(pretended_cuda()).waits
             pretend(patches)
         from tarflow_dist.data.loader import Batch
+        from tarflow_dist.training.maximum_likelihood import MaximumLikelihood
         from tarflow_dist.training.saver import _own_share
         from tarflow_dist.training.start import build_engine, start_pace
         from tarflow_dist.training.state import RunState
@@ -111,7 +112,9 @@ def main(config_file: str, out: str, device: str, *overrides: str) -> None:
                 yield Batch(images, torch.arange(size) % 10, torch.arange(size), zeros)
 
         state = RunState(images=config.optimizer.warmup_images)
-        stepper = Stepper(engine, batches(), config, where, start_pace(config, where, 0))
+        pace = start_pace(config, where, 0)
+        objective = MaximumLikelihood(engine, config, where)
+        stepper = Stepper(engine, objective, batches(), config, where, pace)
         losses, waited = [], []
 
         def step() -> None:
