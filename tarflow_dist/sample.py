@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tarflow_dist.errors import UserError, enough_memory, run_command
+from tarflow_dist.files import write_whole
 from tarflow_dist.options import (
     add_denoising_options,
     add_dtype_option,
@@ -32,17 +33,15 @@ if TYPE_CHECKING:
     from tarflow_dist.flow.guidance import Guidance
     from tarflow_dist.pretrained import TarFlow
 
-GAP = 4
 STATIONS = 4
 """Images of a denoising that are shown, the last one among them."""
-SHOWN_SIDE = 64
-"""Pixels of an image in the grid: smaller ones are magnified as far as they go in whole steps."""
-NAME_WIDTH, NAME_HEIGHT, FONT_SIZE = 120, 16, 12
-"""Of the classes' names in the grid."""
 
 
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
+
+    from tarflow_dist.telemetry.pictures import picture_grid
+
     flow = load_model(args.model, args.device, args.dtype)
     guidance = guidance_of(args, args.guidance, flow)
     noisy = args.no_denoise or args.reconstruct or args.interpolate
@@ -62,7 +61,8 @@ def main(argv: list[str]) -> None:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
-    write_grid(rows, captions(args, flow, y), args.out)
+    with write_whole(args.out) as part:
+        picture_grid(list(rows.cpu().numpy()), captions(args, flow, y)).save(part, "PNG")
     print(f"{args.out}: {len(rows)} x {rows.shape[1]} images")
 
 
@@ -274,38 +274,6 @@ def captions(args: argparse.Namespace, flow: "TarFlow", y: "Tensor | None") -> l
     numbers = y.tolist() if args.trace else y.tolist()[:: args.count or 1]
     names = flow.class_names
     return ["no label" if n < 0 else names[n] if names else str(n) for n in numbers]
-
-
-def write_grid(images: "Tensor", names: list[str], file: Path) -> None:
-    """uint8 (rows, columns, H, W, C) as one PNG with white gaps; `names` of its rows, or else of
-    its columns, or none."""
-    from PIL import Image, ImageDraw
-
-    from tarflow_dist.files import write_whole
-    from tarflow_dist.telemetry.pictures import fitted, font
-
-    rows, columns, H, W, C = images.shape
-    scale = max(1, SHOWN_SIDE // H)
-    images = images.cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    height, width = H * scale + GAP, W * scale + GAP
-    grid = images.new_full((rows, columns, height, width, C), 255)
-    grid[:, :, GAP:, GAP:] = images
-    pixels = grid.permute(0, 2, 1, 3, 4).reshape(rows * height, columns * width, C)
-    pictures = Image.fromarray(pixels.squeeze(2).numpy() if C == 1 else pixels.numpy())
-    beside = len(names) == rows
-    left = NAME_WIDTH if names and beside else 0
-    top = NAME_HEIGHT if names and not beside else 0
-    sheet = Image.new(pictures.mode, (left + pictures.width, top + pictures.height), "white")
-    sheet.paste(pictures, (left, top))
-    draw, letters = ImageDraw.Draw(sheet), font(FONT_SIZE)
-    for i, name in enumerate(names):
-        if beside:
-            at, room, anchor = (GAP, i * height + height // 2), NAME_WIDTH - GAP, "lm"
-        else:
-            at, room, anchor = (i * width + GAP, top), width - GAP, "ls"
-        draw.text(at, fitted(name, letters, room), "black", letters, anchor=anchor)
-    with write_whole(file) as part:
-        sheet.save(part, "PNG")
 
 
 if __name__ == "__main__":

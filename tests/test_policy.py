@@ -16,6 +16,7 @@ from tarflow_dist.flow.block import FlowBlock
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.flow.inverse import SEQUENTIAL, Solver
 from tarflow_dist.policy import Calibration, Policy, fingerprint_of, read_policy
+from tarflow_dist.telemetry.pictures import NAME_WIDTH
 
 GUIDED = Guidance(1.0, annealed=True)
 
@@ -162,7 +163,7 @@ def test_what_calibrate_finds_is_what_sample_uses(tmp_path: Path) -> None:
 
     done = run("tarflow_dist.sample", model, "--labels", "2", *guided, "--out", out)
     assert f"sampler: {flow.sampler(1, GUIDED)}" in done.stdout
-    (drawn,) = cells(out, 1, left=sample.NAME_WIDTH)
+    (drawn,) = cells(out, 1, left=NAME_WIDTH)
     assert torch.equal(drawn, flow.sample([2], **GUIDED.arguments())[0])
 
 
@@ -205,7 +206,7 @@ def test_traces_and_ways_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     flow = a_flow()
     flow.save_pretrained(tmp_path)
     sample.main([str(tmp_path), "--labels", "0,1", "--trace", "--out", str(out)])
-    steps = cells(out, 8, left=sample.NAME_WIDTH)  # two rows of noise, two blocks, denoised
+    steps = cells(out, 8, left=NAME_WIDTH)  # two rows of noise, two blocks, denoised
     images = flow.sample([0, 1])
     assert torch.equal(torch.stack([steps[3], steps[7]]), images)
 
@@ -254,7 +255,7 @@ def cells(file: Path, count: int, left: int = 0, top: int = 0) -> torch.Tensor:
     side = 8 * 8 + 4
     rows, columns = sheet.shape[0] // side, sheet.shape[1] // side
     found = [
-        sheet[r * side + 4 : (r + 1) * side : 8, c * side + 4 : (c + 1) * side : 8]
+        sheet[r * side : r * side + 64 : 8, c * side : c * side + 64 : 8]
         for r in range(rows)
         for c in range(columns)
     ]

@@ -4,14 +4,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 
 from tarflow_dist.evaluation.image_sets import Samples
 from tarflow_dist.evaluation.store import NO_LABEL
 from tarflow_dist.files import write_whole
-from tarflow_dist.telemetry.pictures import GUTTER, fitted, font, strip
+from tarflow_dist.telemetry.pictures import picture_grid
 
-NAME_WIDTH = 160
 LARGEST = 128  # pixels of an image's side as shown
 
 # A class id, or None without classes, and sample indexes
@@ -40,19 +38,10 @@ def write_grid(
 ) -> None:
     """A PNG with a row for each of up to `rows` classes, under their `names` or numbers."""
     wanted = class_rows(samples.labels(), rows, columns)
-    strips = [strip(samples.images(indexes), LARGEST) for _, indexes in wanted]
-    left = NAME_WIDTH if any(label is not None for label, _ in wanted) else 0
-    height = strips[0].height + GUTTER
-    grid = Image.new("RGB", (left + max(s.width for s in strips), len(strips) * height), "white")
-    draw, letters = ImageDraw.Draw(grid), font(16)
-    for i, ((label, _), pictures) in enumerate(zip(wanted, strips, strict=True)):
-        grid.paste(pictures, (left, i * height))
-        if label is not None:
-            at = (GUTTER, i * height + pictures.height // 2)
-            name = fitted(class_name(label, names), letters, NAME_WIDTH - 3 * GUTTER)
-            draw.text(at, name, "black", letters, anchor="lm")
+    named = [class_name(label, names) for label, _ in wanted if label is not None]
+    pictures = [samples.images(indexes) for _, indexes in wanted]
     with write_whole(file) as part:
-        grid.save(part, "PNG")
+        picture_grid(pictures, named, LARGEST).save(part, "PNG")
 
 
 def class_name(label: int, names: list[str] | None) -> str:

@@ -1,13 +1,15 @@
 """Samples side by side, small ones magnified."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 GUTTER = 4  # white pixels between images
 SMALLEST = 64  # pixels of an image's side as shown
+NAME_WIDTH, NAME_HEIGHT = 160, 20  # pixels beside and above the images
 
 
 def font(size: int) -> ImageFont.FreeTypeFont:
@@ -47,11 +49,25 @@ def _smaller(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     return np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS)).reshape(side, side, C)
 
 
-def image_grid(images: NDArray[np.uint8], columns: int) -> Image.Image:
-    """The images (B, H, W, C) in rows of `columns`."""
-    strips = [strip(images[i : i + columns]) for i in range(0, len(images), columns)]
-    height = strips[0].height + GUTTER
-    grid = Image.new(strips[0].mode, (strips[0].width, len(strips) * height), "white")
+def picture_grid(
+    rows: Sequence[NDArray[np.uint8]], names: Sequence[str] = (), largest: int | None = None
+) -> Image.Image:
+    """Rows of images (B, H, W, C), each as `strip` shows it; `names` of as many rows stand beside
+    them, others above the columns."""
+    strips = [strip(row, largest) for row in rows]
+    height, width = strips[0].height + GUTTER, strips[0].width // len(rows[0])
+    beside = len(names) == len(rows)
+    left = NAME_WIDTH if names and beside else 0
+    top = NAME_HEIGHT if names and not beside else 0
+    size = left + max(pictures.width for pictures in strips), top + len(strips) * height
+    grid = Image.new(strips[0].mode, size, "white")
     for i, pictures in enumerate(strips):
-        grid.paste(pictures, (0, i * height))
+        grid.paste(pictures, (left, top + i * height))
+    draw, letters = ImageDraw.Draw(grid), font(16 if beside else 12)
+    for i, name in enumerate(names):
+        if beside:
+            at, room, anchor = (GUTTER, i * height + height // 2), NAME_WIDTH - 3 * GUTTER, "lm"
+        else:
+            at, room, anchor = (i * width, top - GUTTER), width - GUTTER, "ls"
+        draw.text(at, fitted(name, letters, room), "black", letters, anchor=anchor)
     return grid

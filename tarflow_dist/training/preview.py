@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from tarflow_dist import distributed
 from tarflow_dist.config import Config
 from tarflow_dist.files import write_whole
-from tarflow_dist.telemetry.pictures import image_grid
+from tarflow_dist.telemetry.pictures import picture_grid
 from tarflow_dist.training.averaged import averaged_flow
 from tarflow_dist.training.engine import Engine
 from tarflow_dist.training.objective import Objective
@@ -46,7 +46,9 @@ def draw_preview(engine: Engine, objective: Objective, config: Config, images: i
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with write_whole(file) as part:
-                image_grid(samples, columns=math.ceil(math.sqrt(count))).save(part, "PNG")
+                columns = math.ceil(math.sqrt(count))
+                rows = [samples[i : i + columns] for i in range(0, count, columns)]
+                picture_grid(rows).save(part, "PNG")
         except OSError as error:
             return f"{file} can't be written ({error.strerror})"
     return file

@@ -11,9 +11,9 @@ from PIL import Image
 from torch_fidelity.datasets import ImagesPathDataset
 
 from tarflow_dist.evaluation.export import WRITERS, write_folder, write_npz, write_tars
-from tarflow_dist.evaluation.grid import NAME_WIDTH, class_rows, write_grid
+from tarflow_dist.evaluation.grid import class_rows, write_grid
 from tarflow_dist.evaluation.store import SampleStore
-from tarflow_dist.telemetry.pictures import strip
+from tarflow_dist.telemetry.pictures import NAME_WIDTH, strip
 
 
 def full_store(folder: Path, images: np.ndarray, labels: np.ndarray) -> SampleStore:
