@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     )
     folder.set_defaults(layout="folder")
     for command in (imagenet, folder):
-        command.set_defaults(run=run_images, format="mds", workers=_cores())
+        command.set_defaults(run=run_images, format="mds", workers=None)
         command.add_argument("src", type=Path, help="the folder with the images")
         _add_image_options(command)
 
@@ -56,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--format", choices=FORMATS, help="(default %(default)s)")
         command.add_argument("--seed", type=int, default=0, help="of split and order (default 0)")
         command.add_argument(
-            "--workers", type=int, help="processes; they change no byte (default %(default)s)"
+            "--workers",
+            type=int,
+            help="processes; they change no byte (default: 1 for digits, else one a core)",
         )
 
     for name, help_ in (
@@ -113,7 +115,7 @@ def run_digits(args: argparse.Namespace) -> int:
     return _write(Digits(seed=args.seed), args, settings)
 
 
-def run_images(args: argparse.Namespace) -> int:
+def _check_image_options(args: argparse.Namespace) -> None:
     if args.encode == "keep" and args.size is not None:
         raise UserError("--encode keep stores the files as they are: leave out --size")
     if args.encode != "keep" and args.size is None:
@@ -124,6 +126,9 @@ def run_images(args: argparse.Namespace) -> int:
         raise UserError(f"--val-fraction is {args.val_fraction}: give a share such as 0.1")
     if not 0 <= args.max_errors <= 1:
         raise UserError(f"--max-errors is {args.max_errors}: give a share such as 0.01")
+
+
+def run_images(args: argparse.Namespace) -> int:
     settings = Settings(
         size=args.size,
         crop=args.crop,
@@ -138,14 +143,14 @@ def run_images(args: argparse.Namespace) -> int:
 
 
 def _write(source: Source, args: argparse.Namespace, settings: Settings) -> int:
-    formats = FORMATS[args.format]
+    formats, workers = FORMATS[args.format], args.workers or _cores()
     try:
         if remote.is_remote(args.out):
             summary = remote.prepare_and_upload(
-                source, args.out, formats, settings, workers=args.workers
+                source, args.out, formats, settings, workers=workers
             )
         else:
-            summary = prepare(source, Path(args.out), formats, settings, workers=args.workers)
+            summary = prepare(source, Path(args.out), formats, settings, workers=workers)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
@@ -160,11 +165,24 @@ def _write(source: Source, args: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
-def run(argv: list[str]) -> int | None:
-    """Runs a command, and returns its exit code."""
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        UserError: a number in it is out of range.
+    """
     args = parser().parse_args(argv)
     if not 0 <= getattr(args, "seed", 0) < 2**32:
         raise UserError(f"--seed is {args.seed}: give a number from 0 to {2**32 - 1}")
-    if not 1 <= getattr(args, "workers", 1) <= MAX_WORKERS:
-        raise UserError(f"--workers is {args.workers}: give a number from 1 to {MAX_WORKERS}")
+    workers = getattr(args, "workers", None)
+    if workers is not None and not 1 <= workers <= MAX_WORKERS:
+        raise UserError(f"--workers is {workers}: give a number from 1 to {MAX_WORKERS}")
+    if "val_fraction" in args:
+        _check_image_options(args)
+    return args
+
+
+def run(argv: list[str]) -> int | None:
+    """Runs a command, and returns its exit code."""
+    args = parse(argv)
     return args.run(args)

@@ -17,9 +17,33 @@ from slurm.job import EXIT_INTERRUPTED, OUTCOME
 from slurm.resources import Resources
 from slurm.script import CODE
 from slurm.tasks import Task
+from tarflow_dist.errors import UserError
 from tarflow_dist.files import read_json
 
 EXIT_CODES = {"finished": 0, "interrupted": EXIT_INTERRUPTED, "refused": 2, "crashed": 1}
+
+
+def here(resources: Resources) -> Resources:
+    """`resources` on this machine: all its GPUs, or one rank on the CPU, unless they say how many.
+
+    Raises:
+        UserError: they are more than this machine has.
+    """
+    if resources.nodes > 1:
+        raise UserError(f"--local has one node, not --nodes {resources.nodes}")
+    import torch
+
+    there = torch.cuda.device_count()
+    if "gpus_per_node" not in resources.model_fields_set:
+        kind = f"{there} GPU{'s' * (there > 1)}" if there else "the CPU"
+        print(f"--local: on {kind}; --gpus-per-node and --tasks-per-node choose otherwise")
+        return resources.model_copy(update={"gpus_per_node": there})
+    if resources.gpus_per_node > there:
+        raise UserError(
+            f"--local: {resources.gpus_per_node} GPUs were asked for, and this machine has "
+            f"{there}: give --gpus-per-node {there}"
+        )
+    return resources
 
 
 def run(chain: Sequence[Task], resources: Resources) -> int:

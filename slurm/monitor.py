@@ -9,7 +9,7 @@ from slurm import states
 from slurm.records import STOP, Record, last_error, records
 from tarflow_dist import config as configs
 from tarflow_dist.errors import UserError
-from tarflow_dist.telemetry.metrics import read_metrics
+from tarflow_dist.telemetry.metrics import METRICS_FILE, read_metrics
 from tarflow_dist.training import pointer, run_folder
 
 SHOWN = 4  # submissions
@@ -19,8 +19,10 @@ SECONDS_BETWEEN_LOOKS = 1.0
 def status(argv: list[str]) -> int:
     """Prints how a run and its jobs stand, as Slurm and the run's files have it."""
     run = _parse("status", "how a run and its jobs stand", argv)
-    known = _records(run)
+    known = _submitted(run) if (run / configs.SAVED_FILE).exists() else _records(run)
     rows = [("run", str(run)), *_progress(run)]
+    if not known:
+        rows.append(("jobs", "none of Slurm's: it was started with torchrun or --local"))
     for record in known[-SHOWN:]:
         state = states.job_state(record.job_id)
         restarts = f", {state.restarts} restarts" if state.restarts else ""
@@ -68,8 +70,12 @@ def _parse(name: str, description: str, argv: list[str]) -> Path:
     return run
 
 
+def _submitted(run: Path) -> list[Record]:
+    return [record for record in records(run) if record.job_id]
+
+
 def _records(run: Path) -> list[Record]:
-    if known := [record for record in records(run) if record.job_id]:
+    if known := _submitted(run):
         return known
     raise UserError(f"no job was submitted for {run}: name a run's folder, such as runs/in256")
 
@@ -80,9 +86,14 @@ def _progress(run: Path) -> list[tuple[str, str]]:
         return []
     total = configs.load_saved(run)[0].train.images
     told = run_folder.read_status(run)
-    metrics = read_metrics(run) if (run / "metrics.jsonl").exists() else []
+    metrics = read_metrics(run) if (run / METRICS_FILE).exists() else []
     images = int(metrics[-1]["images"]) if metrics else int(told.get("images", 0))
     rows = [("state", str(told.get("state", "not started")))]
+    files = [run / name for name in (METRICS_FILE, run_folder.STATUS_FILE)]
+    if written := [file.stat().st_mtime for file in files if file.exists()]:
+        rows.append(
+            ("last sign", f"{datetime.datetime.fromtimestamp(max(written)):%a %d %b %H:%M}")
+        )
     if reason := told.get("error"):
         rows.append(("reason", str(reason)))
     rows.append(("images", f"{images:,} of {total:,} ({images / total:.1%})"))

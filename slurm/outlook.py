@@ -51,6 +51,10 @@ def describe(chain: Sequence[Task], resources: Resources) -> Outlook:
     return Outlook("\n".join(f"{name:<16}{text}" for name, text in rows.items()), problem)
 
 
+def _new(config: Config) -> str:
+    return "new" if config.init is None else f"new, from the weights of {config.init}"
+
+
 def bytes_to_write(task: Task) -> int:
     """What must be free on disk: two checkpoints of a training."""
     if task.config is None:
@@ -69,9 +73,11 @@ def _training_rows(config: Config, resources: Resources) -> tuple[dict[str, str]
     rows = {
         "batch": f"{batch} images: {batch // world_size} a rank, in {passes} passes of {micro}",
         "length": f"{config.train.images:,} images, {steps:,} steps",
-        "starts": f"from its checkpoint at {start:,} images" if start else "new",
+        "starts": f"from its checkpoint at {start:,} images" if start else _new(config),
         "precision": f"{config.train.precision}, ZeRO {config.train.zero_stage}",
     }
+    if start >= config.train.images:
+        rows["starts"] = "no more: it is finished; a larger train.images trains it further"
     if not resources.gpus_per_node:
         return rows, ""
     gpu = card(resources.gpu)

@@ -34,8 +34,8 @@ def main(argv: list[str]) -> int:
         if task.name != "train":
             raise UserError("--then comes after training: leave out --task")
         chain.append(tasks.after_training(shlex.split(arguments.then), task))
-    if arguments.local and resources.nodes > 1:
-        raise UserError(f"--local has one node, not --nodes {resources.nodes}")
+    if arguments.local:
+        resources = local.here(resources)
     if not arguments.local and not arguments.dry_run:
         _check_partition(resources)
 

@@ -16,6 +16,9 @@ MODULES = {
 }
 JOBS = Path("jobs")  # where tasks without a run keep what belongs to their jobs
 
+PREPARATION_WORKERS = 7
+"""Processes that a data_prep gets cores for, unless it names a number."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -73,12 +76,18 @@ def evaluation(name: str, arguments: Sequence[str]) -> Task:
 
 
 def preparation(arguments: Sequence[str]) -> Task:
-    """data_prep, whose processes are its own: one rank."""
-    from data_prep.commands import parser
+    """data_prep, whose processes are its own: one rank.
 
-    parsed = parser().parse_args(list(arguments))
+    Raises:
+        UserError: an option is wrong.
+    """
+    from data_prep.commands import parse
+
+    parsed = parse(list(arguments))
     name = str(getattr(parsed, "out", parsed.command)).rstrip("/").rpartition("/")[2]
-    return Task("data_prep", tuple(arguments), JOBS / f"data_prep-{name}", workers=7, one_rank=True)
+    workers = getattr(parsed, "workers", None) or PREPARATION_WORKERS
+    folder = JOBS / f"data_prep-{name}"
+    return Task("data_prep", tuple(arguments), folder, workers=workers, one_rank=True)
 
 
 def after_training(words: Sequence[str], train: Task) -> Task:

@@ -122,6 +122,9 @@ def test_the_examples_of_clusters_work(name: str) -> None:
         (["--env=A", "configs/in256.yaml"], "--env A should look like NAME=VALUE"),
         (["--then=train", "configs/in256.yaml"], "only sample_fid or evaluate_bpd"),
         (["--local", "--nodes=2", "configs/digits.yaml"], "--local has one node"),
+        (["--local", "--gpus-per-node=3", "configs/digits.yaml"], "this machine has 0: give --gp"),
+        (["--task=data_prep", "--", "folder", "a", "b", "--size=-5"], "--size is -5"),
+        (["--task=data_prep", "--", "digits", "b", "--workers=-5"], "--workers is -5"),
         (["--task=sample_fid", "--", "--model=x", "--reference=y", "--num-samples=9"], "--model x"),
         (["--then=evaluate_bpd --draws 0", "configs/in256.yaml"], "must be at least 1"),
     ],
@@ -130,6 +133,30 @@ def test_mistakes_are_told_in_a_sentence(arguments: list[str], sentence: str) ->
     told = launch("--dry-run", *arguments, code=2)
     assert sentence in told
     assert "Traceback" not in told
+
+
+def test_the_plan_is_of_what_will_run(tmp_path: Path) -> None:
+    """Here, and as many processes as a preparation was told."""
+    shown = launch("--local", "configs/digits.yaml", "--dry-run")
+    assert "--local: on the CPU" in shown
+    assert re.search(r"nodes +1 x 1 CPU ranks, 1 ranks", shown)
+    shown = launch("--task=data_prep", "--dry-run", "--", "digits", "b", "--workers=32")
+    assert re.search(r"cores +34 a rank", shown)
+    assert "--cpus-per-task=34" in shown
+
+
+def test_a_run_that_is_finished_and_was_not_submitted(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints" / "00000080000").mkdir(parents=True)
+    shown = launch("configs/digits.yaml", f"run={run}", "--dry-run")
+    assert re.search(r"starts +no more: it is finished", shown)
+    assert "no job was submitted for" in launch("status", run, code=2)
+    (run / "config.yaml").write_text((ROOT / "configs" / "digits.yaml").read_text())
+    (run / "status.json").write_text('{"state": "finished", "images": 80000}')
+    told = launch("status", run)
+    assert re.search(r"state +finished", told)
+    assert re.search(r"images +80,000 of 80,000 \(100.0%\)", told)
+    assert "none of Slurm's" in told
 
 
 def test_without_slurm_it_says_what_else_there_is() -> None:
