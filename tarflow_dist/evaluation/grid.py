@@ -58,8 +58,8 @@ def write_grid(
 
 
 def class_name(label: int, names: list[str] | None) -> str:
-    """The first of a class's names in words, or its number where there are none."""
-    return names[label].partition(",")[0] if names else str(label)
+    """A class's name, or its number where there are none."""
+    return names[label] if names else str(label)
 
 
 def read_at(store: SampleStore, indexes: list[int]) -> Pixels:

@@ -71,7 +71,10 @@ class ShardsReference:
         if image_shape is not None:
             check_image_shape(path, self.image_shape, image_shape)
         summary = read_json(self._shards.manifest.with_name("summary.json"))
-        self.class_names: list[str] | None = summary.get("class_names") or summary["classes"]
+        words = summary.get("class_names")  # synonyms of WordNet's: the first is enough
+        self.class_names: list[str] | None = (
+            [names.partition(",")[0] for names in words] if words else summary["classes"]
+        )
 
     def measure(
         self,

@@ -81,7 +81,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         RESULTS,
         3,
         store=store,
-        class_names=["tench, Tinca tinca", "goldfish"],
+        class_names=["tench, big", "goldfish"],
         neighbours=[neighbour],
         sweep_plot=folder / "sweep.png",
     )
@@ -160,7 +160,7 @@ def test_a_browser_shows_the_words(report: Path, tmp_path: Path) -> None:
         "8 samples for 2,048 features: take more &lt;b&gt;of them&lt;/b&gt;.",
         "too few images",
         "3 of the 8 had to be drawn again",
-        ">tench<",
+        ">tench, big<",
         ">goldfish<",
         "distances 1.25, 2, 3, 4, 5, 6; the nearest is 2.5 from the next of these",
         "--model 'a &amp; b'",
