@@ -3,20 +3,24 @@
 import argparse
 import os
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from data_prep import remote
 from data_prep.images import CROPS, ENCODINGS
 from data_prep.pipeline import prepare
 from data_prep.records import Settings
 from data_prep.sources import LAYOUTS, Digits, Source, open_source
+from data_prep.sources.base import listed, say_passed_over
 from tarflow_dist.errors import INTERRUPTED_EXIT_CODE, UserError
 
 MAX_SIZE, MAX_WORKERS = 4096, 1024
+MAX_PASSED_OVER = 0.5
 FORMATS = {"mds": ["mds"], "wds": ["wds"], "both": ["mds", "wds"]}
 LAYOUT_HELP = """what SRC is (default: what is found there)
-folder: SRC/{train,val}/CLASS/…/IMAGE, or SRC/CLASS/…/IMAGE;
+folder: SRC/{train,val}/CLASS/…/IMAGE, or SRC/CLASS/…/IMAGE; without CLASS, an unconditional set;
 archives: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which
 are read as they lie;
 kaggle: ILSVRC/Data/CLS-LOC/, LOC_val_solution.csv and LOC_synset_mapping.txt;
@@ -36,9 +40,10 @@ def parser() -> argparse.ArgumentParser:
     imagenet.add_argument("--layout", choices=("auto", *LAYOUTS), default="auto", help=LAYOUT_HELP)
     folder = commands.add_parser(
         "folder",
-        help="a folder of class folders",
+        help="a folder of class folders, or of pictures",
         description="SRC/CLASS/…/image, or SRC/{train,val}/CLASS/…/image. Labels are the classes' "
-        "positions in sorted order; images come out in RGB.",
+        "positions in sorted order; images come out in RGB. Without class folders, SRC/image or "
+        "SRC/{train,val}/image, it is an unconditional set.",
     )
     folder.set_defaults(layout="folder")
     for command in (imagenet, folder):
@@ -102,6 +107,13 @@ def _add_image_options(command: argparse.ArgumentParser) -> None:
         help="stop when more than this share of the images, and more than 10, can't be read "
         "(default %(default)s)",
     )
+    command.add_argument(
+        "--max-passed-over",
+        type=float,
+        default=MAX_PASSED_OVER,
+        help="stop when more than this share of the files in SRC are none of the set's images "
+        "(default %(default)s)",
+    )
 
 
 def _cores() -> int:
@@ -124,6 +136,10 @@ def _check_image_options(args: argparse.Namespace) -> None:
         raise UserError(f"--size is {args.size}: give a side from 1 to {MAX_SIZE} pixels")
     if not 0 < args.val_fraction < 1:
         raise UserError(f"--val-fraction is {args.val_fraction}: give a share such as 0.1")
+    if not 0 <= args.max_passed_over <= 1:
+        raise UserError(
+            f"--max-passed-over is {args.max_passed_over}: give a share such as {MAX_PASSED_OVER}"
+        )
     if not 0 <= args.max_errors <= 1:
         raise UserError(f"--max-errors is {args.max_errors}: give a share such as 0.01")
 
@@ -139,6 +155,13 @@ def run_images(args: argparse.Namespace) -> int:
     source = open_source(
         args.src, layout=args.layout, val_fraction=args.val_fraction, seed=args.seed
     )
+    passed_over = sum(source.passed_over.values())
+    if passed_over > args.max_passed_over * (passed_over + len(source)):
+        raise UserError(
+            f"{args.src} holds {len(source)} images of the set and more else "
+            f"({say_passed_over(source.passed_over)}): give the folder of the images alone, or "
+            "raise --max-passed-over to go on without the others"
+        )
     return _write(source, args, settings)
 
 
@@ -157,12 +180,26 @@ def _write(source: Source, args: argparse.Namespace, settings: Settings) -> int:
     images = " and ".join(f"{n} {split}" for split, n in summary["images"].items())
     shape = f"{settings.size}x{settings.size}x{source.channels} " if settings.size else ""
     aside = f"; {summary['errors']} set aside, see errors.parquet" if summary["errors"] else ""
+    count = len(source.classes)
+    classes = "1 class" if count == 1 else f"{count} classes"
     for form in formats:
         print(
-            f"{args.out.rstrip('/')}/{form}: {images} images, {len(source.classes)} classes, "
+            f"{args.out.rstrip('/')}/{form}: {images} images, {classes}, "
             f"{shape}{settings.encode}{aside}"
         )
+    for line in _remarks(summary):
+        print(line)
     return 0
+
+
+def _remarks(summary: dict[str, Any]) -> Iterator[str]:
+    """What of a set a user may not expect, a line each."""
+    if summary["passed_over"]:
+        yield say_passed_over(summary["passed_over"])
+    yield from summary["notes"]
+    counts = summary["images_per_class"]["train"]
+    if empty := [name for name, count in zip(summary["classes"], counts, strict=True) if not count]:
+        yield f"classes without an image in train: {listed(empty)}"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

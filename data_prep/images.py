@@ -3,32 +3,37 @@
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from io import BytesIO
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from data_prep.png import without_texts
+from tarflow_dist.files import NotRegularError, open_regular
 
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # of TIFF's tags
 ENCODINGS = ("png", "jpeg", "webp", "raw", "keep")
-# Pillow's formats that are read, and the names that their files go by. Not more than these: some
-# of the others run programs (EPS), or are no single picture.
-KINDS = {
-    "AVIF": "avif",
-    "BMP": "bmp",
-    "GIF": "gif",
-    "JPEG": "jpg",
-    "PNG": "png",
-    "PPM": "ppm",
-    "TIFF": "tif",
-    "WEBP": "webp",
-}
 MAX_PIXELS = 1 << 27  # of an image when its short side is `size`: 400 MB
-Image.MAX_IMAGE_PIXELS = 1 << 28  # of a file: phones make 200 million, and an attack more
+HONEST_PIXELS = 1 << 28  # of a file, unless the user knows better: phones make 200 million
+PLUG_INS = ("pillow_heif.HeifImagePlugin", "pillow_jxl")  # formats that Pillow lacks, if installed
+# They run programs (EPS), or Pillow knows them by name alone and reads no pixels.
+NOT_READ = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+for plug_in in PLUG_INS:
+    with suppress(ImportError):
+        import_module(plug_in)
 Image.init()
-FORMATS = [name for name in KINDS if name in Image.OPEN]  # older ones of Pillow have no AVIF
+Image.MAX_IMAGE_PIXELS = HONEST_PIXELS
+# those that begin with a signature go first, since their content alone tells
+FORMATS = sorted(Image.OPEN.keys() - NOT_READ, key=lambda name: (not Image.OPEN[name][1], name))
+SIGNED_FORMATS = [name for name in FORMATS if Image.OPEN[name][1]]
+SUFFIXES = frozenset(
+    suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS
+)
+# what files of a format are called, where that is not the format's own name
+KINDS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}
 
 
 class Stored(NamedTuple):
@@ -36,7 +41,7 @@ class Stored(NamedTuple):
 
     data: bytes
     kind: str
-    """What `data` is: raw, or one of KINDS' values."""
+    """What `data` is: raw, or the suffix of such a file."""
     original_bytes: int
     original_width: int
     """In pixels, before EXIF's orientation is applied."""
@@ -71,8 +76,7 @@ def prepare_image(
                 assert isinstance(content, bytes)
                 assert image.format is not None
                 image.load()
-                kind = KINDS["JPEG" if image.format == "MPO" else image.format]
-                return Stored(content, kind, *about)
+                return Stored(content, _kind(image.format), *about)
             assert size is not None
             if image.width * image.height * (size / min(image.size)) ** 2 > MAX_PIXELS:
                 raise ValueError(f"too narrow to be resized: {image.width}x{image.height}")
@@ -84,6 +88,31 @@ def open_image(content: bytes | np.ndarray) -> Image.Image:
     if isinstance(content, np.ndarray):
         return Image.fromarray(content)
     return Image.open(BytesIO(without_texts(content)), formats=FORMATS)
+
+
+def is_image(file: Path) -> bool:
+    """Whether the content of `file`, whatever its name, is that of a format that Pillow reads.
+
+    Raises:
+        OSError: it is not there, or can't be opened.
+    """
+    try:
+        descriptor = open_regular(file)
+    except NotRegularError:
+        return False
+    with open(descriptor, "rb") as stream, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            Image.open(stream, formats=SIGNED_FORMATS)
+        except Image.DecompressionBombError:
+            return True
+        except Exception:  # decoders raise of every kind
+            return False
+    return True
+
+
+def _kind(format_name: str) -> str:
+    return KINDS.get(format_name, format_name.lower())
 
 
 def to_8bit(image: Image.Image, channels: int) -> Image.Image:
@@ -181,4 +210,4 @@ def encode_image(image: Image.Image, encode: str) -> tuple[bytes, str]:
         pixels.save(file, "WEBP", lossless=True)
     else:
         pixels.save(file, "JPEG", quality=95, subsampling=0)
-    return file.getvalue(), KINDS[encode.upper()]
+    return file.getvalue(), _kind(encode.upper())

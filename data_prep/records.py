@@ -92,6 +92,8 @@ def summarise(source: Source, settings: Settings, placed: np.ndarray) -> dict[st
         "images_per_class": counts,
         "errors": int(bad.sum()),
         "errors_per_class": per_class(bad),
+        "passed_over": dict(source.passed_over),
+        "notes": list(source.notes),
         "settings": asdict(settings),
         "versions": versions(),
     }

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from data_prep.images import to_8bit
 from data_prep.read_back import decode
 from data_prep.sources import SPLITS
+from data_prep.sources.base import say_passed_over
 from data_prep.verify import find_sets, on_disk
 from tarflow_dist.data.shards import Summary
 from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError
@@ -77,6 +78,8 @@ def table(summary: dict[str, Any], manifest: Any) -> Iterator[tuple[str, str]]:
         f"{stored / 1e6:,.1f} MB of {settings['encode']}, {_kilobytes(stored, manifest)}",
     )
     yield "set aside", f"{summary['errors']:,} that could not be read"
+    if passed_over := summary.get("passed_over"):
+        yield "passed over", say_passed_over(passed_over).partition(": ")[2]
     yield "settings", ", ".join(f"{key} {value}" for key, value in settings.items())
     yield "versions", ", ".join(f"{key} {value}" for key, value in summary["versions"].items())
 
@@ -91,10 +94,9 @@ def _some(names: list[str], shown: int = 5) -> str:
 
 
 def _readable(summary: dict[str, Any], label: int) -> str:
-    """The first of a class's names in words if there is one, or else the name of its folder."""
-    if words := summary.get("class_names"):
-        return str(words[label]).partition(",")[0]
-    return str(summary["classes"][label])
+    """The first of a class's names in words if there are such, or else its own."""
+    names = summary.get("class_names")
+    return str(names[label]).partition(",")[0] if names else str(summary["classes"][label])
 
 
 def contact_sheet(folder: Path, summary: dict[str, Any], manifest: Any) -> Image.Image:

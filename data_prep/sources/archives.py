@@ -3,6 +3,7 @@
 import multiprocessing
 import re
 import tarfile
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from io import BytesIO
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.sources.base import Group, Grouped, check_distinct, is_image
+from data_prep.sources.base import Group, Grouped, check_distinct, is_image_name, kind_of
 from tarflow_dist.errors import UserError
 
 TRAIN = "ILSVRC2012_img_train.tar"
@@ -36,11 +37,14 @@ class Archives(Grouped):
                 raise UserError(f"{path} has no {archive}: the archives are needed all three")
         names, truth = read_devkit(path / DEVKIT)
         classes = sorted(names)
+        passed_over: Counter[str] = Counter()
         try:
-            groups = _train(path / TRAIN, classes) + _val(path / VAL, classes, truth)
+            groups = _train(path / TRAIN, classes, passed_over)
+            groups += _val(path / VAL, classes, truth, passed_over)
         except (tarfile.TarError, EOFError) as error:
             raise UserError(f"the archives in {path} are damaged: {error}") from error
-        super().__init__("archives", path, classes, groups, [names[wnid] for wnid in classes])
+        class_names = [names[wnid] for wnid in classes]
+        super().__init__("archives", path, classes, groups, class_names, passed_over=passed_over)
 
     @staticmethod
     def recognises(path: Path) -> bool:
@@ -92,9 +96,11 @@ def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return file.read()
 
 
-def _train(archive: Path, classes: list[str]) -> list[Group]:
+def _train(archive: Path, classes: list[str], passed_over: Counter[str]) -> list[Group]:
     with tarfile.open(archive, "r:") as tar:
-        members = [member for member in tar if member.name.endswith(".tar")]
+        files = [member for member in tar if member.isfile()]
+    members = [member for member in files if member.name.endswith(".tar")]
+    passed_over.update(kind_of(m.name) for m in files if not m.name.endswith(".tar"))
     inside = {Path(member.name).stem: member for member in members}
     check_distinct([Path(member.name).stem for member in members], f"{archive} has two classes")
     if missing := sorted(set(classes) - set(inside)):
@@ -108,15 +114,19 @@ def _train(archive: Path, classes: list[str]) -> list[Group]:
     def group(label: int) -> Group:
         wnid = classes[label]
         member = inside[wnid]
-        names, parts = _scan(archive, member.offset_data, member.size)
+        names, parts, others = _scan(archive, member.offset_data, member.size)
+        passed_over.update(others)
         return Group("train", label, f"train/{wnid}/", archive, names, parts)
 
     with ThreadPoolExecutor(SCANNERS) as pool:
         return list(pool.map(group, range(len(classes))))
 
 
-def _val(archive: Path, classes: list[str], truth: list[str]) -> list[Group]:
-    names, parts = _scan(archive, 0, archive.stat().st_size)
+def _val(
+    archive: Path, classes: list[str], truth: list[str], passed_over: Counter[str]
+) -> list[Group]:
+    names, parts, others = _scan(archive, 0, archive.stat().st_size)
+    passed_over.update(others)
     if len(names) != len(truth):
         raise UserError(f"{archive} has {len(names)} images, and the devkit labels {len(truth)}")
     # the number in the name, …_val_00000293.JPEG, is the line of the ground truth, counted from 1
@@ -133,19 +143,22 @@ def _val(archive: Path, classes: list[str], truth: list[str]) -> list[Group]:
     return [group(label, wnid) for label, wnid in enumerate(classes) if wnid in wnids]
 
 
-def _scan(archive: Path, start: int, size: int) -> tuple[list[str], np.ndarray]:
+def _scan(archive: Path, start: int, size: int) -> tuple[list[str], np.ndarray, list[str]]:
     """Names of the images in the tar that lies at `start` in `archive`, sorted, and (n, 2) int64,
-    their offsets in `archive` and sizes."""
+    their offsets in `archive` and sizes; the kinds of the other files in it."""
     with archive.open("rb") as file:
         file.seek(start)
         tar: Any
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            found = []
+            found, others = [], []
             while (member := tar.next()) is not None and member.offset < start + size:
                 tar.members.clear()  # tarfile would keep them all
-                if member.isfile() and is_image(member.name):
+                if member.isfile() and is_image_name(member.name):
                     found.append((Path(member.name).name, member.offset_data, member.size))
+                elif member.isfile():
+                    others.append(kind_of(member.name))
     found.sort()
     if not found or max(offset + length for _, offset, length in found) > start + size:
         raise tarfile.ReadError(f"{archive.name} is cut short")
-    return [name for name, _, _ in found], np.array([part for _, *part in found], np.int64)
+    parts = np.array([part for _, *part in found], np.int64)
+    return [name for name, _, _ in found], parts, others

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import groupby
@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image
 
-from data_prep.images import KINDS
+from data_prep.images import SUFFIXES
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import NotRegularError, open_regular, read_regular
 
 SPLITS = ("train", "val")
-IMAGE_SUFFIXES = frozenset(
-    suffix for suffix, kind in Image.registered_extensions().items() if kind in KINDS
-)
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev", "test", "testing"),
+}
+"""What the splits are called in other people's sets; the first that is there is it."""
 
 
 class FilePart(NamedTuple):
@@ -90,6 +91,14 @@ class Source(Protocol):
     """Of the images once prepared: 1 for grey, 3 for RGB."""
 
     @property
+    def passed_over(self) -> Mapping[str, int]:
+        """How many files, by their kind, are no images of the set."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What of the layout a user may not expect."""
+
+    @property
     def classes(self) -> Sequence[str]:
         """ImageNet's wnids, or other class names; a label is a position in them."""
 
@@ -109,11 +118,12 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Group:
-    """Images of one label that lie together, in a folder or an archive. Compact: a name is a text,
-    without objects around it."""
+    """Images that lie together, in a folder or an archive. Compact: a name is a text, without
+    objects around it."""
 
     split: str
-    label: int
+    label: int | np.ndarray
+    """Of all, or (len(names),) int64."""
     prefix: str
     """Of the items' names."""
     where: Path
@@ -131,7 +141,8 @@ class Group:
                 content = self.where / self.names[i]
         else:
             content = FilePart(self.where, *self.parts[i].tolist())
-        return Item(self.split, self.label, f"{self.prefix}{readable(self.names[i])}", content)
+        label = self.label if isinstance(self.label, int) else int(self.label[i])
+        return Item(self.split, label, f"{self.prefix}{readable(self.names[i])}", content)
 
 
 class Grouped:
@@ -150,9 +161,13 @@ class Grouped:
         classes: Sequence[str],
         groups: list[Group],
         class_names: Sequence[str] | None = None,
+        *,
+        passed_over: Mapping[str, int],
+        notes: Sequence[str] = (),
     ):
         self.layout, self.name = layout, set_name(path, classes)
         self.classes, self.class_names = classes, class_names
+        self.passed_over, self.notes = passed_over, notes
         self.groups = groups
         for prefix, alike in groupby(groups, lambda group: (group.prefix, group.where)):
             names = [name for group in alike for name in group.names]
@@ -170,21 +185,44 @@ class Grouped:
         digest = blake2b(digest_size=16)
         for group in self.groups:
             where = str(group.where.absolute())
-            about = [group.split, str(group.label), group.prefix, where, *group.names]
+            labels = group.label if isinstance(group.label, int) else group.label.tolist()
+            about = [group.split, str(labels), group.prefix, where, *group.names]
             digest.update("\0".join(about).encode(errors="surrogateescape"))
             digest.update(b"" if group.parts is None else group.parts.tobytes())
         return digest.hexdigest()
 
 
-def is_image(name: str) -> bool:
-    """Whether a file is to be one, by its name; hidden files are not."""
+def is_image_name(name: str) -> bool:
+    """Whether a file is to be an image, by its name; hidden files are not."""
     path = Path(name)
-    return not path.name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES
+    return not path.name.startswith(".") and path.suffix.lower() in SUFFIXES
+
+
+def kind_of(name: str) -> str:
+    """What a file that is no image is counted as."""
+    path = Path(name)
+    if path.name.startswith("."):
+        return "hidden"
+    return readable(path.suffix.lower()) or "without a suffix"
 
 
 def readable(name: str) -> str:
     """A file name as text: bytes that are not UTF-8 become replacement characters."""
     return name.encode(errors="surrogateescape").decode(errors="replace")
+
+
+def listed(names: Sequence[str], shown: int = 5) -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def say_passed_over(kinds: Mapping[str, int]) -> str:
+    """Such as: 12 files passed over: 9 .txt, 3 .pdf."""
+    total = sum(kinds.values())
+    by_count = sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0]))
+    each = listed([f"{count} {kind}" for kind, count in by_count], shown=10)
+    return f"{total} file{'s' if total != 1 else ''} passed over: {each}"
 
 
 def check_distinct(names: Sequence[str], what: str) -> None:

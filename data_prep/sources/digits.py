@@ -1,6 +1,7 @@
 """The built-in source."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import numpy as np
 
@@ -15,6 +16,8 @@ class Digits:
     class_names = None
     channels = 1
     size = 8
+    passed_over: Mapping[str, int] = MappingProxyType({})
+    notes = ()
 
     def __init__(self, *, seed: int):
         from sklearn.datasets import load_digits

@@ -1,41 +1,33 @@
-"""Class folders."""
+"""Folders of image files: class folders, or pictures without classes."""
 
-import os
+import re
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 from data_prep.sources.base import (
-    IMAGE_SUFFIXES,
+    SPLIT_NAMES,
+    SPLITS,
     Group,
     Grouped,
-    check_distinct,
-    is_image,
+    listed,
     readable,
+    say_passed_over,
     shuffle_key,
 )
+from data_prep.sources.walk import ClassFolders, class_folders, folders_in, images_in, unreadable
 from tarflow_dist.errors import UserError
 
-VAL_NAMES = ("val", "valid", "validation", "test")  # the first that is there is the val split
-
-
-class ClassFolder(NamedTuple):
-    """The images of a class."""
-
-    path: Path
-    names: list[str]
-    """Paths of the images in it, sorted."""
-    absent: frozenset[str]
-    """Those of them that are links to nothing."""
-
-    def group(self, split: str, label: int, prefix: str) -> Group:
-        return Group(split, label, prefix, self.path, self.names, absent=self.absent)
+UNCONDITIONAL = "images"
+"""The one class of a set that has none."""
 
 
 class Folder(Grouped):
     """A folder of class folders, images at any depth below them: SRC/CLASS/…/IMAGE, split here, or
-    SRC/{train,val}/CLASS/…/IMAGE, split as it lies; val/ may be called as in VAL_NAMES. Folders
-    without images are no classes.
+    SRC/{train,val}/CLASS/…/IMAGE, split as it lies; these may be called as in SPLIT_NAMES. Without
+    class folders, SRC/IMAGE or SRC/{train,val}/IMAGE, it is an unconditional set of the one class
+    UNCONDITIONAL. Folders without images are no classes.
 
     Args:
         val_fraction: share of each class held out where SRC is not split.
@@ -45,30 +37,64 @@ class Folder(Grouped):
     """
 
     def __init__(self, path: Path, *, val_fraction: float, seed: int):
-        val = next((name for name in VAL_NAMES if (path / name).is_dir()), "")
-        split_here = not val or not (path / "train").is_dir()
-        if split_here:
-            found = {"": images_by_class(path)}
-            if set(found[""]) == {"train"}:
-                raise UserError(f"{path} has train/ but no val/: give {path / 'train'} to split it")
-        else:
-            found = {"train": images_by_class(path / "train"), "val": images_by_class(path / val)}
-            if unknown := sorted(set(found["val"]) - set(found["train"])):
-                raise UserError(f"{path / val} has a class that train lacks: {unknown[0]}")
-        classes = sorted(found["" if split_here else "train"])
-        above = {"": "", "train": "train/", "val": f"{val}/"}
-        groups = [
-            found[split][class_name].group(split, label, f"{above[split]}{class_name}/")
-            for split in found
-            for label, class_name in enumerate(classes)
-            if class_name in found[split]
+        try:
+            splits = _split_folders(path) or {"": ""}
+            found = {split: class_folders(path / name) for split, name in splits.items()}
+            passed_over = Counter() if "" in splits else _beside(path, splits.values())
+        except OSError as error:
+            raise unreadable(error) from error
+        for there in found.values():
+            passed_over += there.passed_over
+        _check(found, passed_over)
+        above = {split: f"{name}/" if name else "" for split, name in splits.items()}
+        notes = [
+            f"folders without images are no classes: {listed(there.empty)} in {there.loose.path}"
+            for there in found.values()
+            if there.empty
         ]
-        if split_here:
+        first = next(iter(found.values()))
+        if first.classes:
+            classes = sorted(first.classes)
+            passed_over["loose images"] += sum(len(there.loose.names) for there in found.values())
+            groups = [
+                there.classes[name].group(split, label, f"{above[split]}{name}/")
+                for split, there in found.items()
+                for label, name in enumerate(classes)
+                if name in there.classes
+            ]
+        else:
+            classes = [UNCONDITIONAL]
+            notes.append("no class folders: an unconditional set, for model.num_classes=0")
+            groups = [there.loose.group(split, 0, above[split]) for split, there in found.items()]
+        if "" in found:
             halves = [_hold_out(group, val_fraction, seed) for group in groups]
             if not any(val.names for _, val in halves):
                 raise UserError(f"no class of {path} has two images, so val would be empty")
             groups = [half for pair in zip(*halves, strict=True) for half in pair]
-        super().__init__("folder", path, classes, groups)
+        super().__init__("folder", path, classes, groups, passed_over=+passed_over, notes=notes)
+
+
+def _check(found: dict[str, ClassFolders], passed_over: Counter[str]) -> None:
+    """Raises `UserError` if what was `found`, by split, is no set."""
+    for there in found.values():
+        if not there.classes and not there.loose.names:
+            besides = f": {say_passed_over(passed_over)}" if passed_over else ""
+            raise UserError(f"{there.loose.path} has no images that Pillow reads{besides}")
+    if "" in found:
+        if len(there.classes) == 1 and (split := _split_of(name := next(iter(there.classes)))):
+            other = SPLITS[split == "train"]
+            alone = there.loose.path / name
+            raise UserError(
+                f"{there.loose.path} has {name}/ but no {other}/: give {alone} to split it"
+            )
+        return
+    train, val = found["train"], found["val"]
+    if bool(train.classes) != bool(val.classes):
+        raise UserError(
+            f"{train.loose.path} and {val.loose.path} differ: only one has class folders"
+        )
+    if unknown := sorted(set(val.classes) - set(train.classes)):
+        raise UserError(f"{val.loose.path} has a class that train lacks: {unknown[0]}")
 
 
 def _hold_out(group: Group, fraction: float, seed: int) -> tuple[Group, Group]:
@@ -81,50 +107,42 @@ def _hold_out(group: Group, fraction: float, seed: int) -> tuple[Group, Group]:
     return replace(group, split="train", names=train), replace(group, split="val", names=val)
 
 
-def images_by_class(folder: Path) -> dict[str, ClassFolder]:
-    """The folders in `folder` with images below them, by their readable names. Hidden files and
-    folders are left out.
+def _split_folders(path: Path) -> dict[str, str]:
+    """The names of the train and the val folder in `path`; nothing if it isn't split.
 
     Raises:
-        UserError: there are none, two of the folders have one name, or one can't be read.
+        UserError: it can't be told which they are.
     """
-    found = {}
-    folders = []
-    try:
-        for class_folder in sorted(folder.iterdir()):
-            if not class_folder.name.startswith(".") and class_folder.is_dir():
-                images = _images_below(class_folder)
-                if images.names:
-                    folders.append(class_folder.name)
-                    found[readable(class_folder.name)] = images
-    except OSError as error:
-        raise UserError(f"can't read {error.filename}: {error.strerror}") from error
-    check_distinct(folders, f"{folder} has two class folders")
-    if not found:
-        known = " ".join(sorted(IMAGE_SUFFIXES))
-        raise UserError(f"{folder} has no class folders with images in them ({known})")
-    return found
+    splits = {}
+    plain = {name: _plain(name) for name in folders_in(path)}
+    for split, known in SPLIT_NAMES.items():
+        called = next((name for name in known if name in plain.values()), None)
+        if called:
+            splits[split] = [name for name in plain if plain[name] == called]
+    if len(splits) < 2:
+        return {}
+    for split, names in splits.items():
+        if len(names) > 1:
+            raise UserError(f"{path} has {' and '.join(names)}: give a folder with one for {split}")
+    return {split: names[0] for split, names in splits.items()}
 
 
-def _images_below(folder: Path) -> ClassFolder:
-    """Links to folders are followed, but not in circles."""
-    names: list[str] = []
-    absent: set[str] = set()
+def _split_of(name: str) -> str | None:
+    return next((split for split in SPLITS if _plain(name) in SPLIT_NAMES[split]), None)
 
-    def search(path: str, inside: str, above: frozenset[tuple[int, int]]) -> None:
-        about = os.stat(path)
-        here = (about.st_dev, about.st_ino)
-        if here in above:
-            return
-        with os.scandir(path) as entries:
-            for entry in entries:
-                name = inside + entry.name
-                if entry.is_dir() and not entry.name.startswith("."):
-                    search(entry.path, f"{name}/", above | {here})
-                elif is_image(entry.name):
-                    names.append(name)
-                    if entry.is_symlink() and not os.path.exists(entry.path):
-                        absent.add(name)
 
-    search(str(folder), "", frozenset())
-    return ClassFolder(folder, sorted(names), frozenset(absent))
+def _plain(name: str) -> str:
+    """A split's name without year or size: train2017, train_64x64."""
+    return re.sub(r"[-_]?\d+(x\d+)?$", "", name.lower())
+
+
+def _beside(path: Path, splits: Collection[str]) -> Counter[str]:
+    """What lies in `path` beside the folders of the splits, by its kind."""
+    loose = images_in(path, deep=False)
+    found = loose.passed_over.copy()
+    found["loose images"] += len(loose.names)
+    for name in folders_in(path):
+        if name not in splits:
+            there = images_in(path / name)
+            found[f"in {readable(name)}/"] += len(there.names) + there.passed_over.total()
+    return +found

@@ -1,10 +1,11 @@
 """ImageNet as Kaggle's object localization challenge packs it."""
 
 import csv
+from collections import Counter
 from pathlib import Path
 
-from data_prep.sources.base import Group, Grouped, check_distinct, is_image
-from data_prep.sources.folder import images_by_class
+from data_prep.sources.base import Group, Grouped, check_distinct
+from data_prep.sources.walk import class_folders, images_in, unreadable
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import inside, read_regular
 
@@ -23,7 +24,13 @@ class Kaggle(Grouped):
     """
 
     def __init__(self, path: Path):
-        train = images_by_class(path / IMAGES / "train")
+        val = path / IMAGES / "val"
+        try:
+            found = class_folders(path / IMAGES / "train")
+            in_val = images_in(val, deep=False) if val.is_dir() else None
+        except OSError as error:
+            raise unreadable(error) from error
+        train, there = found.classes, set(in_val.names if in_val else ())
         names = dict(line.partition(" ")[::2] for line in _text(path / MAPPING).splitlines())
         classes = sorted(names)
         if set(train) != set(classes):
@@ -36,8 +43,6 @@ class Kaggle(Grouped):
         solution = _solution(path / SOLUTION)
         if unknown := sorted(set(solution) - set(classes)):
             raise UserError(f"{path / SOLUTION} has a class that train lacks: {unknown[0]}")
-        val = path / IMAGES / "val"
-        there = {f.name for f in val.iterdir() if is_image(f.name)} if val.is_dir() else set()
         labelled = [name for names_of_class in solution.values() for name in names_of_class]
         check_distinct(labelled, f"{path / SOLUTION} labels two images")
         if unknown := sorted(there - set(labelled)):
@@ -48,7 +53,10 @@ class Kaggle(Grouped):
             for label, wnid in enumerate(classes)
             if wnid in solution
         ]
-        super().__init__("kaggle", path, classes, groups, [names[wnid] for wnid in classes])
+        passed_over = found.passed_over + (in_val.passed_over if in_val else Counter())
+        passed_over["loose images"] += len(found.loose.names)
+        class_names = [names[wnid] for wnid in classes]
+        super().__init__("kaggle", path, classes, groups, class_names, passed_over=+passed_over)
 
     @staticmethod
     def recognises(path: Path) -> bool:

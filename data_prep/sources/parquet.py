@@ -35,6 +35,7 @@ class Parquet:
 
     layout = "parquet"
     channels = 3
+    notes = ()
 
     def __init__(self, path: Path):
         self._files = _find(path)
@@ -57,6 +58,7 @@ class Parquet:
         seen: dict[int, set[str]] = {}
         self._labelled: list[int] = []  # rows of each row group that have a label
         digest = blake2b(digest_size=16)
+        unlabelled = 0
         for _, file, parquet, group in self._row_groups():
             has_path = _check_columns(parquet.schema_arrow)
             names = names or _class_names(parquet.schema_arrow)
@@ -64,6 +66,7 @@ class Parquet:
             table = parquet.read_row_group(group, columns)
             labels = _labels(table)
             self._labelled.append(int((labels >= 0).sum()))
+            unlabelled += len(labels) - self._labelled[-1]
             paths = [None] * len(labels)
             if has_path:
                 paths = table["image"].combine_chunks().field("path").to_pylist()
@@ -73,6 +76,7 @@ class Parquet:
                 seen.setdefault(label, set()).add(match[2] if match else "")
         seen.pop(-1, None)
         self._fingerprint = digest.hexdigest()
+        self.passed_over = {"without a label": unlabelled} if unlabelled else {}
         if not seen:
             raise ValueError("no row has a label")
         count = len(names) if names else min(max(seen) + 1, MAX_CLASSES)

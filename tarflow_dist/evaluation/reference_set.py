@@ -125,12 +125,14 @@ def open_shards_reference(path: str, split: str, keep: int = KEPT_FEATURES) -> R
     """A split of a set that data_prep wrote: every image once, as it is stored."""
     shards = open_shards(path, split)
     summary = read_json(shards.manifest.with_name("summary.json"))
+    words = summary.get("class_names")  # synonyms of WordNet's: the first is enough
+    names = [synonyms.partition(",")[0] for synonyms in words] if words else summary["classes"]
     return Reference(
         path,
         split,
         len(shards),
         sha256(shards.manifest),
-        summary.get("class_names") or summary["classes"],
+        names,
         images=ShardImages(shards),
         keep=keep,
     )

@@ -11,7 +11,6 @@ from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 from torchvision import transforms
 
 from data_prep.images import (
-    KINDS,
     adm_crop,
     encode_image,
     open_image,
@@ -323,6 +322,19 @@ def test_raw_is_the_pixels_and_webp_is_lossless() -> None:
     stored = Image.open(BytesIO(data))
     assert (kind, stored.format) == ("webp", "WEBP")
     assert np.array_equal(np.asarray(stored), pixels)
+
+
+KINDS = {
+    "AVIF": "avif",
+    "BMP": "bmp",
+    "GIF": "gif",
+    "JPEG": "jpg",
+    "JPEG2000": "jp2",
+    "PNG": "png",
+    "PPM": "ppm",
+    "TIFF": "tif",
+    "WEBP": "webp",
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)

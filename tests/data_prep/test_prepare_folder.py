@@ -95,7 +95,11 @@ def test_the_command_writes_the_pictures(
 ) -> None:
     main(["folder", str(src), str(tmp_path / "out"), "--size", "16", "--crop", "tarflow"])
     mds = tmp_path / "out" / "mds"
-    assert capsys.readouterr().out == f"{mds}: 18 train and 2 val images, 2 classes, 16x16x3 png\n"
+    assert capsys.readouterr().out.splitlines() == [
+        f"{mds}: 18 train and 2 val images, 2 classes, 16x16x3 png",
+        "4 files passed over: 2 hidden, 1 .txt, 1 loose images",
+        f"folders without images are no classes: notes in {src}",
+    ]
     train = [row for row in rows(mds) if row["split"] == "train"]
     for row, sample in zip(train, LocalDataset(str(mds / "train")), strict=True):
         with Image.open(src / row["source"]) as image:
@@ -176,8 +180,9 @@ def test_user_errors_are_one_sentence(src: Path, tmp_path: Path) -> None:
     cases = {
         ("folder", tmp_path / "nope", out, *size): "there is no folder",
         ("folder", tmp_path / "file", out, *size): "there is no folder",
-        ("folder", tmp_path / "empty", out, *size): "no class folders with images",
-        ("folder", tmp_path / "flat", out, *size): "no class folders with images",
+        ("folder", tmp_path / "empty", out, *size): "no images that Pillow reads$",
+        ("folder", tmp_path / "flat", out, *size): "val would be empty",
+        ("folder", src, out, *size, "--max-passed-over", 2): "--max-passed-over is 2",
         ("folder", tmp_path / "single", out, *size): "val would be empty",
         ("folder", tmp_path / "half", out, *size): "has train/ but no val/",
         ("folder", tmp_path / "odd", out, *size): "a class that train lacks: b",
