@@ -82,9 +82,11 @@ def compare(flow: TarFlow, batch: int, args: argparse.Namespace) -> None:
     images: dict[str, Tensor] = {}
     runs = {name: partial(clock, name, way, images, flow.device) for name, way in ways.items()}
     nothing = torch.zeros(2 * batch, *flow.image_shape, device=flow.device)
-    runs["two forward passes"] = lambda: timed(lambda: flow(nothing), flow.device)
-    if flow.sigma_range is not None:
-        x, sigma = torch.zeros(batch, *flow.image_shape, device=flow.device), flow.sigma_range[1]
+    level = None if flow.sigma_range is None else flow.sigma_range[1]
+    levels = None if level is None else torch.full((2 * batch,), level, device=flow.device)
+    runs["two forward passes"] = lambda: timed(lambda: flow(nothing, sigma=levels), flow.device)
+    if level is not None:
+        x, sigma = nothing[:batch], level
         runs["score step"] = lambda: timed(lambda: flow.denoise(x, y, sigma), flow.device)
         if args.published:
             step = partial(published_score_step, published, x, y, sigma)
