@@ -24,9 +24,9 @@ SHARDS, RUN, MODEL = FOLDER / "shards", FOLDER / "run", FOLDER / "model"
 GUIDED, UNGUIDED = FOLDER / "guided", FOLDER / "unguided"
 NUM_SAMPLES = 2000
 GUIDED_IS_FARTHER = """
-The guided samples' distance is the larger one: guidance makes them more typical of their class and
-less varied, and in pixels the distance counts the variety that is lost. With Inception's features
-and larger models some guidance brings the samples closer."""
+The guided samples' distance is the larger one: guidance makes the samples of a class more alike and
+exaggerates what tells the classes apart, so that more are recognised; the distance asks for the
+spread of the data within and between classes. A smaller weight than 1 lies between the two."""
 
 
 def main(argv: list[str]) -> None:
