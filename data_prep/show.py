@@ -1,6 +1,7 @@
 """`python -m data_prep show OUT`: a finished set at a glance, in a table and a contact sheet."""
 
 import argparse
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
             raise
         raise UserError(
             f"{folder} is damaged ({type(error).__name__}: {error}): see `python -m data_prep "
-            f"verify {folder}`"
+            f"verify {shlex.quote(str(folder))}`"
         ) from error
     file = args.sheet or out / "contact-sheet.png"
     try:

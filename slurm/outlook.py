@@ -8,7 +8,7 @@ from slurm.resources import Resources
 from slurm.tasks import Task
 from tarflow_dist.config import Config
 from tarflow_dist.cost.cards import card
-from tarflow_dist.cost.estimate import CHECKPOINT_COPIES, estimate
+from tarflow_dist.cost.estimate import CHECKPOINT_COPIES, estimate, fitting_micro_batch
 from tarflow_dist.cost.network import advised, network, network_estimate, waiting
 from tarflow_dist.flow.counts import Counts
 from tarflow_dist.training import pointer
@@ -65,7 +65,10 @@ def bytes_to_write(task: Task) -> int:
 
 def _training_rows(config: Config, resources: Resources) -> tuple[dict[str, str], str]:
     world_size, batch = resources.world_size, config.train.batch_size
+    gpu = card(resources.gpu)
     micro = config.micro_batch(world_size)
+    if resources.gpus_per_node:
+        micro = fitting_micro_batch(config, gpu.memory, world_size)
     passes = batch // (world_size * micro)
     newest = pointer.newest(config.run / pointer.FOLDER)
     start = int(newest.name) if newest else 0
@@ -80,7 +83,6 @@ def _training_rows(config: Config, resources: Resources) -> tuple[dict[str, str]
         rows["starts"] = "no more: it is finished; a larger train.images trains it further"
     if not resources.gpus_per_node:
         return rows, ""
-    gpu = card(resources.gpu)
     cost = estimate(config, gpu, world_size, mfu=MFU)
     need, there = cost.chosen.memory.peak / 2**30, gpu.memory / 2**30
     speed = cost.checkpointed if config.train.activation_checkpointing else cost.plain

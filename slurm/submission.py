@@ -1,6 +1,7 @@
 """Puts a job's folder together and hands the job to Slurm through submitit."""
 
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -108,7 +109,8 @@ def _refuse_second_job(task: Task) -> None:
         if record.task == task.name and record.job_id:
             state = states.job_state(record.job_id)
             if state.active:
+                end = shlex.join(["python", "slurm/launch.py", "stop", str(task.folder)])
                 raise UserError(
                     f"job {record.job_id} ({state.state}) is at {task.folder} already: wait for "
-                    f"it, or end it with python slurm/launch.py stop {task.folder}"
+                    f"it, or end it with {end}"
                 )

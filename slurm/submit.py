@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     if arguments.local:
         return local.run(chain, resources)
     submission.submit(chain, resources, command=shlex.join(["slurm/launch.py", *argv]))
-    print(f"python slurm/launch.py status {task.folder}")
+    print(f"python slurm/launch.py status {shlex.quote(str(task.folder))}")
     return 0
 
 

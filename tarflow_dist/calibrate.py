@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     add("model", type=Path, metavar="MODEL", help="folder of model.safetensors and config.json")
     add("--batch-sizes", type=int, nargs="+", default=[1, 4, 16], help="default 1 4 16")
     add("--images", type=int, default=24, help="drawn to compare with sequential ones; default 24")
-    add("--seed", type=int, default=0, help="of the samples that are drawn to measure")
+    add("--seed", type=int, default=0, help="of the samples that are drawn to measure; default 0")
     add("--device", help="default cuda if there is one, else cpu")
     add_dtype_option(add)
     add("--guidance", type=float, default=0.0, help="w; default 0: none")

@@ -94,8 +94,10 @@ class TrainConfig(Section):
     batch_size: PositiveInt
     """Images an optimiser step, over all ranks."""
     micro_batch_size: PositiveInt | None = None
-    """Images a rank takes through the model at once; null: its whole share of the batch. Gradients
-    are accumulated over batch_size / (micro_batch_size x ranks) passes."""
+    """Images a rank takes through the model at once; null: its whole share of the batch, or on a
+    GPU as large a part of it as fits into the memory by tarflow_dist.plan. Gradients are
+    accumulated over batch_size / (micro_batch_size x ranks) passes, and the curve is the same but
+    for rounding."""
     precision: Literal["fp32", "bf16", "bf16_autocast"] = "bf16"
     """bf16 keeps fp32 master weights and accumulates gradients in fp32; bf16_autocast keeps fp32
     weights and multiplies matrices in bf16."""
@@ -274,7 +276,7 @@ class Config(Section):
         return self
 
     def micro_batch(self, world_size: int) -> int:
-        """Images a rank takes through the model at once, on `world_size` ranks.
+        """Images a rank takes through the model at once, on `world_size` ranks of any memory.
 
         Raises:
             UserError: the global batch can't be cut that way.

@@ -24,10 +24,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, required=True, help="folder of model.safetensors and config.json")
     add("--data", required=True, help="SHARDS folder made by data_prep, or its s3:// address")
-    add("--split", default="val", choices=("train", "val"))
-    add("--draws", type=int, default=1, help="of the noise, to average over")
-    add("--seed", type=int, default=0, help="of the noise")
-    add("--batch-size", type=int, default=100)
+    add("--split", default="val", choices=("train", "val"), help="default val")
+    add("--draws", type=int, default=1, help="of the noise, to average over; default 1")
+    add("--seed", type=int, default=0, help="of the noise; default 0")
+    add("--batch-size", type=int, default=100, help="default 100")
     args = parser.parse_args(argv)
     if args.draws < 1 or args.batch_size < 1:
         raise UserError("--draws and --batch-size must be at least 1")

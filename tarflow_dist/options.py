@@ -74,7 +74,11 @@ def add_guidance_options(add: Callable[..., object]) -> None:
         help="how the two passes are combined: as published, as densities, or as published with "
         "iTARFlow; default linear",
     )
-    add("--guide-blocks", type=whole_numbers, help="blocks that are guided, 0 the first; all")
+    add(
+        "--guide-blocks",
+        type=whole_numbers,
+        help="blocks that are guided, 0 the first, with commas; default all",
+    )
 
 
 def guidance_of(args: argparse.Namespace, weight: float, flow: "Flow") -> "Guidance":

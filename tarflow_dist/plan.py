@@ -7,9 +7,10 @@ Exit code 1 if the run can't fit into the cards' memory, 2 for a mistake in the 
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tarflow_dist import config as configs
@@ -39,10 +40,17 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     add("config", type=Path, help="a YAML file, such as configs/in256.yaml")
     add("overrides", nargs="*", metavar="key=value", help="changes to the config")
-    add("--nodes", type=int, default=1)
-    add("--gpus-per-node", type=int, default=8)
-    add("--gpu", default="h100", help=", ".join(CARDS))
-    add("--mfu", type=float, default=0.4, help="model FLOPs utilisation, 0 to 1 (default 0.4)")
+    add("--nodes", type=int, default=1, help="default 1")
+    add("--gpus-per-node", type=int, default=8, help="default 8")
+    add("--gpu", default="h100", help=f"{', '.join(CARDS)}; default h100")
+    add(
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help="of each GPU, for a part of one, or for a card that is not among those, with --gpu "
+        "for one of its speed; default the card's",
+    )
+    add("--mfu", type=float, default=0.4, help="model FLOPs utilisation, 0 to 1 ; default 0.4")
     add(
         "--network",
         help="between the nodes: GB/s that a node sends, such as 45, or its cards and their Gb/s, "
@@ -55,14 +63,20 @@ def main(argv: list[str]) -> int:
     if not 0 < args.mfu <= 1:
         raise UserError(f"--mfu is {args.mfu}, but must be above 0 and at most 1")
 
+    gpu = card(args.gpu)
+    if args.memory is not None:
+        if not 0 < args.memory < math.inf:
+            raise UserError(f"--memory is {args.memory}, but must be a number of GiB above 0")
+        gpu = replace(gpu, memory=int(args.memory * GIB))
+
     config = configs.load(args.config, args.overrides)
     gpus = args.nodes * args.gpus_per_node
-    result = estimate(config, card(args.gpu), gpus, mfu=args.mfu)
+    result = estimate(config, gpu, gpus, mfu=args.mfu)
     told: NetworkEstimate | None = None
     if args.network is not None:
         told = network_estimate(
             config,
-            card(args.gpu),
+            gpu,
             network(args.network),
             nodes=args.nodes,
             gpus_per_node=args.gpus_per_node,
@@ -72,7 +86,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps(asdict(result) | {"network": told and asdict(told)}, indent=1))
     else:
         print(f"{args.config} on {gpus} x {args.gpu} ({args.nodes} nodes), MFU {args.mfu:g}\n")
-        print("\n".join(_lines(result, config, card(args.gpu).memory)))
+        print("\n".join(_lines(result, config, gpu.memory)))
         if told is not None:
             print("\n" + "\n".join(_network_lines(told, config)))
     if result.chosen.fits:
@@ -105,7 +119,7 @@ def _lines(result: Estimate, config: Config, card_memory: int) -> Iterator[str]:
     }
     yield from (f"{name:<16}{text}" for name, text in rows.items())
     yield ""
-    room = f"{card_memory / GIB:.0f} less {HEADROOM:.0%} that CUDA and NCCL need"
+    room = f"{card_memory / GIB:.4g} less {HEADROOM:.0%} that CUDA and NCCL need"
     yield f"GiB a GPU, of {room}; * is the config's choice"
     yield from _table([HEADS, *map(_cells, result.layouts)])
     if train.offload:

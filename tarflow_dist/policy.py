@@ -1,6 +1,7 @@
 """sampling.json: how a model's blocks are best inverted, as `calibrate` measured it."""
 
 import hashlib
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -77,7 +78,8 @@ def read_policy(folder: Path, *, fingerprint: str, num_blocks: int) -> Policy:
         UserError: the file is broken, or of another model.
     """
     file = folder / POLICY_FILE
-    advice = f"remove it, or make it anew with python -m tarflow_dist.calibrate {folder}"
+    command = shlex.join(["python", "-m", "tarflow_dist.calibrate", str(folder)])
+    advice = f"remove it, or make it anew with {command}"
     if not file.exists():
         return Policy(fingerprint)
     try:

@@ -79,16 +79,24 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="class ids or names with commas between, -1 for none; a name that has a comma or is a "
         """number in double quotes: '"cats, big",3,dogs'; default the first 10 classes""",
     )
-    add("--count", type=int, help="images of each label, or of an unconditional model")
-    add("--seed", type=int, default=0)
+    add(
+        "--count",
+        type=int,
+        help="images of each label, default 1, or of an unconditional model, default 10",
+    )
+    add("--seed", type=int, default=0, help="of the noise; default 0")
     add("--no-denoise", action="store_true", help="leave the training noise in")
-    add("--out", type=Path, default=Path("samples.png"), help="a PNG")
+    add("--out", type=Path, default=Path("samples.png"), help="a PNG; default samples.png")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--trace", action="store_true", help="show what each block makes of the noise"
     )
-    what.add_argument("--reconstruct", type=Path, nargs="+", metavar="IMAGE")
-    what.add_argument("--interpolate", type=Path, nargs=2, metavar="IMAGE")
+    what.add_argument(
+        "--reconstruct", type=Path, nargs="+", metavar="IMAGE", help="send them there and back"
+    )
+    what.add_argument(
+        "--interpolate", type=Path, nargs=2, metavar="IMAGE", help="go from one to the other"
+    )
     add("--steps", type=int, help="images from one to the other, with --interpolate; default 8")
     add("--device", help="default cuda if there is one, else cpu")
     add_dtype_option(add)

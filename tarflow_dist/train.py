@@ -5,6 +5,7 @@ The same command again goes on from the run's newest checkpoint.
 
 import argparse
 import os
+import shlex
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -39,7 +40,8 @@ def main(argv: list[str]) -> int:
     finished = train(config, device)
     if distributed.is_main():
         if finished:
-            print(f"{config.run}: finished; python -m tarflow_dist.convert {config.run} OUT")
+            convert = ["python", "-m", "tarflow_dist.convert", str(config.run), "OUT"]
+            print(f"{config.run}: finished; {shlex.join(convert)}")
         else:
             print(f"{config.run}: interrupted and saved; the same command goes on", file=sys.stderr)
     distributed.shutdown()

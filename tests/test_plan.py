@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tarflow_dist import config as configs
 from tarflow_dist.cost import network as networks
 from tarflow_dist.cost.cards import CARDS, card, find_card
-from tarflow_dist.cost.estimate import estimate
+from tarflow_dist.cost.estimate import Estimate, estimate, fitting_micro_batch
 from tarflow_dist.cost.memory import image_activations
 from tarflow_dist.flow.config import FlowConfig
 from tarflow_dist.flow.counts import Counts
@@ -211,6 +212,11 @@ def test_memory_is_what_training_allocates(ranks: int) -> None:
         ("NVIDIA H200", "h200"),
         ("NVIDIA B200", "b200"),
         ("NVIDIA L40S", "l40s"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA L4", "l4"),
+        ("Tesla V100-SXM2-16GB", "v100"),
+        ("Tesla V100-PCIE-32GB", "v100-32"),
+        ("Tesla T4", "t4"),
         ("NVIDIA GeForce RTX 4090", "rtx4090"),
     ],
 )
@@ -238,14 +244,31 @@ def test_the_command_prints_a_table_and_the_same_as_json() -> None:
 
 
 def test_a_run_that_cannot_fit_is_told_what_would() -> None:
-    arguments = (ROOT / "configs" / "in256.yaml", "--gpu", "rtx4090")
+    arguments = (ROOT / "configs" / "in256.yaml", "--gpu", "rtx4090", "train.micro_batch_size=96")
     done = plan(*arguments)
     assert done.returncode == 1
     assert "can't fit" in done.stderr
     advice = next(word for word in done.stderr.split() if word.startswith("train.micro_batch_size"))
     assert plan(*arguments, advice).returncode == 0
+    assert plan(*arguments, "--memory", 1000).returncode == 0
     doubled = advice.replace("=", "=2*").split("2*")
     assert plan(*arguments, f"{doubled[0]}{2 * int(doubled[1])}").returncode == 1
+
+
+@pytest.mark.parametrize("gib", [16, 24, 80])
+def test_a_micro_batch_that_is_not_given_is_the_largest_that_fits(gib: int) -> None:
+    gpu, file = replace(card("a10"), memory=gib << 30), ROOT / "configs" / "images64.yaml"
+
+    def with_batch(*override: str) -> Estimate:
+        return estimate(configs.load(file, override), gpu, 1, mfu=0.4)
+
+    chosen = with_batch()
+    size = chosen.micro_batch
+    assert size == fitting_micro_batch(configs.load(file), gib << 30, 1)
+    assert (size, chosen.passes) == {16: (64, 4), 24: (128, 2), 80: (256, 1)}[gib]
+    assert with_batch(f"train.micro_batch_size={size}").chosen.fits
+    if size < 256:
+        assert not with_batch(f"train.micro_batch_size={2 * size}").chosen.fits
 
 
 @pytest.mark.parametrize(
@@ -253,6 +276,7 @@ def test_a_run_that_cannot_fit_is_told_what_would() -> None:
     [
         (("--gpu", "h10"), "unknown GPU h10; did you mean h100?"),
         (("--mfu", "1.5"), "--mfu is 1.5"),
+        (("--memory", "-2"), "--memory is -2"),
         (("--nodes", "0"), "--nodes and --gpus-per-node must be at least 1"),
         (("--network", "fast"), "the network fast is neither GB/s a node"),
         (("--network", "0x200"), "the network 0x200 is neither GB/s a node"),

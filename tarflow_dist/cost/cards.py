@@ -49,6 +49,10 @@ CARDS = {
     "a6000": _card("RTX A6000", 154.8, 38.7, 48, 768),
     "rtx4090": _card("RTX 4090", 165.2, 82.6, 24, 1008),
     "rtx3090": _card("RTX 3090", 71, 35.6, 24, 936),
+    # without units for bf16, which is no faster there than fp32
+    "v100-32": _card("V100 32GB", 15.7, 15.7, 32, 900),
+    "v100": _card("V100 16GB", 15.7, 15.7, 16, 900),
+    "t4": _card("T4", 8.1, 8.1, 16, 320),
 }
 
 

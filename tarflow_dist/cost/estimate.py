@@ -115,7 +115,7 @@ def estimate(config: Config, card: Card, gpus: int, *, mfu: float) -> Estimate:
         UserError: the batch can't be cut over that many GPUs.
     """
     counts = Counts(config.model)
-    micro_batch = config.micro_batch(gpus)
+    micro_batch = fitting_micro_batch(config, card.memory, gpus)
     passes = config.train.batch_size // (micro_batch * gpus)
     every = config.train.activation_checkpointing
     image_bytes = _stored_image_bytes(config)
@@ -137,7 +137,7 @@ def estimate(config: Config, card: Card, gpus: int, *, mfu: float) -> Estimate:
         parameters=counts.num_parameters,
         forward_flops=counts.forward_flops,
         training_flops=counts.training_flops,
-        layouts=list(_layouts(config, counts, card, gpus)),
+        layouts=list(_layouts(config, counts, card, gpus, micro_batch)),
         plain=speed(0),
         checkpointed=speed(every or 1),
         image_bytes=image_bytes or raw_bytes,
@@ -145,6 +145,21 @@ def estimate(config: Config, card: Card, gpus: int, *, mfu: float) -> Estimate:
         checkpoint_bytes=checkpoint_bytes(counts),
         sampling=_sampling(counts, card, mfu),
     )
+
+
+def fitting_micro_batch(config: Config, memory: int, gpus: int) -> int:
+    """Images a GPU takes through the model at once: what the config says, or else the largest part
+    of its share of the batch that fits into `memory` bytes; 1 if none does.
+
+    Raises:
+        UserError: the batch can't be cut over that many GPUs.
+    """
+    micro_batch = config.micro_batch(gpus)
+    if config.train.micro_batch_size is not None:
+        return micro_batch
+    train = config.train
+    stage, every = train.zero_stage, train.activation_checkpointing
+    return _largest_micro_batch(config, Counts(config.model), memory, gpus, stage, every) or 1
 
 
 def checkpoint_bytes(counts: Counts) -> int:
@@ -169,45 +184,54 @@ def does_not_fit(result: Estimate, gpu: str) -> str:
     return f"{need}: it takes a larger card, more GPUs or train.offload=true at ZeRO 3"
 
 
-def _layouts(config: Config, counts: Counts, card: Card, gpus: int) -> Iterator[Layout]:
+def _layouts(
+    config: Config, counts: Counts, card: Card, gpus: int, micro_batch: int
+) -> Iterator[Layout]:
     train = config.train
     for stage in STAGES:
         if stage == 0 and train.precision == "bf16":
             continue  # refused by the config
         for every in (0, train.activation_checkpointing or 1):
-            yield _layout(config, counts, card, gpus, stage, every)
+            memory = _memory(config, counts, gpus, stage, every, micro_batch)
+            yield Layout(
+                stage=stage,
+                checkpoint_every=every,
+                chosen=(stage, every) == (train.zero_stage, train.activation_checkpointing),
+                memory=memory,
+                fits=memory.peak <= card.memory * (1 - HEADROOM),
+                largest_micro_batch=_largest_micro_batch(
+                    config, counts, card.memory, gpus, stage, every
+                ),
+            )
 
 
-def _layout(
-    config: Config, counts: Counts, card: Card, gpus: int, stage: Stage, checkpoint_every: int
-) -> Layout:
+def _memory(
+    config: Config, counts: Counts, gpus: int, stage: Stage, checkpoint_every: int, micro_batch: int
+) -> Memory:
     train = config.train
-    share = train.batch_size // gpus
-    room = card.memory * (1 - HEADROOM)
-
-    def memory(micro_batch: int) -> Memory:
-        return training_memory(
-            counts,
-            stage=stage,
-            precision=train.precision,
-            reduce_precision=train.reduce_precision,
-            world_size=gpus,
-            micro_batch=micro_batch,
-            accumulating=micro_batch < share,
-            checkpoint_every=checkpoint_every,
-            offload=train.offload and stage >= 2,
-        )
-
-    sizes = [size for size in range(1, share + 1) if share % size == 0]
-    own = memory(config.micro_batch(gpus))
-    return Layout(
+    return training_memory(
+        counts,
         stage=stage,
+        precision=train.precision,
+        reduce_precision=train.reduce_precision,
+        world_size=gpus,
+        micro_batch=micro_batch,
+        accumulating=micro_batch < train.batch_size // gpus,
         checkpoint_every=checkpoint_every,
-        chosen=(stage, checkpoint_every) == (train.zero_stage, train.activation_checkpointing),
-        memory=own,
-        fits=own.peak <= room,
-        largest_micro_batch=max((n for n in sizes if memory(n).peak <= room), default=0),
+        offload=train.offload and stage >= 2,
     )
+
+
+def _largest_micro_batch(
+    config: Config, counts: Counts, memory: int, gpus: int, stage: Stage, checkpoint_every: int
+) -> int:
+    """0 if none fits into `memory` less the headroom."""
+    share, room = config.train.batch_size // gpus, memory * (1 - HEADROOM)
+    sizes = (size for size in range(share, 0, -1) if share % size == 0)
+    for size in sizes:
+        if _memory(config, counts, gpus, stage, checkpoint_every, size).peak <= room:
+            return size
+    return 0
 
 
 def _stored_image_bytes(config: Config) -> float | None:

@@ -22,6 +22,7 @@ from tarflow_dist.training.preview import draw_preview
 from tarflow_dist.training.saver import Saver
 from tarflow_dist.training.start import (
     build_engine,
+    choose_micro_batch,
     open_data,
     recognise_data,
     restore,
@@ -42,7 +43,7 @@ def train(config: Config, device: torch.device) -> bool:
             written, or the run diverges and going back to a checkpoint does not help.
     """
     with Watchdog(config.health) as watchdog, Interrupt(config.train.stop_after) as interrupt:
-        micro_batch_size = config.micro_batch(distributed.world_size())
+        micro_batch_size = choose_micro_batch(config, device)
         shards = open_data(config, "train")
         val_shards = None if config.eval.every_images is None else open_data(config, "val")
         with distributed.only_job(config.run):
@@ -61,6 +62,8 @@ def _train(
     batch_size = config.train.batch_size
     run_folder.check_kinds(config.run)
     changes = run_folder.changes_since_start(config)
+    if micro_batch_size < config.micro_batch(distributed.world_size()):
+        changes.append(f"its batch goes through {micro_batch_size} images at a time")
     engine = build_engine(config, micro_batch_size, device)
     classes = shards.classes if config.model.num_classes else NAMELESS
     state = restore(config, engine)

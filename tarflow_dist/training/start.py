@@ -8,6 +8,7 @@ import torch
 from tarflow_dist import distributed
 from tarflow_dist.config import Config
 from tarflow_dist.cost.cards import find_card
+from tarflow_dist.cost.estimate import fitting_micro_batch
 from tarflow_dist.data.shards import Shards, open_shards
 from tarflow_dist.errors import UserError
 from tarflow_dist.flow.counts import Counts
@@ -45,6 +46,20 @@ def open_data(config: Config, split: str) -> Shards:
         )
     shards.check_classes(model.num_classes)
     return shards
+
+
+def choose_micro_batch(config: Config, device: torch.device) -> int:
+    """Images a rank takes through the model at once, the same on all ranks: what the config says,
+    or else what fits into the smallest of their GPUs. Collective.
+
+    Raises:
+        UserError: the batch can't be cut that way.
+    """
+    ranks = distributed.world_size()
+    if device.type != "cuda":
+        return config.micro_batch(ranks)
+    memory = torch.cuda.mem_get_info(device)[1]  # of all, whatever else is in there
+    return fitting_micro_batch(config, min(distributed.gather(memory)), ranks)
 
 
 def recognise_data(state: RunState, shards: Shards) -> list[str]:

@@ -184,12 +184,23 @@ def test_torchs_defaults_for_new_tensors_change_nothing() -> None:
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("compiler", ["false", "true", "/no/such/compiler --at-all", "c++ '"])
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("false", "ended with 1$"),
+        ("true", ""),
+        ("/no/such/compiler --at-all", "there is no C\\+\\+ compiler /no/such/compiler"),
+        ("c++ '", "No closing quotation"),
+        ("sh -c 'echo what is wrong >&2; echo and where >&2; exit 3'", "what is wrong\nand where"),
+    ],
+)
 def test_a_cpu_without_a_compiler_says_so_and_samples(
-    compiler: str, monkeypatch: pytest.MonkeyPatch
+    compiler: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", compiler)
-    with pytest.warns(UserWarning, match="can't be compiled .* several times slower"):
+    with pytest.warns(
+        UserWarning, match=f"several times slower .* can't be compiled: (.|\n)*{reason}"
+    ):
         assert compile_anew() is None
     monkeypatch.setattr(native, "library", lambda: None)
     flow = small_flow()

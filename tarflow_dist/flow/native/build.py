@@ -20,6 +20,8 @@ SOURCE = Path(__file__).with_name("transformer.cpp")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC")
 THREADS = ("-fopenmp",) if sys.platform == "linux" else ()
 """Elsewhere compilers come without OpenMP, and the kernel runs in one thread."""
+MOST_SAID = 4000
+"""Characters of a compiler's message that are shown."""
 INSTRUCTIONS = {
     "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
     "AVX2": ("-mavx2", "-mfma"),
@@ -46,11 +48,14 @@ def library() -> ctypes.CDLL | None:
                 file.replace(folder / name)
         return found
     except (OSError, RuntimeError, AttributeError, subprocess.CalledProcessError) as error:
-        lines = (getattr(error, "stderr", None) or str(error)).splitlines()
-        reason = next((line for line in lines if "error" in line), lines[0])
+        reason = str(error)
+        if isinstance(error, subprocess.CalledProcessError):
+            reason = f"{shlex.join(error.cmd)} ended with {error.returncode}"
+            if said := error.stderr.strip()[:MOST_SAID]:
+                reason += f":\n{said}\n"
         warnings.warn(
-            f"the kernel that samples on a CPU can't be compiled ({reason}): torch's own "
-            "operations, several times slower, do it",
+            f"torch's own operations sample on this CPU, several times slower than the kernel, "
+            f"which can't be compiled: {reason}",
             stacklevel=2,
         )
         return None
