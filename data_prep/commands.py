@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import remote
-from data_prep.images import CROPS, ENCODINGS
+from data_prep.images import CROPS, ENCODINGS, HONEST_PIXELS
 from data_prep.pipeline import prepare
 from data_prep.records import Settings
 from data_prep.sources import LAYOUTS, Digits, Source, open_source
@@ -106,6 +106,13 @@ def _add_image_options(command: argparse.ArgumentParser) -> None:
         "(default %(default)s)",
     )
     command.add_argument(
+        "--max-pixels",
+        type=int,
+        default=HONEST_PIXELS,
+        help="images of more are set aside, since a small file that unpacks to too many can be an "
+        "attack; Pillow takes up to 4 bytes a pixel of memory (default %(default)s)",
+    )
+    command.add_argument(
         "--max-passed-over",
         type=float,
         default=MAX_PASSED_OVER,
@@ -134,6 +141,8 @@ def run_images(args: argparse.Namespace) -> int:
         raise UserError(f"--size is {args.size}: give a side from 1 to {MAX_SIZE} pixels")
     if not 0 < args.val_fraction < 1:
         raise UserError(f"--val-fraction is {args.val_fraction}: give a share such as 0.1")
+    if args.max_pixels < 1:
+        raise UserError(f"--max-pixels is {args.max_pixels}: give a number such as {HONEST_PIXELS}")
     if not 0 <= args.max_passed_over <= 1:
         raise UserError(
             f"--max-passed-over is {args.max_passed_over}: give a share such as {MAX_PASSED_OVER}"
@@ -146,6 +155,7 @@ def run_images(args: argparse.Namespace) -> int:
         encode=args.encode,
         seed=args.seed,
         max_errors=args.max_errors,
+        max_pixels=args.max_pixels,
     )
     source = open_source(
         args.src, layout=args.layout, val_fraction=args.val_fraction, seed=args.seed

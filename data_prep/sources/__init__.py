@@ -8,6 +8,7 @@ from data_prep.sources.digits import Digits
 from data_prep.sources.folder import Folder
 from data_prep.sources.kaggle import Kaggle
 from data_prep.sources.parquet import Parquet
+from data_prep.sources.walk import unreadable
 from tarflow_dist.errors import UserError
 
 __all__ = [
@@ -52,4 +53,7 @@ def open_source(path: Path, *, layout: str = "auto", val_fraction: float, seed: 
         layout = found[0]
     if layout == "folder":
         return Folder(path, val_fraction=val_fraction, seed=seed)
-    return PACKED[layout](path)
+    try:
+        return PACKED[layout](path)
+    except PermissionError as error:  # which says nothing of what is in the files
+        raise unreadable(error) from error

@@ -44,6 +44,8 @@ class Parquet:
             raise UserError(f"{path} has no files {begin}-*.parquet, here or in data/")
         try:
             self._read_labels()
+        except PermissionError:
+            raise
         except (OSError, ValueError, TypeError, LookupError) as error:  # pyarrow's are such, too
             said = str(error).splitlines()[0]
             raise UserError(f"the parquet files in {path} can't be read: {said}") from error
