@@ -24,7 +24,9 @@ folder: SRC/{train,val}/CLASS/…/IMAGE, or SRC/CLASS/…/IMAGE; without CLASS, 
 archives: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which
 are read as they lie;
 kaggle: ILSVRC/Data/CLS-LOC/, LOC_val_solution.csv and LOC_synset_mapping.txt;
-parquet: Hugging Face's train-*.parquet and validation-*.parquet, in SRC or SRC/data"""
+parquet: Hugging Face's train-*.parquet and validation-*.parquet, in SRC or SRC/data;
+npz: the downsampled ImageNet's train_data_batch_*.npz and val_data.npz;
+wds: WebDataset tars, an image and its .cls or .json a sample, named after their splits"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True)
 
-    imagenet = commands.add_parser("imagenet", help="ImageNet, in any layout it comes in")
+    imagenet = commands.add_parser("imagenet", help="ImageNet or another set, as it lies")
     imagenet.add_argument("--layout", choices=("auto", *LAYOUTS), default="auto", help=LAYOUT_HELP)
     folder = commands.add_parser(
         "folder",
@@ -95,8 +97,8 @@ def _add_image_options(command: argparse.ArgumentParser) -> None:
         "--val-fraction",
         type=float,
         default=0.1,
-        help="share of each class held out for val, at least one image, where class folders are "
-        "not in train/ and val/ (default %(default)s)",
+        help="share of each class held out for val, at least one image, where SRC has no val "
+        "(default %(default)s)",
     )
     command.add_argument(
         "--max-errors",

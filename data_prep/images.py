@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data_prep.png import without_texts
+from tarflow_dist.errors import UserError
 from tarflow_dist.files import NotRegularError, open_regular
 
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # of TIFF's tags
@@ -82,7 +83,8 @@ def prepare_image(
                 ).verify()  # checksums, which decoding does not look at
             about = (len(content) if isinstance(content, bytes) else content.nbytes, *image.size)
             if encode == "keep":
-                assert isinstance(content, bytes)
+                if isinstance(content, np.ndarray):
+                    raise UserError("--encode keep stores files, and the source has bare pixels")
                 assert image.format is not None
                 image.load()
                 return Stored(content, _kind(image.format), *about)
