@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import remote
-from data_prep.images import CROPS, ENCODINGS
+from data_prep.images import CROPS, ENCODINGS, HONEST_PIXELS
 from data_prep.pipeline import prepare
 from data_prep.records import Settings
 from data_prep.sources import LAYOUTS, Digits, Source, open_source
@@ -24,7 +24,9 @@ folder: SRC/{train,val}/CLASS/…/IMAGE, or SRC/CLASS/…/IMAGE; without CLASS, 
 archives: ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which
 are read as they lie;
 kaggle: ILSVRC/Data/CLS-LOC/, LOC_val_solution.csv and LOC_synset_mapping.txt;
-parquet: Hugging Face's train-*.parquet and validation-*.parquet, in SRC or SRC/data"""
+parquet: Hugging Face's train-*.parquet and validation-*.parquet, in SRC or SRC/data;
+npz: the downsampled ImageNet's train_data_batch_*.npz and val_data.npz;
+wds: WebDataset tars, an image and its .cls or .json a sample, named after their splits"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True)
 
-    imagenet = commands.add_parser("imagenet", help="ImageNet, in any layout it comes in")
+    imagenet = commands.add_parser("imagenet", help="ImageNet or another set, as it lies")
     imagenet.add_argument("--layout", choices=("auto", *LAYOUTS), default="auto", help=LAYOUT_HELP)
     folder = commands.add_parser(
         "folder",
@@ -97,8 +99,8 @@ def _add_image_options(command: argparse.ArgumentParser) -> None:
         "--val-fraction",
         type=float,
         default=0.1,
-        help="share of each class held out for val, at least one image, where class folders are "
-        "not in train/ and val/ (default %(default)s)",
+        help="share of each class held out for val, at least one image, where SRC has no val "
+        "(default %(default)s)",
     )
     command.add_argument(
         "--max-errors",
@@ -106,6 +108,13 @@ def _add_image_options(command: argparse.ArgumentParser) -> None:
         default=0.01,
         help="stop when more than this share of the images, and more than 10, can't be read "
         "(default %(default)s)",
+    )
+    command.add_argument(
+        "--max-pixels",
+        type=int,
+        default=HONEST_PIXELS,
+        help="images of more are set aside, since a small file that unpacks to too many can be an "
+        "attack; Pillow takes up to 4 bytes a pixel of memory (default %(default)s)",
     )
     command.add_argument(
         "--max-passed-over",
@@ -136,6 +145,8 @@ def _check_image_options(args: argparse.Namespace) -> None:
         raise UserError(f"--size is {args.size}: give a side from 1 to {MAX_SIZE} pixels")
     if not 0 < args.val_fraction < 1:
         raise UserError(f"--val-fraction is {args.val_fraction}: give a share such as 0.1")
+    if args.max_pixels < 1:
+        raise UserError(f"--max-pixels is {args.max_pixels}: give a number such as {HONEST_PIXELS}")
     if not 0 <= args.max_passed_over <= 1:
         raise UserError(
             f"--max-passed-over is {args.max_passed_over}: give a share such as {MAX_PASSED_OVER}"
@@ -151,6 +162,7 @@ def run_images(args: argparse.Namespace) -> int:
         encode=args.encode,
         seed=args.seed,
         max_errors=args.max_errors,
+        max_pixels=args.max_pixels,
     )
     source = open_source(
         args.src, layout=args.layout, val_fraction=args.val_fraction, seed=args.seed

@@ -8,7 +8,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from xxhash import xxh3_64_hexdigest
 
 from data_prep.images import prepare_image
@@ -50,6 +50,7 @@ class Recipe:
     channels: int
     crop: str
     encode: str
+    max_pixels: int
 
 
 def encode_item(recipe: Recipe, content: Content) -> Result:
@@ -66,6 +67,11 @@ def encode_item(recipe: Recipe, content: Content) -> Result:
         stored = prepare_image(content, **vars(recipe))
     except UnidentifiedImageError:
         return Rejected("not an image that Pillow knows" if content else "empty")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return Rejected(
+            f"more than {recipe.max_pixels} pixels, which may be a decompression bomb: raise "
+            "--max-pixels if it is honest"
+        )
     except UserError:
         raise
     except MemoryError as error:

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data_prep.png import without_texts
+from tarflow_dist.errors import UserError
 from tarflow_dist.files import NotRegularError, open_regular
 
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # of TIFF's tags
@@ -25,7 +26,6 @@ for plug_in in PLUG_INS:
     with suppress(ImportError):
         import_module(plug_in)
 Image.init()
-Image.MAX_IMAGE_PIXELS = HONEST_PIXELS
 # those that begin with a signature go first, since their content alone tells
 FORMATS = sorted(Image.OPEN.keys() - NOT_READ, key=lambda name: (not Image.OPEN[name][1], name))
 SIGNED_FORMATS = [name for name in FORMATS if Image.OPEN[name][1]]
@@ -49,7 +49,13 @@ class Stored(NamedTuple):
 
 
 def prepare_image(
-    content: bytes | np.ndarray, *, size: int | None, channels: int, crop: str, encode: str
+    content: bytes | np.ndarray,
+    *,
+    size: int | None,
+    channels: int,
+    crop: str,
+    encode: str,
+    max_pixels: int = HONEST_PIXELS,
 ) -> Stored:
     """An image of any size and kind as one of `size` x `size` pixels. Damage is found as far as the
     format allows: a PNG has checksums; a JPEG with a flipped bit mostly decodes, to other pixels.
@@ -60,20 +66,25 @@ def prepare_image(
         channels: 1 for grey, 3 for RGB.
         crop: a key of CROPS.
         encode: one of ENCODINGS.
+        max_pixels: larger images are refused before they are decoded.
 
     Raises:
+        Image.DecompressionBombWarning, Image.DecompressionBombError: the image is too large.
         Exception: Pillow's decoders raise of every kind on files that are damaged or no image, or
             that decode to more pixels than Pillow allows.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tags that make no sense, by the thousand
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with open_image(content) as image:
+        with open_image(content, max_pixels) as image:
             if image.format == "PNG":
-                open_image(content).verify()  # checksums, which decoding does not look at
+                open_image(
+                    content, max_pixels
+                ).verify()  # checksums, which decoding does not look at
             about = (len(content) if isinstance(content, bytes) else content.nbytes, *image.size)
             if encode == "keep":
-                assert isinstance(content, bytes)
+                if isinstance(content, np.ndarray):
+                    raise UserError("--encode keep stores files, and the source has bare pixels")
                 assert image.format is not None
                 image.load()
                 return Stored(content, _kind(image.format), *about)
@@ -84,7 +95,8 @@ def prepare_image(
             return Stored(*encode_image(pixels, encode), *about)
 
 
-def open_image(content: bytes | np.ndarray) -> Image.Image:
+def open_image(content: bytes | np.ndarray, max_pixels: int = HONEST_PIXELS) -> Image.Image:
+    Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow knows it no other way
     if isinstance(content, np.ndarray):
         return Image.fromarray(content)
     return Image.open(BytesIO(without_texts(content)), formats=FORMATS)

@@ -94,6 +94,8 @@ def _digest(about: dict[str, Any]) -> str:
 def _read_summary(folder: Path) -> dict[str, Any]:
     try:
         return read_json(folder / "summary.json")
+    except PermissionError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}/summary.json is damaged: remove the set") from error
 
@@ -157,7 +159,9 @@ def _encode_all(source: Source, settings: Settings, images: Spool, workers: int)
     """
     total = len(source)
     allowed = min(max(int(settings.max_errors * total), ERRORS_ALWAYS_ALLOWED), total - 1)
-    recipe = Recipe(settings.size, source.channels, settings.crop, settings.encode)
+    recipe = Recipe(
+        settings.size, source.channels, settings.crop, settings.encode, settings.max_pixels
+    )
     results = encode_items(source.items(images.done), recipe, workers)
     try:
         with Progress("prepare", total, start=images.done) as progress:

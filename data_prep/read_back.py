@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 from PIL import Image
 
-from data_prep.images import open_image
+from data_prep.images import HONEST_PIXELS, open_image
 from tarflow_dist.data.images import decode_image
 from tarflow_dist.files import read_json
 
@@ -156,7 +156,7 @@ def decode(data: bytes, summary: dict[str, Any]) -> Image.Image:
         Exception: of any kind, it is no such image.
     """
     if summary["settings"]["encode"] == "keep":
-        image = open_image(data)
+        image = open_image(data, summary["settings"].get("max_pixels", HONEST_PIXELS))
         image.load()
         return image
     return decode_image(

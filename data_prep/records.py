@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.images import HONEST_PIXELS
 from data_prep.sources import SPLITS, Source
 from data_prep.spool import Spool
 
@@ -27,6 +28,8 @@ class Settings:
     seed: int = 0
     max_errors: float = 0.01
     """Share of the images that may be unreadable; ten may be in any case, but never all."""
+    max_pixels: int = HONEST_PIXELS
+    """Of an image file; larger ones are set aside."""
     shard_bytes: int = 1 << 26
     """A shard holds as many image files as fit in this, and at least one."""
 

@@ -182,6 +182,8 @@ def begin(folder: Path, about: dict[str, Any]) -> None:
             part.write_text(json.dumps(about, indent=1))
     try:
         there = read_json(begun)
+    except PermissionError:
+        raise
     except (OSError, ValueError) as error:
         raise damaged(folder) from error
     if not isinstance(there, dict):

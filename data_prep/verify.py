@@ -102,7 +102,7 @@ def _verify_set(folder: Path, workers: int) -> Iterator[str]:
         wrong = list(_check_records(summary, rows, errors))
         splits = [_list_split(folder, split, rows, summary) for split in SPLITS]
     except Exception as error:  # whatever damage does to a parser
-        yield f"{name}: missing or damaged ({_gist(error)}), so that nothing else can be told"
+        yield f"{name}: {_why(error)}, so that nothing else can be told"
         return
     jobs = []
     for its_jobs, its_wrong in splits:
@@ -148,7 +148,7 @@ def _list_split(
     try:
         index, listed = read_index(folder, split)
     except Exception as error:  # whatever damage does to a parser
-        wrong.append(f"{split}: its index is missing or damaged ({_gist(error)})")
+        wrong.append(f"{split}: its index is {_why(error)}")
         index, listed = "", {}
     rows = rows.filter(pc.equal(rows["split"], split))
     shards = np.array(rows["shard"].to_pylist(), str)
@@ -222,6 +222,11 @@ def _check_image(
     except Exception as error:  # decoders raise of every kind
         return f"can't be decoded ({_gist(error)})"
     return ""
+
+
+def _why(error: Exception) -> str:
+    state = "not to be read" if isinstance(error, PermissionError) else "missing or damaged"
+    return f"{state} ({_gist(error)})"
 
 
 def _gist(error: Exception) -> str:

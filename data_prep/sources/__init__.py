@@ -1,13 +1,17 @@
 """Where images come from: one small class a layout, and which of them a folder has."""
 
 from pathlib import Path
+from typing import Any
 
 from data_prep.sources.archives import Archives
 from data_prep.sources.base import SPLITS, FilePart, Item, Source, shuffle_key
 from data_prep.sources.digits import Digits
 from data_prep.sources.folder import Folder
 from data_prep.sources.kaggle import Kaggle
+from data_prep.sources.npz import Npz
 from data_prep.sources.parquet import Parquet
+from data_prep.sources.walk import unreadable
+from data_prep.sources.wds import WebDataset
 from tarflow_dist.errors import UserError
 
 __all__ = [
@@ -19,17 +23,23 @@ __all__ = [
     "Folder",
     "Item",
     "Kaggle",
+    "Npz",
     "Parquet",
     "Source",
+    "WebDataset",
     "open_source",
     "shuffle_key",
 ]
 
-PACKED: dict[str, type[Archives] | type[Kaggle] | type[Parquet]] = {
+PACKED: dict[str, Any] = {
     "archives": Archives,
     "kaggle": Kaggle,
     "parquet": Parquet,
+    "npz": Npz,
+    "wds": WebDataset,
 }
+SPLIT_HERE = ("wds",)
+"""Those of them that may come without val."""
 LAYOUTS = ("folder", *PACKED)
 
 
@@ -52,4 +62,9 @@ def open_source(path: Path, *, layout: str = "auto", val_fraction: float, seed: 
         layout = found[0]
     if layout == "folder":
         return Folder(path, val_fraction=val_fraction, seed=seed)
-    return PACKED[layout](path)
+    try:
+        if layout in SPLIT_HERE:
+            return PACKED[layout](path, val_fraction=val_fraction, seed=seed)
+        return PACKED[layout](path)
+    except PermissionError as error:  # which says nothing of what is in the files
+        raise unreadable(error) from error

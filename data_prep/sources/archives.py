@@ -67,6 +67,8 @@ def read_devkit(file: Path) -> tuple[dict[str, str], list[str]]:
         return names, [wnids[int(number)] for number in truth.split()]
     except BrokenProcessPool as error:
         raise UserError(f"{file} is damaged: its meta.mat crashes scipy; fetch it again") from error
+    except PermissionError:
+        raise
     except (tarfile.TarError, EOFError, OSError, KeyError, ValueError) as error:
         raise UserError(f"{file} is damaged or no devkit ({error}): fetch it again") from error
 

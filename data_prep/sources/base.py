@@ -2,8 +2,8 @@
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
@@ -134,6 +134,13 @@ class Group:
     absent: frozenset[str] = frozenset()
     """Those of `names` that are not there."""
 
+    def part(self, split: str, chosen: np.ndarray) -> "Group":
+        """Those that are `chosen`, (len(names),) bool, as of `split`."""
+        label = self.label if isinstance(self.label, int) else self.label[chosen]
+        names = [self.names[i] for i in np.flatnonzero(chosen).tolist()]
+        parts = None if self.parts is None else self.parts[chosen]
+        return replace(self, split=split, label=label, names=names, parts=parts)
+
     def item(self, i: int) -> Item:
         content: Content = None
         if self.parts is None:
@@ -242,6 +249,69 @@ def set_name(path: Path, classes: Sequence[str]) -> str:
     if all(re.fullmatch(r"n\d{8}", name) for name in classes):
         return "imagenet1k" if len(classes) == 1000 else "imagenet"
     return re.sub(r"[^A-Za-z0-9_-]+", "-", path.resolve().name) or "images"
+
+
+UNCONDITIONAL = "images"
+"""The one class of a set that has none."""
+
+
+MAX_CLASSES = 1 << 20
+
+
+def wnids_by_label(seen: Mapping[int, set[str]], count: int) -> list[str] | None:
+    """The wnids of `count` labels, if in what was seen of it each has its own, in sorted order."""
+    wnids = [wnid for label in sorted(seen) for wnid in sorted(seen[label])]
+    sound = len(wnids) == count and wnids == sorted(set(wnids))
+    return wnids if sound and all(re.fullmatch(r"n\d{8}", wnid) for wnid in wnids) else None
+
+
+def find_splits(names: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Of files and folders whose names have a split's name as a word (imagenet1k-validation-00.tar,
+    train/0.tar): those of each split that is there, and the others."""
+    words = {name: set(re.split(r"[-_./\\ ]+", name.lower())) for name in sorted(names)}
+    splits = {}
+    for split, known in SPLIT_NAMES.items():
+        alike = ([name for name in words if called in words[name]] for called in known)
+        if found := next(filter(None, alike), []):
+            splits[split] = found
+    used = {name for found in splits.values() for name in found}
+    return splits, [name for name in words if name not in used]
+
+
+@dataclass(frozen=True)
+class HoldOut:
+    """How val is drawn where a source has none."""
+
+    fraction: float
+    """Of each class; at least one image where there are two."""
+    seed: int
+
+    def draw(self, names: Sequence[str], labels: np.ndarray) -> np.ndarray:
+        """Which of the images of these names and labels are val's: bool.
+
+        Raises:
+            UserError: there are none.
+        """
+        val = np.zeros(len(names), bool)
+        order = np.argsort(labels, kind="stable")
+        for places in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
+            key = {i: shuffle_key(self.seed, "split", readable(names[i])) for i in places.tolist()}
+            count = min(max(1, round(len(key) * self.fraction)), len(key) - 1)
+            val[sorted(key, key=key.__getitem__)[:count]] = True
+        if not val.any():
+            raise UserError("no class has two images, so val would be empty: give more images")
+        return val
+
+    def split(self, groups: list[Group]) -> list[Group]:
+        """Groups of train alone as groups of train and val."""
+        names = [group.prefix + name for group in groups for name in group.names]
+        labels = np.concatenate([np.broadcast_to(g.label, len(g.names)) for g in groups])
+        val = self.draw(names, labels)
+        halves = []
+        for group in groups:
+            mine, val = val[: len(group.names)], val[len(group.names) :]
+            halves += [group.part("train", ~mine), group.part("val", mine)]
+        return halves
 
 
 def shuffle_key(seed: int, purpose: str, name: str) -> bytes:

@@ -3,24 +3,20 @@
 import re
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
 
 from data_prep.sources.base import (
     SPLIT_NAMES,
     SPLITS,
-    Group,
+    UNCONDITIONAL,
     Grouped,
+    HoldOut,
     listed,
     readable,
     say_passed_over,
-    shuffle_key,
 )
 from data_prep.sources.walk import ClassFolders, class_folders, folders_in, images_in, unreadable
 from tarflow_dist.errors import UserError
-
-UNCONDITIONAL = "images"
-"""The one class of a set that has none."""
 
 
 class Folder(Grouped):
@@ -67,10 +63,7 @@ class Folder(Grouped):
             notes.append("no class folders: an unconditional set, for model.num_classes=0")
             groups = [there.loose.group(split, 0, above[split]) for split, there in found.items()]
         if "" in found:
-            halves = [_hold_out(group, val_fraction, seed) for group in groups]
-            if not any(val.names for _, val in halves):
-                raise UserError(f"no class of {path} has two images, so val would be empty")
-            groups = [half for pair in zip(*halves, strict=True) for half in pair]
+            groups = HoldOut(val_fraction, seed).split(groups)
         super().__init__("folder", path, classes, groups, passed_over=+passed_over, notes=notes)
 
 
@@ -95,16 +88,6 @@ def _check(found: dict[str, ClassFolders], passed_over: Counter[str]) -> None:
         )
     if unknown := sorted(set(val.classes) - set(train.classes)):
         raise UserError(f"{val.loose.path} has a class that train lacks: {unknown[0]}")
-
-
-def _hold_out(group: Group, fraction: float, seed: int) -> tuple[Group, Group]:
-    """Train and val; `fraction` of it for val, but at least one image where there are two."""
-    drawn = sorted(
-        group.names, key=lambda name: shuffle_key(seed, "split", group.prefix + readable(name))
-    )
-    count = min(max(1, round(len(drawn) * fraction)), len(drawn) - 1)
-    train, val = sorted(drawn[count:]), drawn[:count]
-    return replace(group, split="train", names=train), replace(group, split="val", names=val)
 
 
 def _split_folders(path: Path) -> dict[str, str]:

@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.sources.base import SPLITS, Item, set_name
+from data_prep.sources.base import MAX_CLASSES, SPLITS, Item, set_name, wnids_by_label
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import regular
 
 # how the hub's names begin; test files have no labels
 PREFIXES = {"train": ("train",), "val": ("validation", "valid", "val")}
 # imagenet-1k's paths: n01440764_10026_n01440764.JPEG, ILSVRC2012_val_00000293_n01440764.JPEG
-MAX_CLASSES = 1 << 20
 WNID_PATH = re.compile(r"^(?:.*/)?([^/]+)_(n\d{8})(\.\w+)$")
 
 
@@ -44,6 +43,8 @@ class Parquet:
             raise UserError(f"{path} has no files {begin}-*.parquet, here or in data/")
         try:
             self._read_labels()
+        except PermissionError:
+            raise
         except (OSError, ValueError, TypeError, LookupError) as error:  # pyarrow's are such, too
             said = str(error).splitlines()[0]
             raise UserError(f"the parquet files in {path} can't be read: {said}") from error
@@ -82,10 +83,10 @@ class Parquet:
         count = len(names) if names else min(max(seen) + 1, MAX_CLASSES)
         if not 0 <= min(seen) <= max(seen) < count:
             raise ValueError(f"labels go from {min(seen)} to {max(seen)}, with {count} classes")
-        wnids = [wnid for label in sorted(seen) for wnid in sorted(seen[label])]
-        self._has_wnids = len(wnids) == count and wnids == sorted(set(wnids)) and "" not in wnids
-        self.classes = wnids if self._has_wnids else names or [str(n) for n in range(count)]
-        self.class_names = names if self._has_wnids else None
+        wnids = wnids_by_label(seen, count)
+        self._has_wnids = wnids is not None
+        self.classes = wnids or names or [str(n) for n in range(count)]
+        self.class_names = names if wnids else None
 
     def __len__(self) -> int:
         return sum(self._labelled)

@@ -167,6 +167,30 @@ def _write_rows(file: Path, rows: list[tuple[str, str | None, bytes]]) -> None:
     pq.write_table(table, file, row_group_size=4)
 
 
+def write_wds(root: Path) -> None:
+    """As in timm/imagenet-1k-wds: the key and, in the json, the file's name in class folders."""
+    root.mkdir(parents=True)
+    train = [
+        (f"{wnid}/{name}", wnid, content) for wnid in WNIDS for name, content in TRAIN[wnid].items()
+    ]
+    train = train[1::2] + train[::2]
+    val = [(f"{wnid}/{name}", wnid, content) for name, (wnid, content) in VAL.items()]
+    half = len(train) // 2
+    for file, samples in {
+        "imagenet1k-train-0000.tar": train[:half],
+        "imagenet1k-train-0001.tar": train[half:],
+        "imagenet1k-validation-00.tar": val,
+    }.items():
+        with tarfile.open(root / file, "w") as tar:
+            for name, wnid, content in samples:
+                key = Path(name).stem
+                label = WNIDS.index(wnid)
+                about = {"filename": name, "height": 35, "label": label, "width": 45}
+                _add(tar, f"{key}.cls", str(label).encode())
+                _add(tar, f"{key}.jpg", content)
+                _add(tar, f"{key}.json", json.dumps(about).encode())
+
+
 def _put(file: Path, content: bytes) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(content)
@@ -183,4 +207,8 @@ WRITERS = {
     "archives": write_archives,
     "kaggle": write_kaggle,
     "parquet": write_parquet,
+    "wds": write_wds,
 }
+LAYOUTS = tuple(WRITERS)
+HAVE_NAMES = ("archives", "kaggle", "parquet")
+"""Layouts that say what people call the classes."""

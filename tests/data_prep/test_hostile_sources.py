@@ -18,7 +18,8 @@ from PIL import Image
 
 from data_prep import encode
 from data_prep.__main__ import main
-from data_prep.sources import Archives, Folder, Kaggle, Parquet, base
+from data_prep.sources import Archives, Folder, Kaggle, Parquet, base, open_source
+from data_prep.verify import verify
 from tarflow_dist.errors import UserError
 
 CLASSES = ("ant", "bee")
@@ -213,6 +214,51 @@ def test_a_devkit_that_crashes_its_reader(tmp_path: Path) -> None:
             tar.addfile(member, BytesIO(content))
     with pytest.raises(UserError, match=f"{file} is damaged.*fetch it again"):
         Archives(tmp_path / "src")
+
+
+def refuse(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system lets nobody open files of that name, as if they were another user's."""
+
+    def refusing(original: Callable) -> Callable:
+        def opened(file: object, *args: object, **kwargs: object) -> object:
+            if str(file).endswith(name):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+            return original(file, *args, **kwargs)
+
+        return opened
+
+    monkeypatch.setattr(os, "open", refusing(os.open))
+    monkeypatch.setattr(tarfile, "open", refusing(tarfile.open))
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        ("archives", "ILSVRC2012_devkit_t12.tar.gz"),
+        ("archives", "ILSVRC2012_img_train.tar"),
+        ("kaggle", "LOC_synset_mapping.txt"),
+        ("parquet", "train-00000-of-00002.parquet"),
+    ],
+)
+def test_a_file_that_may_not_be_read_is_not_called_damaged(
+    layout: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layouts.WRITERS[layout](tmp_path / "src")
+    refuse(name, monkeypatch)
+    with pytest.raises(UserError, match=f"can't read .*{name}.*Permission denied") as caught:
+        open_source(tmp_path / "src", val_fraction=0.1, seed=0)
+    assert "damaged" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "train/index.json", "shard.00000.mds"])
+def test_verify_tells_no_permission_from_damage(
+    name: str, src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(command(src, tmp_path / "out"))
+    refuse(name, monkeypatch)
+    lines = list(verify(tmp_path / "out"))
+    assert lines
+    assert all("permission denied" in line and "damaged" not in line for line in lines)
 
 
 BYTES, PATHS = pa.struct([("bytes", pa.binary())]), pa.struct([("path", pa.string())])

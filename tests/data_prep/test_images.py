@@ -3,6 +3,7 @@
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 from torchvision import transforms
 
+from data_prep.encode import Encoded, Recipe, Rejected, encode_item
 from data_prep.images import (
     adm_crop,
     encode_image,
@@ -368,6 +370,18 @@ def test_decompression_bombs_are_refused(side: int, encode: str) -> None:
     """Also between once and twice Pillow's limit, where Pillow itself only warns."""
     with pytest.raises((Image.DecompressionBombError, Image.DecompressionBombWarning)):
         prepare_image(bomb(side), size=8, channels=3, crop="adm", encode=encode)
+
+
+@pytest.mark.parametrize("encode", ["png", "keep"])
+def test_a_giant_is_taken_once_it_is_said_to_be_honest(encode: str) -> None:
+    content = file_of(Image.new("L", (30, 40)), "PNG")
+    recipe = Recipe(None if encode == "keep" else 8, 3, "adm", encode, max_pixels=1199)
+    refused = encode_item(recipe, content)
+    assert isinstance(refused, Rejected)
+    assert refused.reason.startswith("more than 1199 pixels")
+    taken = encode_item(replace(recipe, max_pixels=1200), content)
+    assert isinstance(taken, Encoded)
+    assert (taken.original_width, taken.original_height) == (30, 40)
 
 
 def test_any_flipped_bit_of_a_png_is_found() -> None:

@@ -13,14 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from layouts import NAMES, TRAIN, VAL, WNIDS
+from layouts import HAVE_NAMES, LAYOUTS, NAMES, TRAIN, VAL, WNIDS
 from PIL import Image
 from streaming import LocalDataset
 from torchvision.datasets import imagenet
 
 from data_prep.__main__ import main
 from data_prep.images import adm_crop, to_8bit
-from data_prep.sources import LAYOUTS, Parquet, Source, open_source
+from data_prep.sources import Parquet, Source, open_source
 from tarflow_dist.errors import UserError
 
 
@@ -64,7 +64,7 @@ def test_every_layout_gives_the_same_shards(sets: Path, layout: str, form: str) 
     summary = json.loads((sets / layout / form / "summary.json").read_text())
     assert summary["layout"] == layout
     assert summary["classes"] == WNIDS
-    known = None if layout == "folder" else [NAMES[wnid] for wnid in WNIDS]
+    known = [NAMES[wnid] for wnid in WNIDS] if layout in HAVE_NAMES else None
     assert summary["class_names"] == known
     (bad,) = rows(sets / layout / form, "errors")
     assert bad["source"] == f"train/{WNIDS[1]}/{WNIDS[1]}_99.JPEG"
@@ -93,7 +93,7 @@ def test_the_set_holds_each_image_under_its_label(sets: Path, layout: str) -> No
         assert np.array_equal(np.asarray(sample["x"]), pixels)
         assert (row["original_bytes"], row["original_width"]) == (len(content), size[0])
         assert row["class"] == WNIDS[label]
-        assert row["class_name"] == (None if layout == "folder" else NAMES[WNIDS[label]])
+        assert row["class_name"] == (NAMES[WNIDS[label]] if layout in HAVE_NAMES else None)
         found.add(row["source"])
     assert found == set(expected)
 

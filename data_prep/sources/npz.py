@@ -1,0 +1,139 @@
+"""The downsampled ImageNet of Chrabaszcz, Loshchilov and Hutter, 64x64 or 32x32, as .npz."""
+
+import re
+from collections.abc import Iterator, Mapping
+from hashlib import blake2b
+from math import isqrt
+from pathlib import Path
+from types import MappingProxyType
+from typing import IO
+from zipfile import BadZipFile, ZipFile
+
+import numpy as np
+
+from data_prep.sources.base import SPLITS, Item, set_name
+from tarflow_dist.errors import UserError
+from tarflow_dist.files import regular
+
+NAME = re.compile(r"(train|val)_data(?:_batch_(\d+))?\.npz")
+NOTE = (
+    "labels are the source's own less one, in the order of its map_clsloc.txt: not that of sorted "
+    "wnids"
+)
+
+
+class Npz:
+    """A folder with train_data_batch_1.npz … and val_data.npz, in itself or in folders in it:
+    `data`, uint8 (n, 3 S S), a channel after the other, and `labels`, from 1 on. Pixels are read a
+    row at a time, and nothing is unpickled.
+
+    Raises:
+        UserError: `path` is no such folder, or a file is damaged.
+    """
+
+    layout = "npz"
+    channels = 3
+    passed_over: Mapping[str, int] = MappingProxyType({})
+    notes = (NOTE,)
+    class_names = None
+
+    def __init__(self, path: Path):
+        self._files = _find(path)
+        if missing := _missing(self._files):
+            raise UserError(f"{path} has no {missing}, here or in its folders: fetch it again")
+        self._labels = [_read_labels(file) for _, file in self._files]
+        count = max(int(labels.max()) for labels in self._labels)
+        self.classes = [str(number) for number in range(1, count + 1)]
+        self.name = set_name(path, self.classes)
+
+    @staticmethod
+    def recognises(path: Path) -> bool:
+        return bool(_find(path))
+
+    def __len__(self) -> int:
+        return sum(map(len, self._labels))
+
+    def items(self, start: int = 0) -> Iterator[Item]:
+        for (split, file), labels in zip(self._files, self._labels, strict=True):
+            if start < len(labels):
+                for row, pixels in enumerate(_pixels(file, start, len(labels)), start):
+                    name = f"{split}/{file.stem}/{row:06d}"
+                    yield Item(split, int(labels[row]) - 1, name, pixels)
+            start = max(0, start - len(labels))
+
+    def fingerprint(self) -> str:
+        digest = blake2b(digest_size=16)
+        for (split, file), labels in zip(self._files, self._labels, strict=True):
+            digest.update(f"{split} {file.absolute()} {file.stat().st_size}".encode())
+            digest.update(labels.tobytes())
+        return digest.hexdigest()
+
+
+def _find(path: Path) -> list[tuple[str, Path]]:
+    """Split and file, by their numbers."""
+    found = []
+    for file in (*path.glob("*.npz"), *path.glob("*/*.npz")):
+        if match := NAME.fullmatch(file.name):
+            found.append((SPLITS.index(match[1]), int(match[2] or 0), file))
+    return [(SPLITS[split], file) for split, _, file in sorted(found)]
+
+
+def _missing(files: list[tuple[str, Path]]) -> str:
+    """The first file that should be there."""
+    names = [file.name for _, file in files]
+    batches = [name for name in names if name.startswith("train_data_batch_")]
+    whole = [f"train_data_batch_{n}.npz" for n in range(1, len(batches) + 1)]
+    expected = [*(whole or ["train_data_batch_1.npz"]), "val_data.npz"]
+    return next((name for name in expected if names.count(name) != 1), "")
+
+
+def _read_labels(file: Path) -> np.ndarray:
+    """(n,) int64."""
+    try:
+        with np.load(regular(file), allow_pickle=False) as arrays:
+            labels = arrays["labels"].reshape(-1)
+        if labels.dtype.kind not in "iu" or not len(labels) or not labels.min() >= 1:
+            raise ValueError("its labels are not whole numbers from 1 on")
+        return labels.astype(np.int64)
+    except PermissionError:
+        raise
+    except (OSError, ValueError, LookupError, BadZipFile) as error:
+        raise _damaged(file, error) from error
+
+
+def _pixels(file: Path, start: int, count: int) -> Iterator[np.ndarray]:
+    """Of the images from `start` on: (S, S, 3)."""
+    try:
+        with ZipFile(regular(file)) as archive, archive.open("data.npy") as stream:
+            size = _row_size(stream, count)
+            side = isqrt(size // 3)
+            stream.seek(start * size, 1)
+            for _ in range(start, count):
+                row = stream.read(size)
+                if len(row) < size:
+                    raise ValueError("it ends too early")
+                yield np.frombuffer(row, np.uint8).reshape(3, side, side).transpose(1, 2, 0)
+    except (OSError, ValueError, LookupError, BadZipFile) as error:
+        raise _damaged(file, error) from error
+
+
+def _row_size(stream: IO[bytes], count: int) -> int:
+    """The bytes of an image; `stream` is left where the first begins.
+
+    Raises:
+        ValueError: this is no array of `count` square images.
+    """
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[np.lib.format.read_magic(stream)]
+    shape, is_fortran, dtype = read_header(stream)
+    side = isqrt(shape[-1] // 3) if shape else 0
+    if dtype != np.uint8 or is_fortran or shape != (count, 3 * side * side) or not side:
+        raise ValueError(f"its data are {dtype} {shape}, and not uint8 ({count}, 3 S S)")
+    return shape[1]
+
+
+def _damaged(file: Path, error: Exception) -> UserError:
+    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(f"{file} can't be read ({said}): fetch it again")

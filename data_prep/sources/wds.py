@@ -1,0 +1,210 @@
+"""WebDataset tars, timm's among them."""
+
+import json
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_prep.sources.archives import SCANNERS, TRAIN, VAL
+from data_prep.sources.base import (
+    MAX_CLASSES,
+    Group,
+    Grouped,
+    HoldOut,
+    find_splits,
+    is_image_name,
+    kind_of,
+    wnids_by_label,
+)
+from tarflow_dist.errors import UserError
+from tarflow_dist.files import regular
+
+MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # a sample's key, and what the file is of it
+CLASS_AND_FILE = re.compile(r"(?:.*/)?(n\d{8})/([^/]+)")
+FIRST = 8  # files that tell what a tar is
+LARGEST_TEXT = 1 << 20  # bytes of a label or a json
+
+
+class Sample(NamedTuple):
+    """An image in a tar, and what its json says of it."""
+
+    name: str
+    """Of the file in the tar."""
+    label: int
+    part: tuple[int, int]
+    """Offset and size."""
+    path: str
+    """The original file's, as timm has it: WNID/NAME; or empty."""
+    class_name: str
+
+
+class Scanned(NamedTuple):
+    """The images of a tar. Compact: there may be a million."""
+
+    names: list[str]
+    paths: list[str]
+    labels: np.ndarray
+    parts: np.ndarray
+    class_names: set[tuple[int, str]]
+    wnids: set[tuple[int, str]]
+    passed_over: Counter[str]
+
+
+class WebDataset(Grouped):
+    """Tars with an image and its label a sample: KEY.jpg, or any suffix of Pillow's, and KEY.cls,
+    a number, or KEY.json, its `label`. They lie in `path` or in folders in it, and are told apart
+    by the names of the splits in theirs: imagenet1k-train-0000.tar, imagenet1k-validation-00.tar,
+    train/0.tar. Where none is for val, it is drawn here.
+
+    Labels stay as they are. Classes are the wnids in the `filename` of the json, where each label
+    has its own in sorted order, or else its `class` or `class_name`, or else the numbers.
+
+    Only headers and labels are read here, and nothing is unpacked.
+
+    Args:
+        val_fraction: share of each class held out where there is no val.
+
+    Raises:
+        UserError: `path` is no such folder, or a tar is damaged.
+    """
+
+    def __init__(self, path: Path, *, val_fraction: float, seed: int):
+        splits, others = find_splits(file.relative_to(path).as_posix() for file in _tars(path))
+        if not splits:
+            splits, others = {"train": others}, []
+        if "train" not in splits:
+            raise UserError(f"{path} has no tars for train, by their names: {others or splits}")
+        passed_over = Counter({".tar": len(others)}) if others else Counter()
+        places = [(split, path / name) for split, names in splits.items() for name in names]
+        with ThreadPoolExecutor(SCANNERS) as pool:
+            scanned = list(pool.map(_scan, [tar for _, tar in places]))
+        classes, has_wnids = _classes(path, scanned)
+        groups = []
+        for (split, tar), found in zip(places, scanned, strict=True):
+            passed_over += found.passed_over
+            prefix = f"{split}/" if has_wnids else f"{tar.relative_to(path).as_posix()}/"
+            names = found.paths if has_wnids else found.names
+            groups.append(Group(split, found.labels, prefix, tar, names, found.parts))
+        notes = []
+        if "val" not in splits:
+            groups = HoldOut(val_fraction, seed).split(groups)
+            notes.append("no tars for val: a share of each class is held out")
+        super().__init__("wds", path, classes, groups, passed_over=passed_over, notes=notes)
+
+    @staticmethod
+    def recognises(path: Path) -> bool:
+        return any(_may_be_labelled(tar) for tar in _tars(path)[:1])
+
+
+def _tars(path: Path) -> list[Path]:
+    """Those that are none of the ILSVRC archives."""
+    tars = sorted((*path.glob("*.tar"), *path.glob("*/*.tar")))
+    return [file for file in tars if file.name not in (TRAIN, VAL)]
+
+
+def _may_be_labelled(file: Path) -> bool:
+    """Whether a label is among the first files; a damaged tar may have some."""
+    try:
+        with tarfile.open(regular(file), "r:") as tar:
+            return any(member.name.endswith((".cls", ".json")) for member in islice(tar, FIRST))
+    except (tarfile.TarError, OSError):
+        return True
+
+
+def _scan(file: Path) -> Scanned:
+    samples: list[Sample] = []
+    passed_over: Counter[str] = Counter()
+    try:
+        with tarfile.open(regular(file), "r:") as tar:
+            for _, members in groupby(_members(tar, passed_over), lambda member: member[0]):
+                sample = _sample(tar, {role: member for _, role, member in members}, passed_over)
+                if sample is not None:
+                    samples.append(sample)
+    except PermissionError:
+        raise
+    except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged or no WebDataset tar ({error})") from error
+    return Scanned(
+        [sample.name for sample in samples],
+        [sample.path for sample in samples],
+        np.array([sample.label for sample in samples], np.int64),
+        np.array([sample.part for sample in samples], np.int64).reshape(-1, 2),
+        {(sample.label, sample.class_name) for sample in samples},
+        {(sample.label, sample.path.partition("/")[0]) for sample in samples},
+        passed_over,
+    )
+
+
+def _members(
+    tar: tarfile.TarFile, passed_over: Counter[str]
+) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """The sample, what it is of it (image, cls or json), and where it lies, of each file."""
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
+        if not member.isfile():
+            continue
+        match = MEMBER.fullmatch(member.name)
+        suffix = match[2].lower() if match else ""
+        role = suffix if suffix in ("cls", "json") else "image"
+        if match and (role != "image" or is_image_name(f"x.{suffix}")):
+            yield match[1], role, member
+        else:
+            passed_over[kind_of(member.name)] += 1
+
+
+def _sample(
+    tar: tarfile.TarFile, files: dict[str, tarfile.TarInfo], passed_over: Counter[str]
+) -> Sample | None:
+    if "image" not in files:
+        return None
+    image = files["image"]
+    about = json.loads(_content(tar, files["json"])) if "json" in files else {}
+    about = about if isinstance(about, dict) else {}
+    label = int(_content(tar, files["cls"])) if "cls" in files else about.get("label")
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < MAX_CLASSES:
+        passed_over["without a label"] += 1
+        return None
+    original = CLASS_AND_FILE.fullmatch(str(about.get("filename")))
+    class_name = about.get("class", about.get("class_name"))
+    return Sample(
+        image.name,
+        label,
+        (image.offset_data, image.size),
+        f"{original[1]}/{original[2]}" if original else "",
+        class_name if isinstance(class_name, str) else "",
+    )
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    if member.size > LARGEST_TEXT:
+        raise ValueError(f"{member.name} is no label")
+    file: Any = tar.extractfile(member)
+    return file.read()
+
+
+def _classes(path: Path, scanned: list[Scanned]) -> tuple[list[str], bool]:
+    """The classes, and whether they are wnids, by which files are named."""
+    wnids, names = _by_label(s.wnids for s in scanned), _by_label(s.class_names for s in scanned)
+    if not wnids:
+        raise UserError(f"the tars in {path} have no image with a label, in .cls or .json")
+    count = max(wnids) + 1
+    if found := wnids_by_label(wnids, count):
+        return found, True
+    said = [name for label in sorted(names) for name in sorted(names[label])]
+    if len(said) == len(set(said)) == count and all(said):
+        return said, False
+    return [str(number) for number in range(count)], False
+
+
+def _by_label(found: Iterable[set[tuple[int, str]]]) -> dict[int, set[str]]:
+    texts: dict[int, set[str]] = {}
+    for label, text in set().union(*found):
+        texts.setdefault(label, set()).add(text)
+    return texts

@@ -1,0 +1,220 @@
+"""Sets in other people's formats give the pixels and labels that an independent reader gives."""
+
+import json
+from collections.abc import Iterator
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from data_prep.images import prepare_image
+from data_prep.sources import Source, open_source
+from tarflow_dist.errors import UserError
+
+RNG = np.random.default_rng(0)
+
+
+def source(path: Path, layout: str = "auto") -> Source:
+    found = open_source(path, layout=layout, val_fraction=0.25, seed=0)
+    assert layout in ("auto", found.layout)
+    return found
+
+
+def pixels(found: Source) -> dict[str, list[tuple[int, bytes]]]:
+    """By split: label and RGB pixels of each image, in the source's order."""
+    prepared: dict[str, list[tuple[int, bytes]]] = {"train": [], "val": []}
+    for item in found.items():
+        content = item.content
+        if hasattr(content, "read"):
+            content = content.read()
+        elif isinstance(content, Path):
+            content = content.read_bytes()
+        stored = prepare_image(content, size=8, channels=3, crop="adm", encode="raw")
+        prepared[item.split].append((item.label, stored.data))
+    return prepared
+
+
+def check_starts(found: Source) -> None:
+    names = [item.name for item in found.items()]
+    assert len(names) == len(found) == len(set(names))
+    for start in range(len(names) + 1):
+        assert [item.name for item in islice(found.items(start), 3)] == names[start : start + 3]
+
+
+class Trap:
+    """Fails the test if it is unpickled."""
+
+    def __reduce__(self) -> tuple:
+        return pytest.fail, ("it was unpickled",)
+
+
+def published_reader(data: np.ndarray, size: int) -> np.ndarray:
+    """As in the authors' script: (n, size, size, 3)."""
+    area = size * size
+    planes = np.dstack((data[:, :area], data[:, area : 2 * area], data[:, 2 * area :]))
+    return planes.reshape(len(data), size, size, 3)
+
+
+def write_npz(root: Path, save: object = np.savez) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    for split, name in (
+        ("train", "part1/train_data_batch_1"),
+        ("train", "part1/train_data_batch_2"),
+        ("val", "val_data"),
+    ):
+        data = RNG.integers(0, 256, (5, 192), dtype=np.uint8)
+        labels = RNG.integers(1, 8, 5)
+        (root / name).parent.mkdir(exist_ok=True)
+        save(root / name, data=data, labels=labels, mean=data.mean(0))  # type: ignore[operator]
+        yield split, data, labels
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_downsampled_imagenet(save: object, tmp_path: Path) -> None:
+    expected: dict[str, list] = {"train": [], "val": []}
+    for split, data, labels in write_npz(tmp_path, save):
+        images = published_reader(data, 8)
+        expected[split] += [(y - 1, x.tobytes()) for x, y in zip(images, labels, strict=True)]
+    found = source(tmp_path)
+    assert found.layout == "npz"
+    assert pixels(found) == expected
+    check_starts(found)
+
+
+def test_a_batch_that_is_missing(tmp_path: Path) -> None:
+    list(write_npz(tmp_path))
+    (tmp_path / "part1" / "train_data_batch_1.npz").unlink()
+    with pytest.raises(UserError, match=r"has no train_data_batch_1.npz.*: fetch it again"):
+        source(tmp_path)
+
+
+def test_pickled_labels_are_refused(tmp_path: Path) -> None:
+    list(write_npz(tmp_path))
+    labels = np.array([Trap()], object)
+    np.savez(tmp_path / "val_data", data=np.zeros((1, 192), np.uint8), labels=labels)
+    with pytest.raises(UserError, match=r"val_data.npz can't be read \(Object arrays"):
+        source(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", ["shape", "type", "cut"])
+def test_a_damaged_batch(wrong: str, tmp_path: Path) -> None:
+    list(write_npz(tmp_path))
+    file = tmp_path / "val_data.npz"
+    if wrong == "cut":
+        content = bytearray(file.read_bytes())
+        content[300] ^= 1  # among the pixels: the checksum tells
+        file.write_bytes(content)
+    else:
+        data = np.zeros((5, 192 if wrong == "type" else 191), np.uint8 if wrong == "shape" else int)
+        np.savez(file, data=data, labels=np.ones(5, int))
+    with pytest.raises(UserError, match=r"val_data.npz can't be read \(.*fetch it again"):
+        list(source(tmp_path).items())
+
+
+def picture(kind: str) -> bytes:
+    file = BytesIO()
+    pixels = RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    return file.getvalue()
+
+
+def decoded(content: bytes) -> bytes:
+    with Image.open(BytesIO(content)) as image:
+        return np.asarray(image.convert("RGB")).tobytes()
+
+
+def write_tar(file: Path, samples: list[dict]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with webdataset.TarWriter(str(file), encoder=False) as tar:
+        for sample in samples:
+            tar.write(sample)
+    return file
+
+
+LABELS = {
+    "cls": lambda label: {"cls": str(label).encode()},
+    "json": lambda label: {"json": json.dumps({"label": label}).encode()},
+    "both": lambda label: {"cls": str(label).encode(), "json": b'{"caption": "a cat"}'},
+}
+
+
+@pytest.mark.parametrize("labelled", LABELS)
+@pytest.mark.parametrize("kind", ["jpg", "jpeg", "png", "webp"])
+def test_webdataset_tars(labelled: str, kind: str, tmp_path: Path) -> None:
+    """Against the webdataset library, which wrote them, too."""
+    kinds = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+    tars = ["set-train-000000.tar", "set-train-000001.tar", "set-val-000000.tar"]
+    for tar in tars:
+        samples = [
+            {"__key__": f"{i:04d}", kind: picture(kinds.get(kind, "JPEG")), **LABELS[labelled](i)}
+            for i in range(3)
+        ]
+        write_tar(tmp_path / tar, samples)
+    expected: dict[str, list] = {"train": [], "val": []}
+    for tar in tars:
+        for sample in webdataset.WebDataset(str(tmp_path / tar), shardshuffle=False):
+            label = sample.get("cls") or json.loads(sample["json"])["label"]
+            expected[tar.split("-")[1]].append((int(label), decoded(sample[kind])))
+    found = source(tmp_path)
+    assert (found.layout, found.classes) == ("wds", ["0", "1", "2"])
+    assert pixels(found) == expected
+    check_starts(found)
+
+
+def test_tars_without_val_give_a_share_of_each_class(tmp_path: Path) -> None:
+    samples = [
+        {"__key__": f"{i:04d}", "png": picture("PNG"), "cls": str(i % 2).encode()} for i in range(8)
+    ]
+    write_tar(tmp_path / "00000.tar", [{**s, "txt": b"a caption"} for s in samples])
+    write_tar(tmp_path / "00001.tar", [{"__key__": "a", "png": b"", "json": b"[]"}])
+    found = source(tmp_path)
+    assert found.notes == ["no tars for val: a share of each class is held out"]
+    assert found.passed_over == {".txt": 8, "without a label": 1}
+    assert [label for label, _ in sorted(pixels(found)["val"])] == [0, 1]
+    assert len(pixels(found)["train"]) == 6
+
+
+def test_class_names_in_a_tar(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        samples = [
+            {"__key__": name, "png": picture("PNG"), "json": json.dumps(about).encode()}
+            for name, about in {
+                "a": {"label": 1, "class_name": "cats, big"},
+                "b": {"label": 0, "class_name": "dog"},
+            }.items()
+        ]
+        write_tar(tmp_path / split / "0.tar", samples)
+    assert source(tmp_path).classes == ["dog", "cats, big"]
+
+
+def test_damaged_tars(tmp_path: Path) -> None:
+    whole = write_tar(
+        tmp_path / "whole" / "train.tar", [{"__key__": "a", "png": picture("PNG"), "cls": b"0"}]
+    ).read_bytes()
+    for name, content, said in (
+        ("cut", whole[:700], "is damaged or no WebDataset tar"),
+        ("rubbish", b"rubbish" * 999, "is damaged or no WebDataset tar"),
+        (
+            "words",
+            write_tar(
+                tmp_path / "words.tar", [{"__key__": "a", "png": b"", "cls": b"cat"}]
+            ).read_bytes(),
+            "is damaged or no WebDataset tar .*invalid literal",
+        ),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.tar").write_bytes(content)
+        with pytest.raises(UserError, match=said):
+            source(tmp_path / name)
+
+
+def test_other_tars_beside_class_folders_are_passed_over(tmp_path: Path) -> None:
+    for name in ("a/0.png", "a/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(picture("PNG"))
+    write_tar(tmp_path / "backup.tar", [{"__key__": "a/0", "png": picture("PNG")}] * 3)
+    assert source(tmp_path).layout == "folder"
+    assert source(tmp_path).passed_over == {".tar": 1}
