@@ -23,7 +23,7 @@ from benchmarks.sampling import load_peer
 from benchmarks.side_by_side import alternate, ratio
 from tarflow_dist import TarFlow
 from tarflow_dist.calibrate import timed
-from tarflow_dist.flow.counts import Counts
+from tarflow_dist.flow.flops import FlowCost
 
 SMALL = {"patch_size": 2, "width": 256, "layers_per_block": 4}
 SIZES = [
@@ -72,7 +72,7 @@ def row(
     runs = {name: lambda way=way: timed(way, flow.device) for name, way in ways.items()}
     times = alternate(runs, rounds=args.rounds)
     ours = median(times["ours"])
-    counts = Counts(flow.config)
+    counts = FlowCost(flow.config)
     layers, tokens = counts.layers[0], counts.num_patches
     computing = 2 * batch * counts.forward_flops / flops
     # two passes; a key and a value of 4 bytes a number, for each pair of patches

@@ -32,12 +32,12 @@ from tarflow_dist.config import Config
 from tarflow_dist.cost.cards import card, find_card
 from tarflow_dist.cost.estimate import estimate
 from tarflow_dist.data.loader import Batch
-from tarflow_dist.flow.counts import Counts
+from tarflow_dist.flow.flops import FlowCost
 from tarflow_dist.flow.noise import scale_pixels
 from tarflow_dist.training.ema import DECAY, EMA, track_ema
 from tarflow_dist.training.engine import Engine
 from tarflow_dist.training.saver import Saver
-from tarflow_dist.training.start import build_engine, start_pace
+from tarflow_dist.training.start import build_engine, start_throughput
 from tarflow_dist.training.state import RunState
 from tarflow_dist.training.step import Stepper
 
@@ -63,9 +63,9 @@ class Ours:
         self.engine: Engine = build_engine(config, micro_batch, device)
         self.state = RunState(images=config.optimizer.warmup_images)
         self._batch_size = config.train.batch_size
-        pace = start_pace(config, device, 0)
+        throughput = start_throughput(config, device, 0)
         batches = random_batches(config, micro_batch)
-        self._stepper = Stepper(self.engine, batches, config, device, pace)
+        self._stepper = Stepper(self.engine, batches, config, device, throughput)
 
     def step(self) -> None:
         self._stepper.step(self.state)
@@ -243,7 +243,7 @@ def report(
     config: Config, device: torch.device, times: dict[str, float], peak: int | None
 ) -> Iterator[str]:
     train, ranks = config.train, distributed.world_size()
-    counts = Counts(config.model)
+    counts = FlowCost(config.model)
     name = distributed.device_name(device)
     known = find_card(name)
     yield (

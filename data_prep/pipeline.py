@@ -1,7 +1,7 @@
 """Source → decode, crop, encode → shards: the road every layout takes to every format.
 
-The source is read once, front to back, and the stored images wait in a spool in the output folder.
-From there they are written in an order that depends on seed and names alone; every format gets the
+The source is read once, front to back, and the stored images wait in a staging folder in the
+output folder. From there they are written in an order that depends on seed and names alone; every format gets the
 same images in the same order, cut into shards at the same places. All that was done stays in
 OUT/.partial until the sets are whole, so the same command goes on where a killed one was.
 """
@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import spool
-from data_prep.arrange import cut_shards, place_images
+from data_prep import staging
 from data_prep.encode import Recipe, encode_items
+from data_prep.placement import cut_shards, place_images
 from data_prep.records import Settings, summarise, versions, write_records
 from data_prep.shards import WRITERS, Sample
 from data_prep.sources import SPLITS, Source
-from data_prep.spool import Journal, Spool
+from data_prep.staging import Journal, Staging
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import only_run, publish_folder, read_json
+from tarflow_dist.files import lock_folder, publish_folder, read_json
 from tarflow_dist.telemetry.progress import Progress
 
 PARTIAL = ".partial"
@@ -47,13 +47,13 @@ def prepare(
         if not _is_begun(out) and _is_finished(out, formats, about):
             return _read_summary(out / formats[0])
         out.mkdir(parents=True, exist_ok=True)
-        with only_run(out):
+        with lock_folder(out):
             if _is_begun(out) or not _is_finished(out, formats, about):
-                spool.begin(out / PARTIAL, about)
+                staging.begin(out / PARTIAL, about)
                 missing = [form for form in formats if not (out / form).exists()]
                 if missing:
                     _write_sets(source, out, missing, settings, workers, about)
-                spool.remove(out / PARTIAL)
+                staging.remove(out / PARTIAL)
         return _read_summary(out / formats[0])
     except OSError as error:
         raise UserError(f"can't write to {out}: {error.strerror or error}") from error
@@ -123,7 +123,7 @@ def _write_sets(
 ) -> None:
     began = time.monotonic()
     partial = out / PARTIAL
-    images = Spool(partial)
+    images = Staging(partial)
     try:
         before = images.done
         _encode_all(source, settings, images, workers)
@@ -151,7 +151,7 @@ def _write_sets(
         images.close()
 
 
-def _encode_all(source: Source, settings: Settings, images: Spool, workers: int) -> None:
+def _encode_all(source: Source, settings: Settings, images: Staging, workers: int) -> None:
     """Spools what is not there yet; sets aside what can't be read.
 
     Raises:
@@ -175,7 +175,7 @@ def _encode_all(source: Source, settings: Settings, images: Spool, workers: int)
         images.commit()
 
 
-def _check_errors(images: Spool, allowed: int, total: int) -> None:
+def _check_errors(images: Staging, allowed: int, total: int) -> None:
     if images.rejected > allowed:
         images.commit()
         first = next(row for row in images.journal if row["reason"])
@@ -191,7 +191,7 @@ def _write_split(
     form: str,
     source: Source,
     settings: Settings,
-    images: Spool,
+    images: Staging,
     placed: np.ndarray,
     shards: list[np.ndarray],
     journal: Journal,
@@ -211,18 +211,20 @@ def _write_split(
     total = sum(map(len, shards))
     with Progress(f"write {form} {split}", total, start=index) as progress:
         for chosen in shards[done:]:
-            samples = _read_back(index, source, images, placed[chosen])
+            samples = _read_staged(index, source, images, placed[chosen])
             journal.append(writer.write(samples))
             index += len(chosen)
             progress.update(len(chosen))
     writer.finish()
 
 
-def _read_back(index: int, source: Source, images: Spool, placed: np.ndarray) -> Iterator[Sample]:
+def _read_staged(
+    index: int, source: Source, images: Staging, placed: np.ndarray
+) -> Iterator[Sample]:
     for row in images.rows(placed):
         data = images.read(row["offset"], row["bytes"])
         if hashlib.sha256(data).hexdigest() != row["sha256"]:
-            raise spool.damaged(images.journal.file.parent)
+            raise staging.damaged(images.journal.file.parent)
         label = row["label"]
         yield Sample(index, label, source.classes[label], row["source"], row["kind"], data)
         index += 1

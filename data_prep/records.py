@@ -12,7 +12,7 @@ import numpy as np
 
 from data_prep.images import HONEST_PIXELS
 from data_prep.sources import SPLITS, Source
-from data_prep.spool import Spool
+from data_prep.staging import Staging
 
 ROWS_AT_A_TIME = 1 << 11
 
@@ -105,7 +105,7 @@ def summarise(source: Source, settings: Settings, placed: np.ndarray) -> dict[st
 def write_records(
     folder: Path,
     source: Source,
-    images: Spool,
+    images: Staging,
     placed: np.ndarray,
     shards: dict[str, list[np.ndarray]],
     entries: Mapping[str, Iterable[dict[str, Any]]],
@@ -124,7 +124,7 @@ def write_records(
 
 def _manifest(
     source: Source,
-    images: Spool,
+    images: Staging,
     placed: np.ndarray,
     shards: dict[str, list[np.ndarray]],
     entries: Mapping[str, Iterable[dict[str, Any]]],
@@ -143,8 +143,8 @@ def _manifest(
             index += len(chosen)
 
 
-def _table(source: Source, images: Spool, placed: np.ndarray) -> Any:
-    """What the spool says of these images, with their classes, as an Arrow table."""
+def _table(source: Source, images: Staging, placed: np.ndarray) -> Any:
+    """What the staging folder says of these images, with their classes, as an Arrow table."""
     import pyarrow as pa
 
     schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in IMAGE.items()])

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from data_prep.images import to_8bit
-from data_prep.read_back import decode
+from data_prep.shard_readers import decode
 from data_prep.sources import SPLITS
 from data_prep.sources.base import say_passed_over
 from data_prep.verify import find_sets, on_disk

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.read_back import READERS, Listed, Stored, decode, digest, read_index
 from data_prep.remote import is_remote
+from data_prep.shard_readers import READERS, Listed, Stored, decode, digest, read_index
 from data_prep.sources import SPLITS
 from data_prep.workers import map_in_order
 from tarflow_dist.data.shards import COLUMNS as READ_COLUMNS

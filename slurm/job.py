@@ -36,7 +36,7 @@ class Job:
     bytes_to_write: int
 
     def __call__(self) -> None:
-        """Runs the task, and leaves its outcome for `slurm.after` to read.
+        """Runs the task, and leaves its outcome for `slurm.requeue` to read.
 
         Raises:
             SystemExit: with code 2 after a user error.

@@ -5,7 +5,7 @@ import datetime
 import time
 from pathlib import Path
 
-from slurm import states
+from slurm import job_states
 from slurm.records import STOP, Record, last_error, records
 from tarflow_dist import config as configs
 from tarflow_dist.errors import UserError
@@ -24,7 +24,7 @@ def status(argv: list[str]) -> int:
     if not known:
         rows.append(("jobs", "none of Slurm's: it was started with torchrun or --local"))
     for record in known[-SHOWN:]:
-        state = states.job_state(record.job_id)
+        state = job_states.job_state(record.job_id)
         restarts = f", {state.restarts} restarts" if state.restarts else ""
         detail = f" ({state.detail})" if state.detail else ""
         rows.append((record.task, f"job {record.job_id} {state.state}{detail}{restarts}"))
@@ -41,14 +41,14 @@ def stop(argv: list[str]) -> int:
     signalled: set[str] = set()
     stopped = False
     for record in _records(run):
-        while (state := states.job_state(record.job_id)).active:
+        while (state := job_states.job_state(record.job_id)).active:
             stopped = True
             (record.folder / STOP).touch()
             if state.state == "PENDING":
-                states.ask("scancel", record.job_id)
+                job_states.ask("scancel", record.job_id)
             elif state.state == "RUNNING" and record.job_id not in signalled:
                 print(f"job {record.job_id}: told to save and end", flush=True)
-                states.ask("scancel", "--signal=USR2", record.job_id)
+                job_states.ask("scancel", "--signal=USR2", record.job_id)
                 signalled.add(record.job_id)
             time.sleep(SECONDS_BETWEEN_LOOKS)
         if record.job_id in signalled:

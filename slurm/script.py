@@ -6,8 +6,8 @@ from pathlib import Path
 
 import submitit
 
-from slurm.after import EXIT_INTERRUPTED
 from slurm.job import OUTCOME
+from slurm.requeue import EXIT_INTERRUPTED
 from slurm.resources import Resources
 from slurm.tasks import JOBS, Task
 
@@ -97,7 +97,7 @@ def _setup(resources: Resources, folder: Path) -> list[str]:
 def _teardown(python: str, container: list[str], folder: Path) -> list[str]:
     """The lines after srun: they requeue the job, or end it."""
     where = [shlex.join(["srun", "--nodes=1", "--ntasks=1", *container])] if container else []
-    command = " ".join([*where, python, "-m slurm.after", shlex.quote(str(folder)), "$?"])
+    command = " ".join([*where, python, "-m slurm.requeue", shlex.quote(str(folder)), "$?"])
     return [
         command,
         "verdict=$?",

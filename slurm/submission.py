@@ -12,7 +12,7 @@ from pathlib import Path
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import clean_env, environment_variables
 
-from slurm import outlook, states
+from slurm import job_states, summary
 from slurm.job import Job
 from slurm.records import FOLDER, Record, records
 from slurm.resources import Resources
@@ -20,7 +20,7 @@ from slurm.script import CODE, make_executor
 from slurm.tasks import Task
 from tarflow_dist import config as configs
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import only_run
+from tarflow_dist.files import lock_folder
 from tarflow_dist.telemetry.environment import COMMIT_FILE, describe_environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +35,7 @@ def submit(chain: Sequence[Task], resources: Resources, *, command: str) -> None
     """
     home = chain[0].folder / FOLDER
     home.mkdir(parents=True, exist_ok=True)
-    with only_run(home):
+    with lock_folder(home):
         _refuse_second_job(chain[0])
         for task in chain:
             job = prepare(task, resources, new_folder(task))
@@ -79,7 +79,7 @@ def prepare(task: Task, resources: Resources, folder: Path) -> Job:
         file.write_text(configs.dump(task.config))
         task = replace(task, arguments=(str(file),))
     gpus = resources.gpus_per_node > 0 and not task.one_rank
-    return Job(folder, task, gpus, outlook.bytes_to_write(task))
+    return Job(folder, task, gpus, summary.bytes_to_write(task))
 
 
 def _send(job: Job, resources: Resources) -> str:
@@ -107,7 +107,7 @@ def _outside_of_jobs() -> Iterator[None]:
 def _refuse_second_job(task: Task) -> None:
     for record in records(task.folder):
         if record.task == task.name and record.job_id:
-            state = states.job_state(record.job_id)
+            state = job_states.job_state(record.job_id)
             if state.active:
                 end = shlex.join(["python", "slurm/launch.py", "stop", str(task.folder)])
                 raise UserError(

@@ -5,7 +5,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from slurm import local, outlook, states, submission, tasks
+from slurm import job_states, local, submission, summary, tasks
 from slurm.resources import Resources, add_options, read_options
 from slurm.script import make_executor
 from slurm.tasks import Task
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     if not arguments.local and not arguments.dry_run:
         _check_partition(resources)
 
-    plan = outlook.describe(chain, resources)
+    plan = summary.describe(chain, resources)
     print(plan.text, flush=True)
     if arguments.dry_run:
         _show_scripts(chain, resources)
@@ -88,7 +88,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _check_partition(resources: Resources) -> None:
-    known = states.partitions()
+    known = job_states.partitions()
     for name in (resources.partition or "").split(","):
         if name and name not in known:
             raise UserError(f"there is no partition {name}: choose among {', '.join(known)}")

@@ -134,7 +134,7 @@ def _read_run(source: Path, arguments: argparse.Namespace) -> Source:
 
 
 def _read_foreign(source: Path, arguments: argparse.Namespace) -> Source:
-    from tarflow_dist import foreign
+    from tarflow_dist import import_checkpoint
 
     if source.is_dir() and not (source / "latest").is_file():
         raise UserError(
@@ -148,15 +148,15 @@ def _read_foreign(source: Path, arguments: argparse.Namespace) -> Source:
             "--uniform, or for an iTARFlow --sigma-range LEAST LARGEST"
         )
     if source.is_file():
-        weights = foreign.read_published(source, arguments.key)
+        weights = import_checkpoint.read_published(source, arguments.key)
     elif arguments.trust_pickle:
-        weights = foreign.read_deepspeed(source, arguments.key)
+        weights = import_checkpoint.read_deepspeed(source, arguments.key)
     else:
         raise UserError(
             f"{source} is no run of ours; if it is a DeepSpeed checkpoint that you trust, whose "
             "reading can run code hidden in it, add --trust-pickle"
         )
-    model = foreign.infer_config(
+    model = import_checkpoint.infer_config(
         weights,
         in_channels=3 if arguments.in_channels is None else arguments.in_channels,
         source=source,

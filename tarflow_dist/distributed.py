@@ -13,8 +13,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from tarflow_dist import files
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import only_run
 
 T = TypeVar("T")
 _counters = count()
@@ -184,7 +184,7 @@ class Counter:
 
 
 @contextmanager
-def only_job(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Makes `folder` and keeps other jobs out of it while the body runs. Rank 0 holds the lock for
     all.
 
@@ -196,7 +196,7 @@ def only_job(folder: Path) -> Iterator[None]:
         if is_main():
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                held.enter_context(only_run(folder))
+                held.enter_context(files.lock_folder(folder))
             except UserError as error:
                 problem = str(error)
             except OSError as error:

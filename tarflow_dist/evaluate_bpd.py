@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     from tarflow_dist.data.loader import eval_batches
     from tarflow_dist.data.shards import open_shards
     from tarflow_dist.evaluation.image_sets import check_image_shape
-    from tarflow_dist.flow.units import bits_per_dim, loss_of
+    from tarflow_dist.flow.bits_per_dim import bits_per_dim, loss_of
     from tarflow_dist.likelihood import mean_log_prob
     from tarflow_dist.pretrained import TarFlow
 

@@ -223,7 +223,7 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def only_run(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Keeps other runs out of `folder` until the body ends, or this process does.
 
     Raises:

@@ -19,7 +19,7 @@ from tarflow_dist.flow.guidance import Guidance, Guide, Rule
 from tarflow_dist.flow.inverse import Solver
 from tarflow_dist.flow.model import Flow, Labels
 from tarflow_dist.flow.noise import to_pixels
-from tarflow_dist.policy import Policy, dtype_name, fingerprint_of, read_policy
+from tarflow_dist.sampling_policy import Policy, dtype_name, fingerprint_of, read_policy
 from tarflow_dist.telemetry.progress import Progress
 
 WEIGHTS_FILE = "model.safetensors"

@@ -172,7 +172,7 @@ def sweep_settings(
     """
     from tarflow_dist.evaluation.settings import UINT8_RULES, SampleSettings
     from tarflow_dist.flow.guidance import Guidance
-    from tarflow_dist.policy import dtype_name
+    from tarflow_dist.sampling_policy import dtype_name
 
     config = json.dumps(flow.config.to_json()).encode()
     points = {}
@@ -274,7 +274,7 @@ def run(args: argparse.Namespace, training_run: "TrainingRun | None") -> None:
             files = sorted(args.model.glob("*.safetensors"))
             weights_sha256 = distributed.from_main(sha256(*files) if distributed.is_main() else "")
             settings = sweep_settings(args, flow, weights_sha256)
-    with distributed.only_job(args.out):
+    with distributed.lock_folder(args.out):
         if args.model is not None:
             points = pipeline.draw(flow, settings, args.out, device)
         else:

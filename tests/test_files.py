@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tarflow_dist.evaluation.store import SampleStore
-from tarflow_dist.files import inside, only_run, open_regular, read_json
-from tarflow_dist.policy import read_policy
+from tarflow_dist.files import inside, lock_folder, open_regular, read_json
 from tarflow_dist.pretrained import TarFlow
+from tarflow_dist.sampling_policy import read_policy
 
 NESTED = "[" * 100_000 + "]" * 100_000
 
@@ -53,12 +53,12 @@ def test_a_lock_that_is_gone_does_no_harm(tmp_path: Path) -> None:
     run = tmp_path / "run"
     for remove in ((run / ".lock").unlink, lambda: shutil.rmtree(run)):
         run.mkdir(exist_ok=True)
-        with only_run(run):
+        with lock_folder(run):
             remove()
     run.mkdir()
-    with only_run(run):
+    with lock_folder(run):
         (run / ".lock").unlink()
-        with only_run(run):
+        with lock_folder(run):
             pass
         (run / ".lock").touch()
     assert (run / ".lock").exists()

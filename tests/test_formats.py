@@ -17,7 +17,7 @@ from tarflow_dist.files import from_saved, read_sealed, write_sealed
 from tarflow_dist.flow.config import FlowConfig
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.flow.inverse import SEQUENTIAL
-from tarflow_dist.policy import Calibration, Policy, read_policy
+from tarflow_dist.sampling_policy import Calibration, Policy, read_policy
 from tarflow_dist.training import checkpoint
 from tarflow_dist.training.run_folder import changes_since_start, read_status, write_status
 from tarflow_dist.training.saver import Saver

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tarflow_dist import TarFlow
 from tarflow_dist.data.loader import Batch
-from tarflow_dist.flow.units import bits_per_dim, loss_of
+from tarflow_dist.flow.bits_per_dim import bits_per_dim, loss_of
 from tarflow_dist.likelihood import mean_log_prob
 
 SIZES = {

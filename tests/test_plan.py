@@ -1,4 +1,4 @@
-"""Counts against the built model and torch's counters, memory against what training allocates."""
+"""FlowCost against the built model and torch's counters, memory against what training allocates."""
 
 import gc
 import json
@@ -24,7 +24,7 @@ from tarflow_dist.cost.cards import CARDS, card, find_card
 from tarflow_dist.cost.estimate import Estimate, estimate, fitting_micro_batch
 from tarflow_dist.cost.memory import image_activations
 from tarflow_dist.flow.config import FlowConfig
-from tarflow_dist.flow.counts import Counts
+from tarflow_dist.flow.flops import FlowCost
 from tarflow_dist.flow.model import Flow
 
 HERE = Path(__file__).parent
@@ -73,7 +73,7 @@ def test_parameters_of_the_recipes_are_exact(path: Path) -> None:
     sizes = configs.load(path).model.to_json()
     with torch.device("meta"):
         flow = Flow(**sizes)
-    counted = Counts(FlowConfig(**sizes))
+    counted = FlowCost(FlowConfig(**sizes))
     assert counted.parameters == {name: p.numel() for name, p in flow.named_parameters()}
     assert counted.num_patches * counted.config.patch_dim == flow.num_dims
 
@@ -81,7 +81,7 @@ def test_parameters_of_the_recipes_are_exact(path: Path) -> None:
 @models
 def test_parameters_and_flops_are_exact(sizes: dict[str, Any]) -> None:
     flow = Flow(**sizes)
-    counted = Counts(flow.config)
+    counted = FlowCost(flow.config)
     assert counted.num_parameters == sum(p.numel() for p in flow.parameters())
     x, y = batch(flow)
 
@@ -98,7 +98,7 @@ def test_parameters_and_flops_are_exact(sizes: dict[str, Any]) -> None:
 
 def test_flops_of_recomputation_are_exact() -> None:
     flow = Flow(**MODELS["unconditional"])
-    counted = Counts(flow.config)
+    counted = FlowCost(flow.config)
     checkpoint_layers(flow, every=2)
     x, _ = batch(flow)
     flops = causal_flops(lambda: flow.loss(*flow(x)).backward(), flow.num_patches) / BATCH
@@ -108,7 +108,7 @@ def test_flops_of_recomputation_are_exact() -> None:
 def test_cost_of_guided_samples_is_what_decoding_does() -> None:
     config = configs.load(DIGITS, ["model.width=128"])
     flow = Flow(**config.model.to_json()).double()  # by torch's operations, which are counted
-    counted = Counts(flow.config)
+    counted = FlowCost(flow.config)
     sampling = estimate(config, card("h100"), 1, mfu=0.5).sampling
     z = torch.randn(BATCH, flow.num_patches, flow.patch_dim)
     with FlopCounterMode(display=False) as counter:
@@ -145,7 +145,7 @@ def test_activations_are_what_the_allocator_holds(precision: Any, every: int) ->
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = sum(event.nbytes() for event in events)
     loss.backward()
-    counted = Counts(flow.config)
+    counted = FlowCost(flow.config)
     # the share of the layer at work in the backward pass is not held yet
     value = 4 if precision == "fp32" else 2
     at_work = 8 * value * counted.num_patches * counted.width
@@ -307,7 +307,7 @@ def test_a_step_waits_as_messages_one_after_another_do(
     config = configs.load(
         ROOT / "configs" / "in256.yaml", [f"train.micro_batch_size={12 // passes}"]
     )
-    counts, buckets = Counts(config.model), 8
+    counts, buckets = FlowCost(config.model), 8
     monkeypatch.setattr(networks, "BUCKET", counts.num_parameters / buckets)
     between = networks.network(str(gb_per_second))
     step = networks.training_step(

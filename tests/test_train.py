@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT, command, processes_of, run
 
-from tarflow_dist.files import only_run
+from tarflow_dist.files import lock_folder
 from tarflow_dist.telemetry.metrics import read_metrics
 from tarflow_dist.training.checkpoint import Checkpoint
 from tarflow_dist.training.pointer import newest
@@ -283,7 +283,7 @@ def test_a_run_that_diverges_stops_and_saves_nothing_of_it(digits: Path, tmp_pat
 
 def test_two_jobs_never_write_one_run(unbroken: Path, digits: Path) -> None:
     where = [f"run={unbroken}", f"data.path={digits / 'mds'}"]
-    with only_run(unbroken):
+    with lock_folder(unbroken):
         done = run("tarflow_dist.train", *CURVE, *where, check=False)
     assert done.returncode == 2
     assert f"another run is writing to {unbroken}" in done.stderr

@@ -16,7 +16,7 @@ from tarflow_dist import distributed
 from tarflow_dist.config import Config
 from tarflow_dist.cost.cards import find_card
 from tarflow_dist.cost.memory import training_memory
-from tarflow_dist.flow.counts import Counts
+from tarflow_dist.flow.flops import FlowCost
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.training.saver import Saver
 
@@ -65,7 +65,7 @@ def speed(
     first = bench.seconds(step)
     step()
     took = statistics.median(bench.seconds(step) for _ in range(1 if bench.tiny else 7))
-    flops = Counts(config.model).training_flops * config.train.batch_size / took
+    flops = FlowCost(config.model).training_flops * config.train.batch_size / took
     card = find_card(device_name(bench.device)) if bench.cuda else None
     return {
         "images/s": round(config.train.batch_size / took, 2),
@@ -94,7 +94,7 @@ def peak_and_plan(bench: Bench, config: Config) -> dict[str, float]:
     step()
     step()
     planned = training_memory(
-        Counts(config.model),
+        FlowCost(config.model),
         stage=train.zero_stage,
         precision=train.precision,
         world_size=1,

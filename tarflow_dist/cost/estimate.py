@@ -8,7 +8,7 @@ from tarflow_dist.config import Config
 from tarflow_dist.cost.cards import Card
 from tarflow_dist.cost.memory import FP32, STAGES, Memory, Stage, training_memory
 from tarflow_dist.files import read_json
-from tarflow_dist.flow.counts import Counts
+from tarflow_dist.flow.flops import FlowCost
 
 # Share of a card's memory that is left for CUDA's context, NCCL, cuBLAS and fragmentation: ours,
 # not measured.
@@ -114,7 +114,7 @@ def estimate(config: Config, card: Card, gpus: int, *, mfu: float) -> Estimate:
     Raises:
         UserError: the batch can't be cut over that many GPUs.
     """
-    counts = Counts(config.model)
+    counts = FlowCost(config.model)
     micro_batch = fitting_micro_batch(config, card.memory, gpus)
     passes = config.train.batch_size // (micro_batch * gpus)
     every = config.train.activation_checkpointing
@@ -159,10 +159,10 @@ def fitting_micro_batch(config: Config, memory: int, gpus: int) -> int:
         return micro_batch
     train = config.train
     stage, every = train.zero_stage, train.activation_checkpointing
-    return _largest_micro_batch(config, Counts(config.model), memory, gpus, stage, every) or 1
+    return _largest_micro_batch(config, FlowCost(config.model), memory, gpus, stage, every) or 1
 
 
-def checkpoint_bytes(counts: Counts) -> int:
+def checkpoint_bytes(counts: FlowCost) -> int:
     """Size of one checkpoint of that model."""
     prior = counts.num_patches * counts.config.patch_dim
     return FP32 * (CHECKPOINT_COPIES * counts.num_parameters + prior)
@@ -185,7 +185,7 @@ def does_not_fit(result: Estimate, gpu: str) -> str:
 
 
 def _layouts(
-    config: Config, counts: Counts, card: Card, gpus: int, micro_batch: int
+    config: Config, counts: FlowCost, card: Card, gpus: int, micro_batch: int
 ) -> Iterator[Layout]:
     train = config.train
     for stage in STAGES:
@@ -206,7 +206,12 @@ def _layouts(
 
 
 def _memory(
-    config: Config, counts: Counts, gpus: int, stage: Stage, checkpoint_every: int, micro_batch: int
+    config: Config,
+    counts: FlowCost,
+    gpus: int,
+    stage: Stage,
+    checkpoint_every: int,
+    micro_batch: int,
 ) -> Memory:
     train = config.train
     return training_memory(
@@ -223,7 +228,7 @@ def _memory(
 
 
 def _largest_micro_batch(
-    config: Config, counts: Counts, memory: int, gpus: int, stage: Stage, checkpoint_every: int
+    config: Config, counts: FlowCost, memory: int, gpus: int, stage: Stage, checkpoint_every: int
 ) -> int:
     """0 if none fits into `memory` less the headroom."""
     share, room = config.train.batch_size // gpus, memory * (1 - HEADROOM)
@@ -244,7 +249,7 @@ def _stored_image_bytes(config: Config) -> float | None:
         return None
 
 
-def _sampling(counts: Counts, card: Card, mfu: float) -> Sampling:
+def _sampling(counts: FlowCost, card: Card, mfu: float) -> Sampling:
     count, batch_size, passes = 50_000, 100, 2  # sample_fid's batch; with and without the label
     steps = counts.num_patches - 1  # the last patch is predicted, never an input
     layers = sum(counts.layers)

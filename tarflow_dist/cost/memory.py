@@ -9,7 +9,7 @@ than one part in a hundred of any model worth planning.
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from tarflow_dist.flow.counts import Counts
+from tarflow_dist.flow.flops import FlowCost
 
 Stage = Literal[0, 1, 2, 3]
 Precision = Literal["fp32", "bf16", "bf16_autocast"]
@@ -71,7 +71,7 @@ class Memory:
 
 
 def training_memory(
-    counts: Counts,
+    counts: FlowCost,
     *,
     stage: Stage,
     precision: Precision,
@@ -136,7 +136,7 @@ def training_memory(
     return _offloaded(memory, weight * own) if offload else memory
 
 
-def image_activations(counts: Counts, precision: Precision, checkpoint_every: int) -> float:
+def image_activations(counts: FlowCost, precision: Precision, checkpoint_every: int) -> float:
     """Bytes of activations an image at the start of the backward pass: all that autograd saved, and
     what the first layers back work with. A checkpointed layer saves its input alone; one at a time
     has its activations again."""
@@ -158,7 +158,7 @@ def image_activations(counts: Counts, precision: Precision, checkpoint_every: in
     return saved + WORKING_VECTORS * value * N * w
 
 
-def layer_activations(counts: Counts, precision: Precision) -> int:
+def layer_activations(counts: FlowCost, precision: Precision) -> int:
     """Bytes an image that autograd saves in one transformer layer: inputs of the two norms, with
     means and deviations in fp32; in the type of the products what they feed (2 widths), q, k, v
     (3), attention's output (1) and log-sums, and the MLP before and after its GELU (8)."""

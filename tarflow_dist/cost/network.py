@@ -14,7 +14,7 @@ from tarflow_dist.cost.cards import Card
 from tarflow_dist.cost.estimate import Layout, estimate
 from tarflow_dist.cost.memory import BUCKET, FP32, LIVE_WEIGHTS, Precision, Stage
 from tarflow_dist.errors import UserError
-from tarflow_dist.flow.counts import Counts
+from tarflow_dist.flow.flops import FlowCost
 
 # Share of its cards' rate that a node sends at: ours, not measured.
 EFFICIENCY = 0.9
@@ -173,7 +173,7 @@ def training_step(
     reduce_precision: Precision,
 ) -> Step:
     """A step of `config` with another ZeRO stage and precision of the reduction."""
-    train, counts, gpus = config.train, Counts(config.model), nodes * gpus_per_node
+    train, counts, gpus = config.train, FlowCost(config.model), nodes * gpus_per_node
     share = train.batch_size / gpus
     micro_batch = min(train.micro_batch_size or share, share)
     passes = share / micro_batch

@@ -6,7 +6,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-STRETCHES = 8
+CACHE_LENGTHS = 8
 
 
 def has_graphs(device: torch.device) -> bool:
@@ -16,8 +16,8 @@ def has_graphs(device: torch.device) -> bool:
 class Replay:
     """Calls `work(stop)` as CUDA graphs, for a `stop` that grows, on the whole, up to `last`.
 
-    `stop` is rounded up to the end of one of `STRETCHES` equal parts, with a graph each. Where a
-    longer one has been reached, it stays.
+    `stop` is rounded up to the end of one of `CACHE_LENGTHS` equal parts, with a graph each. Where
+    a longer one has been reached, it stays.
 
     Args:
         work: must find its tensors where they were, and copy nothing to the host.
@@ -26,7 +26,7 @@ class Replay:
 
     def __init__(self, work: Callable[[int], None], changes: Sequence[Tensor], last: int):
         self._work, self._changes, self._last = work, changes, last
-        self._stretch = -(-last // STRETCHES)
+        self._stretch = -(-last // CACHE_LENGTHS)
         self._end = 0
         self._play: Callable[[], None] = lambda: None
 

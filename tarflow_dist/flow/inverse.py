@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from tarflow_dist.flow.block import FlowBlock
-from tarflow_dist.flow.cached import cached_transformer
 from tarflow_dist.flow.graphs import Replay, has_graphs
 from tarflow_dist.flow.guidance import Guidance
+from tarflow_dist.flow.kv_cache import cached_transformer
 from tarflow_dist.flow.transformer import accurate_dtype
 
 SWEEPS_BETWEEN_CHECKS = 3
 """On a GPU, where a check waits for all that is queued."""
-WILD = 1e6
+DIVERGED = 1e6
 """A guess further from 0 than this goes back to its latent value; answers stay as they are."""
 
 
@@ -139,7 +139,7 @@ def _sweep(
     kept = ((new - old).abs().amax(dim=2) < tolerance)[:, :-1] | (at[:, 1:] == at[:, :-1])
     settles = torch.cat([torch.ones_like(going)[:, None], kept], dim=1).cumprod(dim=1)
     # a guess that overflows would reach the patches before it, masked or not, as 0 · inf
-    use = settles.bool()[..., None] | (new.abs() < WILD)
+    use = settles.bool()[..., None] | (new.abs() < DIVERGED)
     x[sample, at + 1] = torch.where(going[:, None, None], torch.where(use, new, latent), old)
     settled.copy_((settled + settles.sum(dim=1)).clamp(max=last))
 

@@ -36,18 +36,18 @@ class Flow(nn.Module):
     (t even) or reversed (t odd). Images and latents are at least float32 whatever the weights are.
 
     Args:
-        sizes: the fields of `FlowConfig`.
+        fields: those of `FlowConfig`.
 
     Raises:
-        ValueError: sizes that do not fit together.
+        ValueError: fields that do not fit together.
     """
 
     var: Tensor
     PRIOR_RATE = 0.1
 
-    def __init__(self, **sizes: Any):
+    def __init__(self, **fields: Any):
         super().__init__()
-        self.config = config = FlowConfig(**sizes)
+        self.config = config = FlowConfig(**fields)
         self.image_size, self.patch_size = config.image_size, config.patch_size
         self.num_classes, self.noise = config.num_classes, config.noise
         self.sigma, self.sigma_range = config.sigma, config.sigma_range

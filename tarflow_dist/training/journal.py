@@ -6,9 +6,9 @@ from pathlib import Path
 from tarflow_dist import distributed
 from tarflow_dist.config import Config
 from tarflow_dist.telemetry.metrics import Metrics
-from tarflow_dist.telemetry.pace import Pace
 from tarflow_dist.telemetry.plots import plot_loss
 from tarflow_dist.telemetry.progress import Progress
+from tarflow_dist.telemetry.throughput import Throughput
 from tarflow_dist.training import run_folder
 from tarflow_dist.training.state import RunState
 from tarflow_dist.training.step import StepResult
@@ -21,11 +21,11 @@ class Journal:
         config: the run's.
         state: read at every row; gets the run's wandb id.
         changes: sentences on what differs from the run's last start.
-        pace: measures the run's speed.
+        throughput: measures the run's speed.
     """
 
-    def __init__(self, config: Config, state: RunState, changes: list[str], pace: Pace):
-        self._config, self._state, self._pace = config, state, pace
+    def __init__(self, config: Config, state: RunState, changes: list[str], throughput: Throughput):
+        self._config, self._state, self._throughput = config, state, throughput
         self._figures: dict[str, float] = {}
         self._speed = 0.0
         self._progress = Progress(
@@ -57,7 +57,7 @@ class Journal:
         Args:
             stall_seconds: time that checkpoints have held up training so far.
         """
-        figures, speed = step.figures(), self._pace.figures(self._state.images)
+        figures, speed = step.figures(), self._throughput.figures(self._state.images)
         self._figures["loss"] = figures["loss"]
         self._speed = speed["images_per_second"]
         if self._metrics is not None:

@@ -26,7 +26,7 @@ from tarflow_dist.training.start import (
     open_data,
     recognise_data,
     restore,
-    start_pace,
+    start_throughput,
 )
 from tarflow_dist.training.step import Stepper
 from tarflow_dist.training.watchdog import Watchdog
@@ -46,7 +46,7 @@ def train(config: Config, device: torch.device) -> bool:
         micro_batch_size = choose_micro_batch(config, device)
         shards = open_data(config, "train")
         val_shards = None if config.eval.every_images is None else open_data(config, "val")
-        with distributed.only_job(config.run):
+        with distributed.lock_folder(config.run):
             return _train(config, shards, val_shards, micro_batch_size, device, watchdog, interrupt)
 
 
@@ -82,13 +82,13 @@ def _train(
         world_size=distributed.world_size(),
         num_workers=config.data.num_workers,
     )
-    pace = start_pace(config, device, state.images)
+    throughput = start_throughput(config, device, state.images)
     objective = MaximumLikelihood(engine, config, device)
-    stepper = Stepper(engine, objective, batches, config, device, pace)
+    stepper = Stepper(engine, objective, batches, config, device, throughput)
     saver = Saver(config.run / pointer.FOLDER, config.checkpoint, engine.flow.config, classes)
     health = Health(config, engine)
     anyone = distributed.AnyRank(device)
-    with Journal(config, state, changes, pace) as journal:
+    with Journal(config, state, changes, throughput) as journal:
         stop = False
         while state.images < config.train.images and not stop:
             anyone.ask(interrupt.requested, saver.writing)

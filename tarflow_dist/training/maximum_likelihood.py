@@ -10,7 +10,7 @@ from torch import Tensor
 from tarflow_dist import distributed
 from tarflow_dist.config import Config, LossWeight
 from tarflow_dist.data.loader import Batch
-from tarflow_dist.flow.units import bits_per_dim, log_prob_of, loss_of
+from tarflow_dist.flow.bits_per_dim import bits_per_dim, log_prob_of, loss_of
 from tarflow_dist.likelihood import mean_log_prob
 from tarflow_dist.pretrained import TarFlow
 from tarflow_dist.training.augment import augment

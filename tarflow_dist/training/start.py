@@ -11,9 +11,9 @@ from tarflow_dist.cost.cards import find_card
 from tarflow_dist.cost.estimate import fitting_micro_batch
 from tarflow_dist.data.shards import Shards, open_shards
 from tarflow_dist.errors import UserError
-from tarflow_dist.flow.counts import Counts
+from tarflow_dist.flow.flops import FlowCost
 from tarflow_dist.flow.model import Flow
-from tarflow_dist.telemetry.pace import Pace
+from tarflow_dist.telemetry.throughput import Throughput
 from tarflow_dist.training import pointer
 from tarflow_dist.training.checkpoint import newest_whole
 from tarflow_dist.training.engine import Engine
@@ -112,12 +112,12 @@ def restore(config: Config, engine: Engine) -> RunState:
     return saved.state
 
 
-def start_pace(config: Config, device: torch.device, images: int) -> Pace:
+def start_throughput(config: Config, device: torch.device, images: int) -> Throughput:
     """Measures the run's speed from `images` seen on, against the peak of the GPU if its data sheet
     is known."""
     peak = None
     known = find_card(distributed.device_name(device))
     if known is not None:
         peak = known.fp32_flops if config.train.precision == "fp32" else known.bf16_flops
-    flops = Counts(config.model).training_flops
-    return Pace(device, images, flops=flops, peak=peak)
+    flops = FlowCost(config.model).training_flops
+    return Throughput(device, images, flops=flops, peak=peak)

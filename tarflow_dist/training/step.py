@@ -10,7 +10,7 @@ from torch import Tensor
 from tarflow_dist import distributed
 from tarflow_dist.config import Config
 from tarflow_dist.data.loader import Batch
-from tarflow_dist.telemetry.pace import Pace
+from tarflow_dist.telemetry.throughput import Throughput
 from tarflow_dist.training.engine import Engine
 from tarflow_dist.training.objective import Objective
 from tarflow_dist.training.schedule import ema_decay, learning_rate
@@ -50,11 +50,11 @@ class Stepper:
         batches: Iterator[Batch],
         config: Config,
         device: torch.device,
-        pace: Pace,
+        throughput: Throughput,
     ):
         self._engine, self._objective = engine, objective
         self._batches, self._config = batches, config
-        self._device, self._pace = device, pace
+        self._device, self._throughput = device, throughput
 
     def step(self, state: RunState) -> StepResult:
         """Takes the step that follows `state`. One whose loss or gradient is not finite, or whose
@@ -67,9 +67,9 @@ class Stepper:
         spike = None
         objective.begin_step()
         for number in range(engine.accumulation_steps):
-            with self._pace.waiting():
+            with self._throughput.waiting():
                 batch = next(self._batches)
-            with self._pace.working():
+            with self._throughput.working():
                 loss = objective.loss(batch)
             total += loss.detach()
             last = number == engine.accumulation_steps - 1

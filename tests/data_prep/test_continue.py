@@ -19,7 +19,7 @@ import pytest
 from commands import FRESH
 from PIL import Image
 
-from data_prep import encode, pipeline, spool
+from data_prep import encode, pipeline, staging
 from data_prep.__main__ import main
 from data_prep.pipeline import prepare
 from data_prep.records import Settings
@@ -323,7 +323,7 @@ def test_a_kill_between_two_formats(few: Path, tmp_path: Path) -> None:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pipeline, "publish_folder", once)
-            patch.setattr(spool, "remove", kill)
+            patch.setattr(staging, "remove", kill)
             with pytest.raises(Killed):
                 main(command(few, out, "--format", "both"))
         assert len(list(out.glob("[mw]ds"))) == count

@@ -22,7 +22,7 @@ from tarflow_dist.evaluation.features import PixelFeatures
 from tarflow_dist.evaluation.image_sets import check_image_shape, open_samples
 from tarflow_dist.evaluation.reference_set import open_reference
 from tarflow_dist.evaluation.statistics import Gaussian
-from tarflow_dist.files import only_run, sha256
+from tarflow_dist.files import lock_folder, sha256
 from tarflow_dist.pretrained import TarFlow
 from tarflow_dist.sample_fid import check_arguments, main, parse_arguments, sweep_settings
 
@@ -253,7 +253,7 @@ def outcome(out: Path) -> dict:
 def test_two_jobs_do_not_share_a_folder(model: Path, digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    with only_run(out):
+    with lock_folder(out):
         done = run(COMMAND, *options(model, digits, out), check=False)
         assert list(out.iterdir()) == [out / ".lock"]
     assert done.returncode == 2

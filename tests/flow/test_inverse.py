@@ -96,7 +96,7 @@ def test_what_a_gpu_repeats_is_the_sequential_inverse(
     monkeypatch.setattr(inverse, "has_graphs", lambda device: True)
     x = flow.decode(z, y, **arguments)
     assert (x - expected).abs().max() < 1e-10 * max(1.0, float(expected.abs().max()))
-    assert len(recorded) <= graphs.STRETCHES * len(flow.blocks)
+    assert len(recorded) <= graphs.CACHE_LENGTHS * len(flow.blocks)
     x = flow.decode(z, y, **arguments, solvers=solvers)
     assert (x - expected).abs().max() < 1e-8 * max(1.0, float(expected.abs().max()))
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tarflow_dist.flow import native
 from tarflow_dist.flow.block import FlowBlock
-from tarflow_dist.flow.cached import TorchTransformer, cached_transformer
+from tarflow_dist.flow.kv_cache import TorchTransformer, cached_transformer
 from tarflow_dist.flow.model import Flow
 from tarflow_dist.flow.native import NativeTransformer, build
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from strikes import ROOT, TINY
 
-from slurm import after
+from slurm import requeue
 from slurm.records import Record
 from slurm.resources import parse_minutes
 
@@ -201,7 +201,7 @@ def test_a_job_goes_on_while_there_is_progress(
         if checkpoint is not None:
             (run / "checkpoints" / f"{checkpoint:011d}").mkdir(parents=True, exist_ok=True)
             (run / "checkpoints" / "latest").write_text(f"{checkpoint:011d}\n")
-        return after.main([str(job), str(code)])
+        return requeue.main([str(job), str(code)])
 
     again = 75
     assert [end(137, None), end(137, None)] == [again, again]

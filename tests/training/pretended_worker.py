@@ -93,7 +93,7 @@ def main(config_file: str, out: str, device: str, *overrides: str) -> None:
         from tarflow_dist.data.loader import Batch
         from tarflow_dist.training.maximum_likelihood import MaximumLikelihood
         from tarflow_dist.training.saver import _own_share
-        from tarflow_dist.training.start import build_engine, start_pace
+        from tarflow_dist.training.start import build_engine, start_throughput
         from tarflow_dist.training.state import RunState
         from tarflow_dist.training.step import Stepper
 
@@ -112,9 +112,9 @@ def main(config_file: str, out: str, device: str, *overrides: str) -> None:
                 yield Batch(images, torch.arange(size) % 10, torch.arange(size), zeros)
 
         state = RunState(images=config.optimizer.warmup_images)
-        pace = start_pace(config, where, 0)
+        throughput = start_throughput(config, where, 0)
         objective = MaximumLikelihood(engine, config, where)
-        stepper = Stepper(engine, objective, batches(), config, where, pace)
+        stepper = Stepper(engine, objective, batches(), config, where, throughput)
         losses, waited = [], []
 
         def step() -> None:

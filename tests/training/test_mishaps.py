@@ -14,7 +14,7 @@ from commands import ROOT, command
 
 from tarflow_dist import config as configs
 from tarflow_dist.errors import UserError
-from tarflow_dist.telemetry.pace import Pace
+from tarflow_dist.telemetry.throughput import Throughput
 from tarflow_dist.training import journal
 from tarflow_dist.training.journal import Journal
 from tarflow_dist.training.run_folder import check_kinds, read_status
@@ -123,12 +123,12 @@ def test_pictures_and_status_never_end_a_run(
 
     config = configs.load(ROOT / "configs" / "digits.yaml", [f"run={tmp_path}", *SHORT[1:]])
     state = RunState(images=320)
-    pace = Pace(torch.device("cpu"), 320, flops=1, peak=None)
-    with Journal(config, state, [], pace):
+    throughput = Throughput(torch.device("cpu"), 320, flops=1, peak=None)
+    with Journal(config, state, [], throughput):
         monkeypatch.setattr(journal, "plot_loss", full)
     assert read_status(tmp_path)["state"] == "finished"
     assert "no loss.png (No space left on device)" in capsys.readouterr().err
-    with Journal(config, state, [], pace) as written:
+    with Journal(config, state, [], throughput) as written:
         monkeypatch.setattr(journal.run_folder, "record_status", full)
         written.record_progress()
     assert "status.json can't be written (No space left on device)" in capsys.readouterr().err

@@ -66,7 +66,7 @@ def can_run(block: FlowBlock) -> bool:
 
 
 class NativeTransformer:
-    """The `flow.cached.CachedTransformer` of a float32 model on a CPU. It has a copy of the
+    """The `flow.kv_cache.CachedTransformer` of a float32 model on a CPU. It has a copy of the
     matrices, so the weights must stay as they are."""
 
     def __init__(

@@ -1,6 +1,6 @@
 """What an unfinished run has done so far, so that it can be killed at any moment and continued.
 
-A spool is a folder: `begun.json` says what the run is, `images.bin` is the stored images one after
+A staging folder: `begun.json` says what the run is, `images.bin` is the stored images one after
 another, `images.jsonl` a line an item of the source, in its order. Images are on disk before their
 lines are, and a line counts once it is whole; each ends with a hash of itself and all before it.
 """
@@ -83,7 +83,7 @@ class Journal:
         os.close(self._descriptor)
 
 
-class Spool:
+class Staging:
     """Results of a source's items, in its order.
 
     Attributes:
@@ -168,7 +168,7 @@ def truncate(descriptor: int, end: int) -> None:
 
 
 def begin(folder: Path, about: dict[str, Any]) -> None:
-    """Makes the spool `folder` for a run that is `about`, or finds that it is this run's.
+    """Makes the staging `folder` for a run that is `about`, or finds that it is this run's.
 
     Raises:
         UserError: it is another run's.

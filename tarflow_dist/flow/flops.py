@@ -8,8 +8,8 @@ its kernels skip the others.
 from tarflow_dist.flow.config import FlowConfig
 
 
-class Counts:
-    """Counts of the flow of `config`.
+class FlowCost:
+    """FlowCost of the flow of `config`.
 
     Attributes:
         num_patches, width: as in `config`.

@@ -1,4 +1,4 @@
-"""Decides, when the ranks of a job have ended, how it goes on: python -m slurm.after FOLDER CODE
+"""Decides, when the ranks of a job have ended, how it goes on: python -m slurm.requeue FOLDER CODE
 
 FOLDER is the job's, CODE what srun ended with. Runs in the batch script, and exits with 75 if that
 should requeue the job. Loads no torch.

@@ -14,7 +14,7 @@ from tarflow_dist import distributed
 GIB = 2**30
 
 
-class Pace:
+class Throughput:
     """Measures this rank's time from one row of metrics to the next.
 
     Args:

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from data_prep.sources import SPLITS, shuffle_key
-from data_prep.spool import Spool
+from data_prep.staging import Staging
 from tarflow_dist.errors import UserError
 
-# All that is held of an image at once, 42 bytes; the rest stays in the spool's journal, on disk.
+# All that is held of an image at once, 42 bytes; the rest stays in the staging journal, on disk.
 PLACED = np.dtype(
     [
         ("line", "i8"),  # where its line begins in the journal
@@ -22,7 +22,7 @@ PLACED = np.dtype(
 )
 
 
-def place_images(images: Spool, seed: int) -> np.ndarray:
+def place_images(images: Staging, seed: int) -> np.ndarray:
     """(images.done,) of PLACED, in the source's order."""
 
     def placed() -> Iterator[tuple[object, ...]]:

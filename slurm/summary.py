@@ -10,21 +10,21 @@ from tarflow_dist.config import Config
 from tarflow_dist.cost.cards import card
 from tarflow_dist.cost.estimate import CHECKPOINT_COPIES, estimate, fitting_micro_batch
 from tarflow_dist.cost.network import advised, network, network_estimate, waiting
-from tarflow_dist.flow.counts import Counts
+from tarflow_dist.flow.flops import FlowCost
 from tarflow_dist.training import pointer
 
 MFU = 0.4  # assumed for the images an hour
 
 
 @dataclass(frozen=True)
-class Outlook:
+class Summary:
     """`text` is the plan; `problem` a sentence on what seems not to fit, empty if nothing."""
 
     text: str
     problem: str
 
 
-def describe(chain: Sequence[Task], resources: Resources) -> Outlook:
+def describe(chain: Sequence[Task], resources: Resources) -> Summary:
     """The plan of the tasks.
 
     Raises:
@@ -48,7 +48,7 @@ def describe(chain: Sequence[Task], resources: Resources) -> Outlook:
         rows |= more
     if not problem and task.shards and "://" not in task.shards and not Path(task.shards).is_dir():
         problem = f"there are no shards {task.shards} on this machine"
-    return Outlook("\n".join(f"{name:<16}{text}" for name, text in rows.items()), problem)
+    return Summary("\n".join(f"{name:<16}{text}" for name, text in rows.items()), problem)
 
 
 def _new(config: Config) -> str:
@@ -59,7 +59,7 @@ def bytes_to_write(task: Task) -> int:
     """What must be free on disk: two checkpoints of a training."""
     if task.config is None:
         return 0
-    parameters = Counts(task.config.model).num_parameters
+    parameters = FlowCost(task.config.model).num_parameters
     return 2 * CHECKPOINT_COPIES * 4 * parameters
 
 
