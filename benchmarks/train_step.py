@@ -36,6 +36,7 @@ from tarflow_dist.flow.flops import FlowCost
 from tarflow_dist.flow.noise import scale_pixels
 from tarflow_dist.training.ema import DECAY, EMA, track_ema
 from tarflow_dist.training.engine import Engine
+from tarflow_dist.training.maximum_likelihood import MaximumLikelihood
 from tarflow_dist.training.saver import Saver
 from tarflow_dist.training.start import build_engine, start_throughput
 from tarflow_dist.training.state import RunState
@@ -65,7 +66,8 @@ class Ours:
         self._batch_size = config.train.batch_size
         throughput = start_throughput(config, device, 0)
         batches = random_batches(config, micro_batch)
-        self._stepper = Stepper(self.engine, batches, config, device, throughput)
+        objective = MaximumLikelihood(self.engine, config, device)
+        self._stepper = Stepper(self.engine, objective, batches, config, device, throughput)
 
     def step(self) -> None:
         self._stepper.step(self.state)

@@ -1,9 +1,9 @@
 """Source → decode, crop, encode → shards: the road every layout takes to every format.
 
 The source is read once, front to back, and the stored images wait in a staging folder in the
-output folder. From there they are written in an order that depends on seed and names alone; every format gets the
-same images in the same order, cut into shards at the same places. All that was done stays in
-OUT/.partial until the sets are whole, so the same command goes on where a killed one was.
+output folder. From there they are written in an order that depends on seed and names alone; every
+format gets the same images in the same order, cut into shards at the same places. All that was done
+stays in OUT/.partial until the sets are whole, so the same command goes on where a killed one was.
 """
 
 import hashlib
