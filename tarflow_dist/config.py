@@ -296,25 +296,42 @@ UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # a key, to pydant
 FIXED_IN_A_RUN = ("model", "seed", "init")
 SAVED_FILE = "config.yaml"  # in the run's folder
 VERSION = 1  # of a config file, which may say it
+RECIPES = Path(__file__).with_name("recipes")  # in a checkout, configs/
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a config file and applies `key=value` overrides, whose values are YAML.
+    """Reads a config file, or the recipe of that name, and applies `key=value` overrides, whose
+    values are YAML.
 
     Raises:
         UserError: one sentence that names the key, and the nearest one if the key is unknown.
     """
-    tree = _read_tree(path)
+    tree = _read_tree(find(path))
     for override in overrides:
         _apply_override(tree, override)
     return _validated(tree, path)
+
+
+def recipes() -> list[str]:
+    """The names of the configs that come with this package."""
+    return sorted(file.stem for file in RECIPES.glob("*.yaml"))
+
+
+def find(path: Path) -> Path:
+    """The file `path`, or if there is none and it is a recipe's name, with or without .yaml, that
+    recipe's file."""
+    recipe = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
+    return recipe if path.parent == Path() and not path.is_file() and recipe.is_file() else path
 
 
 def _read_tree(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(read_regular(path).decode())
     except FileNotFoundError as error:
-        raise UserError(f"there is no config {path}") from error
+        raise UserError(
+            f"there is no config {path}: name a YAML file, or one of the recipes "
+            f"{', '.join(recipes())}"
+        ) from error
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):

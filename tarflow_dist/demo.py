@@ -18,7 +18,7 @@ from tarflow_dist import config as configs
 from tarflow_dist.errors import run_command
 from tarflow_dist.files import read_json
 
-CONFIG = Path("configs/digits.yaml")
+RECIPE = "digits"
 FOLDER = Path("demo")
 SHARDS, RUN, MODEL = FOLDER / "shards", FOLDER / "run", FOLDER / "model"
 GUIDED, UNGUIDED = FOLDER / "guided", FOLDER / "unguided"
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     step("data_prep", ["digits", SHARDS], done=SHARDS / "wds" / "summary.json")
     step(
         "tarflow_dist.train",
-        [CONFIG, f"run={RUN}", f"data.path={SHARDS / 'mds'}", f"train.precision={precision}"],
+        [RECIPE, f"run={RUN}", f"data.path={SHARDS / 'mds'}", f"train.precision={precision}"],
         ranks=ranks,
     )
     step("tarflow_dist.convert", [RUN, MODEL], done=MODEL / "model.safetensors")
@@ -112,7 +112,7 @@ def _machine() -> tuple[int, str]:
     gpus = torch.cuda.device_count()
     if not gpus:
         return 2, "fp32"
-    batch_size = configs.load(CONFIG).train.batch_size
+    batch_size = configs.load(Path(RECIPE)).train.batch_size
     return max(ranks for ranks in range(1, gpus + 1) if batch_size % ranks == 0), "bf16"
 
 

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("config", type=Path, help="a YAML file, such as configs/in256.yaml")
+    add("config", type=Path, help="a YAML file, or a recipe's name, such as in256")
     add("overrides", nargs="*", metavar="key=value", help="changes to the config")
     add("--nodes", type=int, default=1, help="default 1")
     add("--gpus-per-node", type=int, default=8, help="default 8")

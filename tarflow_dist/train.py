@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
         epilog=f"config fields:\n{configs.help_text()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", type=Path, help="a YAML file, such as configs/digits.yaml")
+    parser.add_argument("config", type=Path, help="a YAML file, or a recipe's name, such as digits")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
     arguments = parser.parse_args(argv)
     config = configs.load(arguments.config, arguments.overrides)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tarflow_dist import config as configs
+from tarflow_dist import recipe
 from tarflow_dist.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -14,6 +15,22 @@ DIGITS = ROOT / "configs" / "digits.yaml"
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_recipes_load(path: Path) -> None:
     assert configs.load(path).model.patch_size > 0
+
+
+def test_a_recipe_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()  # shards, say
+    assert configs.load(Path("digits")) == configs.load(Path("digits.yaml")) == configs.load(DIGITS)
+    with pytest.raises(UserError, match=r"there is no config x/digits: .* one of the recipes afhq"):
+        configs.load(Path("x/digits"))
+    recipe.main(["digits", "mine.yaml"])
+    assert Path("mine.yaml").read_bytes() == DIGITS.read_bytes()
+    with pytest.raises(UserError, match=r"mine.yaml is there already"):
+        recipe.main(["digits", "mine.yaml"])
+    with pytest.raises(UserError, match="there is no recipe digit: there are afhq256, digits"):
+        recipe.main(["digit"])
+    Path("in64.yaml").write_text(DIGITS.read_text())  # one's own comes first
+    assert configs.load(Path("in64.yaml")).model.image_size == 8
 
 
 def test_overrides_are_yaml_values() -> None:

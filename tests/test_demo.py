@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import ROOT, processes_of
+from commands import processes_of
 
 RANKS_START = "demo/shards/mds/manifest.parquet"  # what is there when they do
 RANKS_TRAIN = "demo/run/metrics.jsonl"
@@ -20,7 +20,6 @@ RANKS_TRAIN = "demo/run/metrics.jsonl"
 def test_an_interrupted_demo_leaves_nothing_running(
     there: str, number: signal.Signals, tmp_path: Path
 ) -> None:
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
     process = subprocess.Popen([sys.executable, "-m", "tarflow_dist.demo"], cwd=tmp_path)
     while not (tmp_path / there).exists():
         assert process.poll() is None

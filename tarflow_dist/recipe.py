@@ -1,0 +1,45 @@
+"""Lists the recipes that come with tarflow_dist, or copies one to be changed.
+
+    python -m tarflow_dist.recipe
+    python -m tarflow_dist.recipe images64 mine.yaml
+
+Where a config is asked for, a recipe's name will do: python -m tarflow_dist.train digits
+"""
+
+import argparse
+from pathlib import Path
+
+from tarflow_dist import config as configs
+from tarflow_dist.errors import UserError, run_command
+from tarflow_dist.files import write_whole
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tarflow_dist.recipe",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", nargs="?", help="the recipe's; without one all are listed")
+    parser.add_argument("out", nargs="?", type=Path, help="the file to write; default NAME.yaml")
+    args = parser.parse_args(argv)
+    if args.name is None:
+        for name in configs.recipes():
+            about = configs.find(Path(name)).read_text().splitlines()[0]
+            print(f"{name:<18}{about.removeprefix('# ')}")
+        return
+    if args.name not in configs.recipes():
+        known = ", ".join(configs.recipes())
+        raise UserError(f"there is no recipe {args.name}: there are {known}")
+    out = args.out or Path(f"{args.name}.yaml")
+    if out.exists():
+        raise UserError(f"{out} is there already: choose another name")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"there is no folder {out.absolute().parent}")
+    with write_whole(out) as part:
+        part.write_bytes((configs.RECIPES / f"{args.name}.yaml").read_bytes())
+    print(out)
+
+
+if __name__ == "__main__":
+    run_command(main)
