@@ -26,7 +26,8 @@ are read as they lie;
 kaggle: ILSVRC/Data/CLS-LOC/, LOC_val_solution.csv and LOC_synset_mapping.txt;
 parquet: Hugging Face's train-*.parquet and validation-*.parquet, in SRC or SRC/data;
 npz: the downsampled ImageNet's train_data_batch_*.npz and val_data.npz;
-wds: WebDataset tars, an image and its .cls or .json a sample, named after their splits"""
+wds: WebDataset tars, an image and its .cls or .json a sample, named after their splits;
+mds: MosaicML streaming's SRC/{train,val}/index.json, an image x and its label y a sample"""
 
 
 def parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ from data_prep.sources.base import SPLITS, FilePart, Item, Source, shuffle_key
 from data_prep.sources.digits import Digits
 from data_prep.sources.folder import Folder
 from data_prep.sources.kaggle import Kaggle
+from data_prep.sources.mds import MDS
 from data_prep.sources.npz import Npz
 from data_prep.sources.parquet import Parquet
 from data_prep.sources.walk import unreadable
@@ -16,6 +17,7 @@ from tarflow_dist.errors import UserError
 
 __all__ = [
     "LAYOUTS",
+    "MDS",
     "SPLITS",
     "Archives",
     "Digits",
@@ -37,8 +39,9 @@ PACKED: dict[str, Any] = {
     "parquet": Parquet,
     "npz": Npz,
     "wds": WebDataset,
+    "mds": MDS,
 }
-SPLIT_HERE = ("wds",)
+SPLIT_HERE = ("wds", "mds")
 """Those of them that may come without val."""
 LAYOUTS = ("folder", *PACKED)
 

@@ -1,16 +1,20 @@
 """Sets in other people's formats give the pixels and labels that an independent reader gives."""
 
 import json
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+from streaming import LocalDataset, MDSWriter
 
+from data_prep.__main__ import main
 from data_prep.images import prepare_image
 from data_prep.sources import Source, open_source
 from tarflow_dist.errors import UserError
@@ -218,3 +222,118 @@ def test_other_tars_beside_class_folders_are_passed_over(tmp_path: Path) -> None
     write_tar(tmp_path / "backup.tar", [{"__key__": "a/0", "png": picture("PNG")}] * 3)
     assert source(tmp_path).layout == "folder"
     assert source(tmp_path).passed_over == {".tar": 1}
+
+
+COLUMNS = {  # of MosaicML's: those of their ImageNet, their CIFAR-10, and others
+    "imagenet": ({"i": "int", "x": "jpeg", "y": "int"}, "JPEG"),
+    "cifar": ({"i": "int", "x": "pil", "y": "int"}, None),
+    "others": ({"caption": "str", "image": "png", "label": "int32", "aux": "pkl"}, "PNG"),
+    "pixels": ({"x": "ndarray:uint8:8,8,3", "y": "uint8"}, None),
+}
+
+
+def write_mds(folder: Path, columns: dict[str, str], samples: list, **options: Any) -> None:
+    with MDSWriter(columns=columns, out=str(folder), size_limit=900, **options) as out:
+        for i, (label, image) in enumerate(samples):
+            of_kind = {"int": i, "str": "a cat", "pkl": Trap}
+            sample = {name: of_kind.get(kind) for name, kind in columns.items()}
+            image_column, label_column = ("x", "y") if "x" in columns else ("image", "label")
+            out.write(sample | {image_column: image, label_column: label})
+
+
+@pytest.mark.parametrize("compression", [None, "zstd:3"])
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_mds_shards(
+    columns: str, compression: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the streaming library, which wrote them, too."""
+    names, kind = COLUMNS[columns]
+    theirs = {}
+    for split, count in (("train", 7), ("val", 4)):
+        images: list[Any] = [picture(kind or "PNG") for _ in range(count)]
+        if not kind:
+            images = [Image.open(BytesIO(image)).convert("RGB") for image in images]
+        if columns == "pixels":
+            images = [np.asarray(image) for image in images]
+        samples = [(i % 3, image) for i, image in enumerate(images)]
+        if columns == "others":
+            samples = [(np.int32(label), image) for label, image in samples]
+        if columns == "pixels":
+            samples = [(np.uint8(label), image) for label, image in samples]
+        write_mds(tmp_path / "set" / split, names, samples, compression=compression)
+        write_mds(tmp_path / "plain" / split, names, samples)
+        theirs[split] = list(LocalDataset(str(tmp_path / "plain" / split)))
+    found = source(tmp_path / "set")
+    assert (found.layout, found.classes) == ("mds", ["0", "1", "2"])
+    check_starts(found)
+    monkeypatch.setattr(pickle, "loads", pytest.fail)
+    assert pixels(found) == {
+        split: [
+            (int(s.get("y", s.get("label"))), np.asarray(s.get("x", s.get("image"))).tobytes())
+            for s in samples
+        ]
+        for split, samples in theirs.items()
+    }
+
+
+def test_our_own_sets_keep_their_classes(tmp_path: Path) -> None:
+    for i, name in enumerate(["ant", "ant", "cats, big", "cats, big"]):
+        (tmp_path / "src" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "src" / name / f"{i}.png").write_bytes(picture("PNG"))
+    command = ["folder", f"{tmp_path}/src", f"{tmp_path}/out", "--size", "8", "--workers", "1"]
+    main([*command, "--format", "both"])
+    for form in ("mds", "wds"):
+        assert source(tmp_path / "out" / form).classes == ["ant", "cats, big"]
+        ours, before = pixels(source(tmp_path / "out" / form)), pixels(source(tmp_path / "src"))
+        assert sorted(ours["train"] + ours["val"]) == sorted(before["train"] + before["val"])
+
+
+def test_a_split_alone_gives_a_share_of_each_class(tmp_path: Path) -> None:
+    samples = [(i % 2, picture("JPEG")) for i in range(8)]
+    write_mds(tmp_path / "train", COLUMNS["imagenet"][0], [*samples, (-1, samples[0][1])])
+    for path in (tmp_path, tmp_path / "train"):
+        found = source(path)
+        assert found.notes == ["no folder for val: a share of each class is held out"]
+        assert found.passed_over == {"without a label": 1}
+        assert sorted(label for label, _ in pixels(found)["val"]) == [0, 1]
+        assert len(found) == 8
+        check_starts(found)
+
+
+def cut_shard(index: dict, shard: Path) -> None:
+    shard.write_bytes(shard.read_bytes()[:-9])
+
+
+def other_count(index: dict, shard: Path) -> None:
+    index["shards"][0]["samples"] += 1
+
+
+def out_of_its_folder(index: dict, shard: Path) -> None:
+    index["shards"][0]["raw_data"]["basename"] = "../secret"
+
+
+def other_format(index: dict, shard: Path) -> None:
+    index["shards"][0]["format"] = "json"
+
+
+def other_columns(index: dict, shard: Path) -> None:
+    index["shards"][0]["column_names"] = ["i", "tokens", "y"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (cut_shard, "holds not the . samples of its index"),
+        (other_count, "holds not the . samples of its index"),
+        (out_of_its_folder, "leads out of its folder"),
+        (other_format, "its format is json, and not mds"),
+        (other_columns, "its columns are i, tokens, y: none for the image or the label"),
+    ],
+)
+def test_damaged_shards(damage: Callable[[dict, Path], None], said: str, tmp_path: Path) -> None:
+    write_mds(tmp_path, COLUMNS["imagenet"][0], [(0, picture("JPEG"))] * 3)
+    index = json.loads((tmp_path / "index.json").read_text())
+    damage(index, tmp_path / "shard.00000.mds")
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=rf"can't be read \(.*{said}.*: fetch it again"):
+        source(tmp_path, "mds")
