@@ -27,7 +27,8 @@ kaggle: ILSVRC/Data/CLS-LOC/, LOC_val_solution.csv and LOC_synset_mapping.txt;
 parquet: Hugging Face's train-*.parquet and validation-*.parquet, in SRC or SRC/data;
 npz: the downsampled ImageNet's train_data_batch_*.npz and val_data.npz;
 wds: WebDataset tars, an image and its .cls or .json a sample, named after their splits;
-mds: MosaicML streaming's SRC/{train,val}/index.json, an image x and its label y a sample"""
+mds: MosaicML streaming's SRC/{train,val}/index.json, an image x and its label y a sample;
+edm: StyleGAN's and EDM's SRC.zip, or folder, with images and dataset.json"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     folder.set_defaults(layout="folder")
     for command in (imagenet, folder):
         command.set_defaults(run=run_images, format="mds", workers=None)
-        command.add_argument("src", type=Path, help="the folder with the images")
+        command.add_argument("src", type=Path, help="the folder with the images, or a zip")
         _add_image_options(command)
 
     digits = commands.add_parser("digits", help="scikit-learn's handwritten digits, 8x8, built in")

@@ -6,6 +6,7 @@ from typing import Any
 from data_prep.sources.archives import Archives
 from data_prep.sources.base import SPLITS, FilePart, Item, Source, shuffle_key
 from data_prep.sources.digits import Digits
+from data_prep.sources.edm import EDM
 from data_prep.sources.folder import Folder
 from data_prep.sources.kaggle import Kaggle
 from data_prep.sources.mds import MDS
@@ -16,6 +17,7 @@ from data_prep.sources.wds import WebDataset
 from tarflow_dist.errors import UserError
 
 __all__ = [
+    "EDM",
     "LAYOUTS",
     "MDS",
     "SPLITS",
@@ -40,8 +42,9 @@ PACKED: dict[str, Any] = {
     "npz": Npz,
     "wds": WebDataset,
     "mds": MDS,
+    "edm": EDM,
 }
-SPLIT_HERE = ("wds", "mds")
+SPLIT_HERE = ("wds", "mds", "edm")
 """Those of them that may come without val."""
 LAYOUTS = ("folder", *PACKED)
 
@@ -56,7 +59,7 @@ def open_source(path: Path, *, layout: str = "auto", val_fraction: float, seed: 
     Raises:
         UserError: there is no such folder, no such layout in it, or more than one.
     """
-    if not path.is_dir():
+    if not path.is_dir() and not (path.is_file() and EDM.recognises(path)):
         raise UserError(f"there is no folder {path}: give one with images in a layout of --layout")
     if layout == "auto":
         found = [known for known, kind in PACKED.items() if kind.recognises(path)] or ["folder"]

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import zipfile
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from itertools import islice
@@ -337,3 +338,79 @@ def test_damaged_shards(damage: Callable[[dict, Path], None], said: str, tmp_pat
     (tmp_path / "index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=rf"can't be read \(.*{said}.*: fetch it again"):
         source(tmp_path, "mds")
+
+
+def write_zip(
+    file: Path, labels: list | None, count: int = 8, compression: int = zipfile.ZIP_STORED
+) -> Path:
+    """As EDM's dataset_tool.py does it."""
+    names = [f"{i // 3:05d}/img{i:08d}.png" for i in range(count)]
+    about = labels and [[name, label] for name, label in zip(names, labels, strict=False)]
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name in names:
+            archive.writestr(name, picture("PNG"))
+        archive.writestr("dataset.json", json.dumps({"labels": about}))
+    return file
+
+
+def edms_reader(file: Path) -> list[tuple[int, bytes]]:
+    """As ImageFolderDataset in EDM's training/dataset.py."""
+    with zipfile.ZipFile(file) as archive:
+        names = sorted(n for n in archive.namelist() if Path(n).suffix == ".png")
+        labels = json.loads(archive.read("dataset.json"))["labels"]
+        numbers = dict(labels) if labels is not None else dict.fromkeys(names, 0)
+        return [(numbers[name], decoded(archive.read(name))) for name in names]
+
+
+@pytest.mark.parametrize("labels", [None, [2, 0, 1, 1, 2, 0, 0, 2]])
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_edms_zips(labels: list | None, unpacked: bool, tmp_path: Path) -> None:
+    file = write_zip(tmp_path / "imagenet-8x8.zip", labels)
+    expected = edms_reader(file)
+    path = file
+    if unpacked:
+        path = tmp_path / "folder"
+        with zipfile.ZipFile(file) as archive:
+            archive.extractall(path)
+    found = source(path)
+    assert found.layout == "edm"
+    assert found.classes == (["0", "1", "2"] if labels else ["images"])
+    ours = pixels(found)
+    assert sorted(ours["train"] + ours["val"]) == sorted(expected)
+    assert sorted({label for label, _ in ours["val"]}) == ([0, 1, 2] if labels else [0])
+    check_starts(found)
+    if not unpacked:
+        assert source(tmp_path).fingerprint() == found.fingerprint()
+
+
+def test_a_zip_for_each_split(tmp_path: Path) -> None:
+    train = write_zip(tmp_path / "set-train.zip", [0, 1, 1], 3)
+    val = write_zip(tmp_path / "set-val.zip", [1, 0], 2)
+    assert pixels(source(tmp_path)) == {"train": edms_reader(train), "val": edms_reader(val)}
+
+
+@pytest.mark.parametrize(
+    ("labels", "compression", "said"),
+    [
+        ([0, 1, 2], zipfile.ZIP_DEFLATED, "compressed or locked: unpack it, give the folder"),
+        ([0, 1, [0.5, 0.5]], zipfile.ZIP_STORED, r"label of .* is \[0.5, 0.5\], and not a number"),
+        ([0, 1, -1], zipfile.ZIP_STORED, "is -1, and not a number"),
+    ],
+)
+def test_odd_zips(labels: list, compression: int, said: str, tmp_path: Path) -> None:
+    file = write_zip(tmp_path / "set.zip", labels, 3, compression)
+    with pytest.raises(UserError, match=said):
+        source(file)
+
+
+def test_zips_that_are_damaged_or_lack_something(tmp_path: Path) -> None:
+    file = write_zip(tmp_path / "set.zip", [0, 0, 0, 1], 5)
+    assert source(file).passed_over == {"without a label": 1}
+    content = file.read_bytes()
+    file.write_bytes(content[:-30])
+    with pytest.raises(UserError, match=r"set.zip can't be read .*: fetch it again"):
+        source(tmp_path)
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("dataset.json", json.dumps({"labels": [["a.png", 0]]}))
+    with pytest.raises(UserError, match=r"lacks 1 of the images .* labels, first a\.png"):
+        source(file)

@@ -1,0 +1,172 @@
+"""Sets as StyleGAN and EDM have them: images and dataset.json, in a zip or a folder."""
+
+import json
+import struct
+from collections import Counter
+from pathlib import Path
+from typing import IO, NamedTuple
+from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
+
+import numpy as np
+
+from data_prep.sources.base import (
+    MAX_CLASSES,
+    UNCONDITIONAL,
+    Group,
+    Grouped,
+    HoldOut,
+    find_splits,
+    is_image_name,
+    kind_of,
+)
+from data_prep.sources.walk import images_in
+from tarflow_dist.errors import UserError
+from tarflow_dist.files import read_regular, regular
+
+LABELS = "dataset.json"
+LARGEST_LABELS = 1 << 28  # bytes: ImageNet's are 50 million
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of what follows it
+
+
+class Images(NamedTuple):
+    """What is in a zip or a folder."""
+
+    names: list[str]
+    parts: np.ndarray | None
+    """(n, 2) int64, offset and size of each in the zip."""
+    about: bytes
+    """Its dataset.json."""
+    passed_over: Counter[str]
+
+
+class EDM(Grouped):
+    """A zip, or a folder, with images and a dataset.json, whose `labels` are null or [name, number]
+    an image; or a folder with such zips for train and val, by their names. Where there is no val,
+    it is drawn here. Labels stay as they are, and classes are the numbers; without labels it is an
+    unconditional set. Images are read where they lie.
+
+    Args:
+        val_fraction: share of each class held out where there is no val.
+
+    Raises:
+        UserError: `path` is no such set, or it is damaged.
+    """
+
+    def __init__(self, path: Path, *, val_fraction: float, seed: int):
+        splits = _find(path)
+        groups: list[Group] = []
+        passed_over: Counter[str] = Counter()
+        for split, place in splits.items():
+            images = _read_folder(place) if place.is_dir() else _read_zip(place)
+            passed_over += images.passed_over
+            labels = _labels(place, images)
+            prefix = "" if len(splits) == 1 else f"{place.stem}/"
+            group = Group(split, labels, prefix, place, images.names, images.parts)
+            groups.append(group.part(split, labels >= 0))
+            passed_over["without a label"] += int((labels < 0).sum())
+        if not all(group.names for group in groups):
+            raise UserError(f"{path} has no images that its {LABELS} labels")
+        count = 1 + max(int(np.max(group.label)) for group in groups)
+        classes, notes = [str(number) for number in range(count)], []
+        if count == 1:
+            classes = [UNCONDITIONAL]
+            notes.append("no labels, or one alone: an unconditional set, for model.num_classes=0")
+        if "val" not in splits:
+            notes.append("no val: a share of each class is held out")
+            groups = HoldOut(val_fraction, seed).split(groups)
+        super().__init__("edm", path, classes, groups, passed_over=+passed_over, notes=notes)
+
+    @staticmethod
+    def recognises(path: Path) -> bool:
+        return path.suffix == ".zip" or (path / LABELS).is_file() or bool(_zips(path))
+
+
+def _zips(path: Path) -> list[str]:
+    """Those with a dataset.json; a damaged one may have one."""
+    found = []
+    for file in sorted(path.glob("*.zip")):
+        try:
+            with ZipFile(regular(file)) as archive:
+                if LABELS in archive.namelist():
+                    found.append(file.name)
+        except (OSError, BadZipFile):
+            found.append(file.name)
+    return found
+
+
+def _find(path: Path) -> dict[str, Path]:
+    """The zip or folder of each split."""
+    if not path.is_dir() or (path / LABELS).is_file():
+        return {"train": path}
+    zips = _zips(path)
+    if len(zips) == 1:
+        return {"train": path / zips[0]}
+    splits, others = find_splits(zips)
+    if others or len(splits) != 2 or any(len(names) > 1 for names in splits.values()):
+        raise UserError(f"{path} has {', '.join(zips)}: give one, or a folder with train and val")
+    return {split: path / names[0] for split, names in splits.items()}
+
+
+def _read_folder(folder: Path) -> Images:
+    images = images_in(folder)
+    images.passed_over[kind_of(LABELS)] -= 1
+    about = read_regular(folder / LABELS)
+    return Images(images.names, None, about, +images.passed_over)
+
+
+def _read_zip(file: Path) -> Images:
+    passed_over: Counter[str] = Counter()
+    found = []
+    try:
+        with open(regular(file), "rb") as stream, ZipFile(stream) as archive:
+            if archive.getinfo(LABELS).file_size > LARGEST_LABELS:
+                raise ValueError(f"its {LABELS} is too large")
+            about = archive.read(LABELS)
+            for member in archive.infolist():
+                if is_image_name(member.filename):
+                    found.append((member.filename, *_part(stream, member)))
+                elif not member.is_dir() and member.filename != LABELS:
+                    passed_over[kind_of(member.filename)] += 1
+    except PermissionError:
+        raise
+    except (OSError, ValueError, LookupError, BadZipFile, NotImplementedError) as error:
+        raise UserError(f"{file} can't be read ({error}): fetch it again") from error
+    found.sort()
+    parts = np.array([part for _, *part in found], np.int64).reshape(-1, 2)
+    return Images([name for name, *_ in found], parts, about, passed_over)
+
+
+def _part(stream: IO[bytes], member: ZipInfo) -> tuple[int, int]:
+    """Where a file lies in its zip, which can't be told from the zip's index alone."""
+    if member.compress_type != ZIP_STORED or member.flag_bits & 1:
+        raise ValueError(f"{member.filename} is compressed or locked: unpack it, give the folder")
+    stream.seek(member.header_offset)
+    signature, name, extra = LOCAL_HEADER.unpack(stream.read(LOCAL_HEADER.size))
+    if signature != b"PK\3\4":
+        raise BadZipFile(f"{member.filename} is not where the index says")
+    return member.header_offset + LOCAL_HEADER.size + name + extra, member.file_size
+
+
+def _labels(place: Path, images: Images) -> np.ndarray:
+    """(n,) int64: 0 without labels at all, -1 for an image that has none.
+
+    Raises:
+        UserError: dataset.json is not as EDM's programs write it, or knows other images.
+    """
+    try:
+        about = json.loads(images.about)["labels"]
+        if about is None:
+            return np.zeros(len(images.names), np.int64)
+        labels = {name.replace("\\", "/"): label for name, label in about}
+        for name, label in labels.items():
+            if type(label) is not int or not 0 <= label < MAX_CLASSES:
+                raise ValueError(f"the label of {name} is {str(label)[:100]}, and not a number")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        said = str(error) or type(error).__name__
+        raise UserError(f"{LABELS} in {place} has no labels as EDM's ({said})") from error
+    if missing := sorted(labels.keys() - set(images.names)):
+        raise UserError(
+            f"{place} lacks {len(missing)} of the images that {LABELS} labels, first {missing[0]}: "
+            "fetch it again"
+        )
+    return np.array([labels.get(name, -1) for name in images.names], np.int64)
