@@ -66,6 +66,7 @@ def main(argv: list[str]) -> None:
             **describe_extractor(extractor),
             "image_shape": list(reference.images.image_shape),
             "class_names": reference.class_names,
+            "class_counts": reference.class_counts,
             "environment": describe_environment(),
         }
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -44,11 +44,8 @@ if TYPE_CHECKING:
 
 FORMATS = ("npz", "folder", "tar")
 # files that say whose folder it is
-TAKEN = {
-    "model.safetensors": "a model",
-    "checkpoints": "a training run",
-    "manifest.parquet": "a set of shards",
-}
+TAKEN = {"model.safetensors": "a model", "checkpoints": "a training run"}
+TAKEN |= {"manifest.parquet": "a set of shards"}
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -83,7 +80,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add_denoising_options(add, steps=several(int), more="; several make a sweep")
     add(
         "--labels",
-        help="of a conditional model: random, balanced, or class ids or names that take turns, "
+        help="of a conditional model: random, balanced, reference (its mix of classes), or class "
+        "ids or names that take turns, "
         """3,dogs,"cats, big", where quotes make a name of what has a comma or is a number; """
         "default random",
     )
@@ -162,7 +160,10 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def sweep_settings(
-    args: argparse.Namespace, flow: "TarFlow", weights_sha256: str
+    args: argparse.Namespace,
+    flow: "TarFlow",
+    weights_sha256: str,
+    class_counts: tuple[int, ...] | None = None,
 ) -> "dict[str, SampleSettings]":
     """The settings of each point of the sweep over --guidance, --denoise and --denoise-steps, by
     the name of the point: "" for a single one.
@@ -175,6 +176,12 @@ def sweep_settings(
     from tarflow_dist.sampling_policy import dtype_name
 
     config = json.dumps(flow.config.to_json()).encode()
+    labels = label_rule(args, flow)
+    if labels == "reference" and class_counts is None:
+        raise UserError(
+            f"--labels reference: {args.reference} doesn't say how many images each class has: "
+            "give the data set, or a file that tarflow_dist.reference wrote"
+        )
     points = {}
     for weight, (way, denoising) in product(args.guidance, denoising_ways(args, flow).items()):
         # the options are for a sweep's guided points
@@ -187,7 +194,8 @@ def sweep_settings(
             num_samples=args.num_samples,
             chunk_size=args.batch_size,
             seed=args.seed,
-            labels=label_rule(args, flow),
+            labels=labels,
+            class_counts=class_counts if labels == "reference" else None,
             uint8_rule=UINT8_RULES[flow.noise],
             sampler=flow.sampler(args.batch_size, guidance),
             guidance=guidance,
@@ -221,14 +229,12 @@ def denoising_ways(args: argparse.Namespace, flow: "TarFlow") -> "dict[str, Deno
 
 def label_rule(args: argparse.Namespace, flow: "TarFlow") -> str | None:
     """The rule of `sample_labels`, or None for an unconditional model."""
+    if not flow.num_classes and args.labels is not None:
+        raise UserError(f"{args.model} is unconditional and takes no labels: leave --labels out")
     if not flow.num_classes:
-        if args.labels is not None:
-            raise UserError(
-                f"{args.model} is unconditional and takes no labels: leave --labels out"
-            )
         return None
     rule = "random" if args.labels is None else args.labels
-    if rule in ("random", "balanced"):
+    if rule in ("random", "balanced", "reference"):
         return rule
     return ",".join(map(str, class_numbers(rule, flow, least=0)))
 
@@ -252,11 +258,10 @@ def run(args: argparse.Namespace, training_run: "TrainingRun | None") -> None:
         if args.model is not None:
             flow = TarFlow.from_pretrained(args.model).requires_grad_(False)
             flow = flow.to(device, dtype_on(flow, device, args.dtype))
-            image_shape, num_classes = flow.image_shape, flow.num_classes
-            class_names = flow.class_names
+            image_shape, class_names = flow.image_shape, flow.class_names
         else:
             given = open_samples(args.samples)
-            image_shape, num_classes, class_names = given.image_shape, 0, None
+            image_shape, class_names = given.image_shape, None
         extractor = make_extractor(
             args.features,
             image_shape=image_shape,
@@ -267,13 +272,13 @@ def run(args: argparse.Namespace, training_run: "TrainingRun | None") -> None:
             args.reference,
             args.split,
             image_shape=image_shape,
-            num_classes=num_classes,
+            num_classes=flow.num_classes if args.model is not None else 0,
             extractor=extractor,
         )
         if args.model is not None:
             files = sorted(args.model.glob("*.safetensors"))
             weights_sha256 = distributed.from_main(sha256(*files) if distributed.is_main() else "")
-            settings = sweep_settings(args, flow, weights_sha256)
+            settings = sweep_settings(args, flow, weights_sha256, reference.class_counts)
     with distributed.lock_folder(args.out):
         if args.model is not None:
             points = pipeline.draw(flow, settings, args.out, device)
@@ -290,7 +295,7 @@ def run(args: argparse.Namespace, training_run: "TrainingRun | None") -> None:
             "command": args.command,
         }
         if measured is not None:
-            results = pipeline.compare(points, measured, facts, device)
+            results = pipeline.compare(points, measured, facts, reference.class_counts, device)
             found = pipeline.neighbours_of(points, results, measured, reference, extractor)
             pipeline.report(
                 args.out,

@@ -103,6 +103,11 @@ class Shards:
         return len(self._labels)
 
     @property
+    def class_counts(self) -> list[int]:
+        """Images of each class."""
+        return np.bincount(self._labels, minlength=self.num_classes).tolist()
+
+    @property
     def fingerprint(self) -> str:
         """Another one for other images, labels, or another order; the format doesn't count."""
         digest = xxh3_128(self._hashes.tobytes())

@@ -52,19 +52,30 @@ class Drawn:
         }
 
 
-def sample_labels(rule: str, index: Tensor, *, num_classes: int, seed: int) -> Tensor:
+def sample_labels(
+    rule: str,
+    index: Tensor,
+    *,
+    num_classes: int,
+    seed: int,
+    class_counts: Sequence[int] | None = None,
+) -> Tensor:
     """Class ids (B,) of the samples `index` (B,).
 
     Args:
         rule: "random": independent and uniform over the K classes, as ADM and most of the field
-            do; "balanced": i mod K, each class equally often, which gives a slightly lower FID; or
-            class ids, "3,7", which take turns.
+            do; "balanced": i mod K, each class equally often, which gives a slightly lower FID;
+            "reference": independent, each class as likely as its share of `class_counts`; or class
+            ids, "3,7", which take turns.
     """
     if rule == "balanced":
         return index % num_classes
-    if rule == "random":
+    if rule in ("random", "reference"):
         uniform = rng.uniform((), seed=seed, purpose="sample label", index=index)
-        return (uniform * num_classes).long()
+        if rule == "random":
+            return (uniform * num_classes).long()
+        ends = torch.tensor(class_counts, dtype=torch.float64).cumsum(dim=0)
+        return torch.searchsorted(ends, uniform.double() * ends[-1], right=True)
     given = torch.tensor([int(label) for label in rule.split(",")])
     return given[index % len(given)]
 
@@ -77,7 +88,13 @@ def make_draw(flow: TarFlow, settings: Sequence[SampleSettings]) -> Draw:
     def draw(index: Tensor, places: list[int]) -> tuple[Tensor, list[Draws]]:
         y = None
         if common.labels is not None:
-            y = sample_labels(common.labels, index, num_classes=flow.num_classes, seed=common.seed)
+            y = sample_labels(
+                common.labels,
+                index,
+                num_classes=flow.num_classes,
+                seed=common.seed,
+                class_counts=common.class_counts,
+            )
         drawn = flow.draw(
             y,
             [ways[place] for place in places],

@@ -97,6 +97,7 @@ def _checked(file: Path, about: Any) -> dict[str, Any]:
         "features": str,
         "features_sha256": str,
         "class_names": list,
+        "class_counts": list,
         "image_shape": list,
     }
     if not isinstance(about, dict) or any(

@@ -1,5 +1,6 @@
 """The stages of `sample_fid`: draw, measure, compare, and what is written. All ranks call each."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -29,6 +30,7 @@ from tarflow_dist.telemetry.environment import describe_environment
 
 SHOWN_NEIGHBOURS = (8, 6)  # samples, and training images for each
 FEATURES_FILE = "features.npz"
+UNEVEN = 2  # how many times the images of the smallest class the largest may have, unsaid
 
 
 @dataclass
@@ -169,17 +171,24 @@ def _is_measured(file: Path, who: dict[str, Any]) -> bool:
 
 
 def compare(
-    points: list[Point], measured: Measured, facts: dict[str, Any], device: torch.device
+    points: list[Point],
+    measured: Measured,
+    facts: dict[str, Any],
+    class_counts: Sequence[int] | None,
+    device: torch.device,
 ) -> list[dict[str, Any]]:
-    """The result of each point; `facts` are those of all."""
+    """The result of each point; `facts` are those of all, `class_counts` the reference's images of
+    each class."""
     results = []
     dim = len(measured.reference.pooled.mean)
     for point, samples in zip(points, measured.points, strict=True):
         with point.stages.stage("metrics", f"comparing {dim} features {point.name}".rstrip()):
             comparison = metrics.compare(samples, measured.reference, device)
+        note = another_mix(point.facts.get("labels"), class_counts)
         results.append(
             {
                 **comparison.to_json(),
+                "warnings": [*comparison.warnings, *note],
                 **facts,
                 **point.facts,
                 "samples_sha256": samples.about["samples_sha256"],
@@ -205,6 +214,19 @@ def neighbours_of(
     count = len(found.indexes) // len(points)
     samples = points[best].samples
     return show_neighbours(found, best * count, count, samples, reference.searchable, extractor)
+
+
+def another_mix(labels: str | None, class_counts: Sequence[int] | None) -> list[str]:
+    """A sentence where samples of evenly drawn `labels` are compared with uneven classes."""
+    if labels not in ("random", "balanced") or not class_counts:
+        return []
+    least, most = min(class_counts), max(class_counts)
+    if most <= UNEVEN * least:
+        return []
+    return [
+        f"labels are drawn evenly, and the reference's classes have {least:,} to {most:,} images: "
+        "--labels reference draws its mix"
+    ]
 
 
 def report(

@@ -37,6 +37,7 @@ class Reference:
         split: of a data set; None for a file.
         count: images that it stands for; None where a file doesn't tell.
         sha256: of the data set's manifest, or of the file.
+        class_counts: images of each class; None where a file doesn't tell.
         keep: images whose features are kept.
     """
 
@@ -45,6 +46,7 @@ class Reference:
     count: int | None
     sha256: str
     class_names: list[str] | None
+    class_counts: tuple[int, ...] | None = None
     images: ImageSet | None = None
     statistics: FeatureSet | None = None
     keep: int = KEPT_FEATURES
@@ -133,6 +135,7 @@ def open_shards_reference(path: str, split: str, keep: int = KEPT_FEATURES) -> R
         len(shards),
         sha256(shards.manifest),
         names,
+        tuple(shards.class_counts),
         images=ShardImages(shards),
         keep=keep,
     )
@@ -157,6 +160,7 @@ def _open_file(file: Path, image_shape: ImageShape, extractor: FeatureExtractor)
         about["count"] if images is None or statistics is not None else len(images),
         sha256(file),
         about.get("class_names"),
+        tuple(about["class_counts"]) if about.get("class_counts") else None,
         images,
         statistics,
         keep=0 if images is None else len(images),

@@ -19,6 +19,7 @@ class SampleSettings:
     Attributes:
         chunk_size: samples drawn at once, and in a file.
         labels: a rule of `sample_labels`, or None for an unconditional model.
+        class_counts: images of each class, for the rule "reference".
         sampler: how the flow is inverted, in words.
         denoising: None leaves the training noise in; its steps are None for a TARFlow, which takes
             one.
@@ -35,14 +36,17 @@ class SampleSettings:
     sampler: str
     guidance: Guidance
     denoising: Denoising | None
+    class_counts: tuple[int, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As settings.json and result.json have them."""
         own = {name: value for name, value in vars(self).items() if name not in _APART}
         saved = {**own, **self.guidance.arguments(), "denoise": self.denoising is not None}
+        if self.class_counts is not None:
+            saved["class_counts"] = list(self.class_counts)
         if self.denoising is not None and self.denoising.steps is not None:
             saved |= self.denoising.arguments()
         return saved
 
 
-_APART = ("guidance", "denoising")
+_APART = ("guidance", "denoising", "class_counts")

@@ -81,6 +81,7 @@ class SampleStore:
             f"{key} {there.get(key)!r}, not {self.settings.get(key)!r}"
             for key in self.settings | there
             if there.get(key) != self.settings.get(key)
+            and not (key == "num_samples" and there[key] < self.num_samples)  # it may grow
         ]
         if differing:
             raise UserError(
@@ -89,9 +90,14 @@ class SampleStore:
             )
 
     def begin(self) -> None:
-        """Writes the settings; one rank does this before any chunk is written."""
+        """Writes the settings; one rank does this before any chunk is written. If there are fewer
+        samples than are asked for now, a chunk that was the last and short is drawn again."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if any(self.folder.glob("samples-*.parquet")):
+                before = _read_settings(self.folder)["num_samples"]
+                if before < self.num_samples and before % self.chunk_size:
+                    self.chunk_file(before // self.chunk_size).unlink(missing_ok=True)
             write_sealed(self.folder / SETTINGS_FILE, self.settings, version=VERSION)
         except OSError as error:
             raise UserError(f"{self.folder} can't be written: {error}") from error

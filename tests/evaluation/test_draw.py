@@ -66,6 +66,38 @@ def test_random_labels_depend_on_seed_and_index_alone() -> None:
     assert (sample_labels("random", index, num_classes=4, seed=1) != labels).any()
 
 
+def test_labels_in_the_mix_of_a_reference() -> None:
+    counts = [10, 0, 70, 20]
+    labels = sample_labels(
+        "reference", torch.arange(8000), num_classes=4, seed=0, class_counts=counts
+    )
+    found = torch.bincount(labels, minlength=4)
+    assert found[1] == 0
+    assert (found / 80 - torch.tensor(counts)).abs().max() < 2
+    part = sample_labels(
+        "reference", torch.arange(70, 80), num_classes=4, seed=0, class_counts=counts
+    )
+    torch.testing.assert_close(part, labels[70:80])
+
+
+def test_a_store_grows_to_what_it_would_have_been(tmp_path: Path) -> None:
+    """The short last chunk is drawn again, the others stay; fewer are refused."""
+    store = a_store(tmp_path)
+    draw_missing_chunks([store], draw_indexes)
+    first = store.chunk_file(0).stat().st_mtime_ns
+    larger = SampleStore(tmp_path, SETTINGS | {"num_samples": 14})
+    larger.begin()
+    assert draw_missing_chunks([larger], draw_indexes).chunks == [2]
+    assert shown(larger) == list(range(14))
+    assert larger.chunk_file(0).stat().st_mtime_ns == first
+    whole = SampleStore(tmp_path / "whole", SETTINGS | {"num_samples": 14})
+    whole.begin()
+    draw_missing_chunks([whole], draw_indexes)
+    assert larger.sha256() == whole.sha256()
+    with pytest.raises(UserError, match="num_samples 14, not 10"):
+        a_store(tmp_path)
+
+
 def test_only_missing_chunks_are_drawn(tmp_path: Path) -> None:
     store = a_store(tmp_path)
     assert draw_missing_chunks([store], draw_indexes).chunks == [3]

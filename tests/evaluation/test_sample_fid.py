@@ -137,6 +137,21 @@ def test_settings_follow_the_model(model: Path) -> None:
     assert json.loads(json.dumps(settings)) == settings
 
 
+def test_the_mix_of_the_reference(model: Path) -> None:
+    flow = TarFlow.from_pretrained(model)
+    args = parse_arguments(arguments(model, "--labels", "reference"))
+    (settings,) = sweep_settings(args, flow, "", (3, *[1] * 9)).values()
+    assert settings.to_json()["class_counts"] == [3, *[1] * 9]
+    with pytest.raises(UserError, match="doesn't say how many images each class has"):
+        sweep_settings(args, flow, "")
+    assert pipeline.another_mix("random", (9, 131)) == [
+        "labels are drawn evenly, and the reference's classes have 9 to 131 images: --labels "
+        "reference draws its mix"
+    ]
+    assert pipeline.another_mix("random", (70, 131)) == []
+    assert pipeline.another_mix("reference", (9, 131)) == []
+
+
 def test_the_policy_in_force_is_a_setting(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flow = TarFlow.from_pretrained(model)
     monkeypatch.setattr(TarFlow, "sampler", lambda _, batch, rule: f"{batch} at {rule.weight}")
