@@ -121,6 +121,8 @@ def _container_arguments(task: Task, resources: Resources) -> list[str]:
     needed = [here, task.folder.resolve()]
     if task.shards and "://" not in task.shards:
         needed.append(Path(task.shards).resolve())
+    if task.config is not None and task.config.init is not None:
+        needed.append(task.config.init.resolve())
     seen = [path for path in needed if path == here or not path.is_relative_to(here)]
     mounts = [f"{path}:{path}" for path in seen]
     if resources.container_mounts:

@@ -46,6 +46,8 @@ def describe(chain: Sequence[Task], resources: Resources) -> Summary:
     if task.config is not None:
         more, problem = _training_rows(task.config, resources)
         rows |= more
+    if not problem and task.config is not None:
+        problem = _missing_model(task.config)
     if not problem and task.shards and "://" not in task.shards and not Path(task.shards).is_dir():
         problem = f"there are no shards {task.shards} on this machine"
     return Summary("\n".join(f"{name:<16}{text}" for name, text in rows.items()), problem)
@@ -53,6 +55,12 @@ def describe(chain: Sequence[Task], resources: Resources) -> Summary:
 
 def _new(config: Config) -> str:
     return "new" if config.init is None else f"new, from the weights of {config.init}"
+
+
+def _missing_model(config: Config) -> str:
+    if config.init is None or config.init.exists() or pointer.newest(config.run / pointer.FOLDER):
+        return ""
+    return f"there is no model {config.init} to start from on this machine"
 
 
 def bytes_to_write(task: Task) -> int:

@@ -143,6 +143,9 @@ def test_the_plan_is_of_what_will_run(tmp_path: Path) -> None:
     shown = launch("--task=data_prep", "--dry-run", "--", "digits", "b", "--workers=32")
     assert re.search(r"cores +34 a rank", shown)
     assert "--cpus-per-task=34" in shown
+    shown = launch("--cluster=a100-pyxis", "in64_tune", f"init={tmp_path / 'model'}", "--dry-run")
+    assert f"would be refused: there is no model {tmp_path / 'model'}" in shown
+    assert f"{tmp_path / 'model'}:{tmp_path / 'model'}" in shown  # a mount
 
 
 def test_a_run_that_is_finished_and_was_not_submitted(tmp_path: Path) -> None:
