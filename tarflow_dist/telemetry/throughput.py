@@ -40,8 +40,9 @@ class Throughput:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Around forward passes: work that, below ZeRO 3, waits for no other rank, so that a slow
-        one shows. On a GPU its own clock is read, and only at the next row."""
+        """Around forward passes: work that, below ZeRO 3, waits for no other rank but for the last
+        step's weights, so that a slow one shows. On a GPU its own clock is read, and only at the
+        next row."""
         if self._cuda:
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             events[0].record()
