@@ -15,7 +15,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from tarflow_dist import config as configs
+from tarflow_dist import config_file as configs
 from tarflow_dist.flow.model import Flow
 
 NODE = 8

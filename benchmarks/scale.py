@@ -186,7 +186,7 @@ def measure(shards: Path, overrides: list[str]) -> dict[str, Any]:
     """What this rank sends in a run of STEPS steps under `overrides` of the digits' config."""
     import torch
 
-    from tarflow_dist import config as configs
+    from tarflow_dist import config_file as configs
     from tarflow_dist import distributed
     from tarflow_dist.training import loop
 

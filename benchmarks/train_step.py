@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from tarflow_dist import config as configs
+from tarflow_dist import config_file as configs
 from tarflow_dist import distributed
 from tarflow_dist.config import Config
 from tarflow_dist.cost.cards import card, find_card

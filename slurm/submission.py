@@ -18,7 +18,7 @@ from slurm.records import FOLDER, Record, records
 from slurm.resources import Resources
 from slurm.script import CODE, make_executor
 from slurm.tasks import Task
-from tarflow_dist import config as configs
+from tarflow_dist import config_file as configs
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import lock_folder
 from tarflow_dist.telemetry.environment import COMMIT_FILE, describe_environment

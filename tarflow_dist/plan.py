@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from tarflow_dist import config as configs
+from tarflow_dist import config_file as configs
 from tarflow_dist.config import Config
 from tarflow_dist.cost.cards import CARDS, card
 from tarflow_dist.cost.estimate import HEADROOM, Estimate, Layout, does_not_fit, estimate

@@ -9,7 +9,7 @@ Where a config is asked for, a recipe's name will do: python -m tarflow_dist.tra
 import argparse
 from pathlib import Path
 
-from tarflow_dist import config as configs
+from tarflow_dist import config_file as configs
 from tarflow_dist.errors import UserError, run_command
 from tarflow_dist.files import write_whole
 

@@ -318,7 +318,7 @@ def find_training_run(folder: Path, model: Path) -> "TrainingRun":
     Raises:
         UserError: it doesn't, or has no checkpoint yet.
     """
-    from tarflow_dist import config as configs
+    from tarflow_dist import config_file as configs
     from tarflow_dist.evaluation.wandb_log import TrainingRun
     from tarflow_dist.pretrained import TarFlow
     from tarflow_dist.training import checkpoint, pointer

@@ -10,7 +10,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
-from tarflow_dist import config as configs
+from tarflow_dist import config_file as configs
 from tarflow_dist.errors import run_command
 
 EXIT_INTERRUPTED = 75  # sysexits' EX_TEMPFAIL: the same command goes on

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tarflow_dist import config as configs
+from tarflow_dist import config_file as configs
 from tarflow_dist import distributed
+from tarflow_dist.config import Config
 from tarflow_dist.flow.model import Flow
 from tarflow_dist.training.engine import Engine
 
@@ -50,7 +51,7 @@ def peak_bytes(events: Any, name: str) -> int:
     return peak
 
 
-def step(engine: Engine, config: configs.Config, micro: int) -> None:
+def step(engine: Engine, config: Config, micro: int) -> None:
     flow = engine.flow
     for _ in range(engine.accumulation_steps):
         loss = flow.loss(*engine(torch.randn(micro, *flow.image_shape), None))
@@ -58,7 +59,7 @@ def step(engine: Engine, config: configs.Config, micro: int) -> None:
         engine.step(lr=1e-3, ema_decay=0.9)
 
 
-def measure(config: configs.Config) -> dict[str, int]:
+def measure(config: Config) -> dict[str, int]:
     micro = config.micro_batch(distributed.world_size())
     before = live_bytes()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -74,7 +75,7 @@ def measure(config: configs.Config) -> dict[str, int]:
     }
 
 
-def train(ranks: int, config: configs.Config) -> None:
+def train(ranks: int, config: Config) -> None:
     os.environ["LOCAL_RANK"] = "0"
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     print(json.dumps(measure(config)), flush=True)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tarflow_dist import config as configs
+from tarflow_dist import config_file as configs
 from tarflow_dist import recipe
+from tarflow_dist.config import Config
 from tarflow_dist.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -138,7 +139,7 @@ def test_the_command_tells_mistakes_with_exit_code_2() -> None:
 
 def test_help_shows_every_field() -> None:
     text = train("--help").stdout
-    for key, _, description in configs.fields(configs.Config):
+    for key, _, description in configs.fields(Config):
         assert f"\n  {key} (" in text
         assert description
         assert description in text
@@ -146,7 +147,8 @@ def test_help_shows_every_field() -> None:
 
 def test_config_mistakes_and_help_load_no_torch() -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom tarflow_dist import config, train\n"
+        "import sys\nfrom pathlib import Path\n"
+        "from tarflow_dist import config_file as config, train\n"
         "config.load(Path(sys.argv[1]))\nsys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(DIGITS)]).returncode == 0

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tarflow_dist import TarFlow
-from tarflow_dist import config as configs
-from tarflow_dist.config import CheckpointConfig
+from tarflow_dist import config_file as configs
+from tarflow_dist.config import CheckpointConfig, Config
 from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation.store import SampleStore
 from tarflow_dist.files import from_saved, read_sealed, write_sealed
@@ -180,7 +180,7 @@ def test_what_is_sealed_is_read(tmp_path: Path) -> None:
     assert json.loads(file.read_text())["version"] == 3
 
 
-def run_of(folder: Path, change: Callable[[str], str]) -> configs.Config:
+def run_of(folder: Path, change: Callable[[str], str]) -> Config:
     """A run that was started with the digits' recipe, as `change` has it."""
     digits = Path(__file__).parents[1] / "configs" / "digits.yaml"
     config = configs.load(digits, [f"run={folder}"])

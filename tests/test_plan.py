@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from tarflow_dist import config as configs
+from tarflow_dist import config_file as configs
 from tarflow_dist.cost import network as networks
 from tarflow_dist.cost.cards import CARDS, card, find_card
 from tarflow_dist.cost.estimate import Estimate, estimate, fitting_micro_batch

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tarflow_dist import TarFlow
-from tarflow_dist import config as configs
+from tarflow_dist import config_file as configs
 from tarflow_dist.config import Config
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tarflow_dist import config as configs
+from tarflow_dist import config_file as configs
 from tarflow_dist.config import Config
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import read_sealed, write_sealed, write_whole

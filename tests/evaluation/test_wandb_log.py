@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tarflow_dist import config as configs
+from tarflow_dist import config_file as configs
 from tarflow_dist.config import LogConfig
 from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation.metrics import FIGURES

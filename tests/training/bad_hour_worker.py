@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tarflow_dist import config as configs
+from tarflow_dist import config_file as configs
 from tarflow_dist import distributed
 from tarflow_dist.errors import run_command
 from tarflow_dist.flow.model import Flow

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from tarflow_dist import config as configs
+from tarflow_dist import config_file as configs
 from tarflow_dist import distributed
-from tarflow_dist.config import CheckpointConfig
+from tarflow_dist.config import CheckpointConfig, Config
 from tarflow_dist.flow.model import Flow
 from tarflow_dist.training import engine as engines
 from tarflow_dist.training.checkpoint import Checkpoint
@@ -34,16 +34,16 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.randint(-1, 10, (BATCH,), generator=generator)
 
 
-def new_flow(config: configs.Config) -> Flow:
+def new_flow(config: Config) -> Flow:
     torch.manual_seed(0)
     return Flow(**config.model.to_json())
 
 
-def new_engine(config: configs.Config) -> Engine:
+def new_engine(config: Config) -> Engine:
     return Engine(new_flow(config), config, config.micro_batch(distributed.world_size()))
 
 
-def train(engine: Engine, config: configs.Config, steps: range) -> list[float]:
+def train(engine: Engine, config: Config, steps: range) -> list[float]:
     """The global batch's loss at each step."""
     rank, world_size = distributed.rank(), distributed.world_size()
     size = config.micro_batch(world_size)
@@ -62,13 +62,13 @@ def train(engine: Engine, config: configs.Config, steps: range) -> list[float]:
     return losses
 
 
-def go_on_from(folder: Path, engine: Engine, config: configs.Config) -> list[float]:
+def go_on_from(folder: Path, engine: Engine, config: Config) -> list[float]:
     saved = Checkpoint(folder)
     engine.load(saved.read, saved.state.optimizer_steps)
     return train(engine, config, range(HALF, STEPS))
 
 
-def run_cell(config: configs.Config, folder: Path, elsewhere: Path | None) -> dict:
+def run_cell(config: Config, folder: Path, elsewhere: Path | None) -> dict:
     engine = new_engine(config)
     losses = train(engine, config, range(HALF))
     saver = Saver(folder, CheckpointConfig(every_images=1), engine.flow.config)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from pretended_cuda import FREE_MEMORY, TOTAL_MEMORY, CudaTensor, pretended_cuda
 
-from tarflow_dist import config as configs
+from tarflow_dist import config_file as configs
 from tarflow_dist import distributed
 
 STEPS = 3

@@ -12,7 +12,7 @@ import pytest
 import torch
 from engine_worker import BATCH, EMA_DECAY, HALF, LR, STEPS, batch, new_flow
 
-from tarflow_dist import config as configs
+from tarflow_dist import config_file as configs
 from tarflow_dist.training.checkpoint import Checkpoint
 
 HERE = Path(__file__).parent

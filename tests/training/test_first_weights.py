@@ -9,8 +9,9 @@ import torch
 from sklearn.datasets import load_digits
 
 from tarflow_dist import TarFlow
-from tarflow_dist import config as configs
+from tarflow_dist import config_file as configs
 from tarflow_dist.classes import Classes
+from tarflow_dist.config import Config
 from tarflow_dist.errors import UserError
 from tarflow_dist.flow.model import Flow
 from tarflow_dist.training.checkpoint import Checkpoint
@@ -35,13 +36,13 @@ def save_model(folder: Path, names: list[str], **changes: object) -> TarFlow:
     return flow
 
 
-def config_for(init: Path, num_classes: int, *more: str) -> configs.Config:
+def config_for(init: Path, num_classes: int, *more: str) -> Config:
     drop = "train.label_drop=0"
     overrides = [*SMALL, f"init={init}", f"model.num_classes={num_classes}", drop, *more]
     return configs.load(DIGITS, overrides)
 
 
-def start(config: configs.Config, classes: Classes) -> tuple[Flow, str]:
+def start(config: Config, classes: Classes) -> tuple[Flow, str]:
     """The flow of the run before its first step, and what the run says of it."""
     read, said = first_state(config, classes)
     flow = Flow(**config.model.to_json())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from commands import ROOT, command
 
-from tarflow_dist import config as configs
+from tarflow_dist import config_file as configs
 from tarflow_dist.errors import UserError
 from tarflow_dist.telemetry.throughput import Throughput
 from tarflow_dist.training import journal

@@ -6,7 +6,8 @@ import torch
 from commands import ROOT
 from scipy.stats import kstest, lognorm
 
-from tarflow_dist import config as configs
+from tarflow_dist import config_file as configs
+from tarflow_dist.config import Config
 from tarflow_dist.data.loader import Batch
 from tarflow_dist.training.augment import augment
 from tarflow_dist.training.maximum_likelihood import loss_weight
@@ -21,7 +22,7 @@ DISTRIBUTIONS = {
 }
 
 
-def a_config(rule: str = "uniform") -> configs.Config:
+def a_config(rule: str = "uniform") -> Config:
     changes = ["model.sigma=null", "model.sigma_range=[0.1, 0.4]", f"train.noise_levels={rule}"]
     return configs.load(DIGITS, changes)
 
