@@ -14,7 +14,7 @@ SMALL = [
     *("model.width=64", "model.num_blocks=2", "model.layers_per_block=1"),
     *("optimizer.clip_grad_norm=0.01", "log.wandb=disabled"),
 ]
-WAITS = {0: 2, 1: 3, 2: 3, 3: 2}
+WAITS = {0: 2, 1: 2, 2: 2, 3: 2}
 """Of a step for the card, at each ZeRO stage: all in the optimiser, none in the passes."""
 
 
