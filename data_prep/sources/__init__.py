@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources.archives import Archives
+from data_prep.sources.arrow import Arrow
 from data_prep.sources.base import SPLITS, FilePart, Item, Source, shuffle_key
 from data_prep.sources.digits import Digits
 from data_prep.sources.edm import EDM
@@ -22,6 +23,7 @@ __all__ = [
     "MDS",
     "SPLITS",
     "Archives",
+    "Arrow",
     "Digits",
     "FilePart",
     "Folder",
@@ -43,8 +45,9 @@ PACKED: dict[str, Any] = {
     "wds": WebDataset,
     "mds": MDS,
     "edm": EDM,
+    "arrow": Arrow,
 }
-SPLIT_HERE = ("wds", "mds", "edm")
+SPLIT_HERE = ("wds", "mds", "edm", "arrow")
 """Those of them that may come without val."""
 LAYOUTS = ("folder", *PACKED)
 
