@@ -437,3 +437,22 @@ def test_a_saved_split_alone(tmp_path: Path) -> None:
         (label, decoded(image["bytes"])) for label, image in zip([0, 1] * 4, images, strict=True)
     )
     check_starts(found)
+
+
+def test_images_beside_a_packed_set_are_counted(tmp_path: Path) -> None:
+    list(write_npz(tmp_path))
+    assert source(tmp_path).passed_over == {}
+    for name in ("sheet.png", "more/a/0.png", "more/a/1.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(picture("PNG"))
+    assert source(tmp_path).passed_over == {"images beside": 3}
+
+
+def test_a_folder_that_is_taken_for_something_else(tmp_path: Path) -> None:
+    for name in ("a/0.png", "a/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(picture("PNG"))
+    (tmp_path / "dataset.json").write_text('{"version": 3}')
+    with pytest.raises(UserError, match="; if it is no edm set, choose another --layout"):
+        source(tmp_path)
+    assert source(tmp_path, "folder").classes == ["a"]
