@@ -28,7 +28,8 @@ parquet: Hugging Face's train-*.parquet and validation-*.parquet, in SRC or SRC/
 npz: the downsampled ImageNet's train_data_batch_*.npz and val_data.npz;
 wds: WebDataset tars, an image and its .cls or .json a sample, named after their splits;
 mds: MosaicML streaming's SRC/{train,val}/index.json, an image x and its label y a sample;
-edm: StyleGAN's and EDM's SRC.zip, or folder, with images and dataset.json"""
+edm: StyleGAN's and EDM's SRC.zip, or folder, with images and dataset.json;
+arrow: what save_to_disk of Hugging Face's datasets writes"""
 
 
 def parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources.archives import Archives
+from data_prep.sources.arrow import Arrow
 from data_prep.sources.base import SPLITS, FilePart, Item, Source, shuffle_key
 from data_prep.sources.digits import Digits
 from data_prep.sources.edm import EDM
@@ -12,7 +13,7 @@ from data_prep.sources.kaggle import Kaggle
 from data_prep.sources.mds import MDS
 from data_prep.sources.npz import Npz
 from data_prep.sources.parquet import Parquet
-from data_prep.sources.walk import unreadable
+from data_prep.sources.walk import images_in, unreadable
 from data_prep.sources.wds import WebDataset
 from tarflow_dist.errors import UserError
 
@@ -22,6 +23,7 @@ __all__ = [
     "MDS",
     "SPLITS",
     "Archives",
+    "Arrow",
     "Digits",
     "FilePart",
     "Folder",
@@ -43,9 +45,12 @@ PACKED: dict[str, Any] = {
     "wds": WebDataset,
     "mds": MDS,
     "edm": EDM,
+    "arrow": Arrow,
 }
-SPLIT_HERE = ("wds", "mds", "edm")
+SPLIT_HERE = ("wds", "mds", "edm", "arrow")
 """Those of them that may come without val."""
+ALL_IMAGES = ("kaggle", "edm")
+"""Those of them that are folders of images themselves."""
 LAYOUTS = ("folder", *PACKED)
 
 
@@ -61,16 +66,22 @@ def open_source(path: Path, *, layout: str = "auto", val_fraction: float, seed: 
     """
     if not path.is_dir() and not (path.is_file() and EDM.recognises(path)):
         raise UserError(f"there is no folder {path}: give one with images in a layout of --layout")
+    advice = ""
     if layout == "auto":
         found = [known for known, kind in PACKED.items() if kind.recognises(path)] or ["folder"]
         if len(found) > 1:
             raise UserError(f"{path} holds {' and '.join(found)}: choose one with --layout")
         layout = found[0]
+        advice = f"; if it is no {layout} set, choose another --layout"
+    options: dict[str, Any] = {"val_fraction": val_fraction, "seed": seed}
     if layout == "folder":
-        return Folder(path, val_fraction=val_fraction, seed=seed)
+        return Folder(path, **options)
     try:
-        if layout in SPLIT_HERE:
-            return PACKED[layout](path, val_fraction=val_fraction, seed=seed)
-        return PACKED[layout](path)
+        source = PACKED[layout](path, **options if layout in SPLIT_HERE else {})
+        if layout not in ALL_IMAGES and path.is_dir() and (beside := images_in(path).names):
+            source.passed_over = {**source.passed_over, "images beside": len(beside)}
     except PermissionError as error:  # which says nothing of what is in the files
         raise unreadable(error) from error
+    except UserError as error:
+        raise UserError(f"{error}{advice}") from error
+    return source

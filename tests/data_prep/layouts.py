@@ -150,7 +150,31 @@ def write_parquet(root: Path) -> None:
     _write_rows(root / "data" / "test-00000-of-00001.parquet", [("test_1.JPEG", None, b"secret")])
 
 
+def write_arrow(root: Path) -> None:
+    """As save_to_disk writes imagenet-1k."""
+    splits = {
+        "train": [[(n, w, c) for n, c in TRAIN[w].items()] for w in reversed(WNIDS)],
+        "validation": [[(n, w, c) for n, (w, c) in VAL.items()]],
+        "test": [[("test_1.JPEG", None, b"secret")]],
+    }
+    root.mkdir(parents=True)
+    (root / "dataset_dict.json").write_text(json.dumps({"splits": list(splits)}))
+    for split, files in splits.items():
+        names = [f"data-{i:05d}-of-{len(files):05d}.arrow" for i in range(len(files))]
+        for name, rows in zip(names, files, strict=True):
+            (root / split).mkdir(exist_ok=True)
+            table = _table(rows)
+            with pa.ipc.new_stream(root / split / name, table.schema) as stream:
+                stream.write_table(table, max_chunksize=3)
+        state = {"_data_files": [{"filename": name} for name in names], "_split": split}
+        (root / split / "state.json").write_text(json.dumps(state))
+
+
 def _write_rows(file: Path, rows: list[tuple[str, str | None, bytes]]) -> None:
+    pq.write_table(_table(rows), file, row_group_size=4)
+
+
+def _table(rows: list[tuple[str, str | None, bytes]]) -> pa.Table:
     features = {
         "image": {"_type": "Image"},
         "label": {"names": [NAMES[wnid] for wnid in WNIDS], "_type": "ClassLabel"},
@@ -163,8 +187,7 @@ def _write_rows(file: Path, rows: list[tuple[str, str | None, bytes]]) -> None:
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     about = {"huggingface": json.dumps({"info": {"features": features}})}
     schema = pa.schema([("image", kind), ("label", pa.int64())], metadata=about)
-    table = pa.table({"image": pa.array(images, kind), "label": labels}, schema=schema)
-    pq.write_table(table, file, row_group_size=4)
+    return pa.table({"image": pa.array(images, kind), "label": labels}, schema=schema)
 
 
 def write_wds(root: Path) -> None:
@@ -208,7 +231,8 @@ WRITERS = {
     "kaggle": write_kaggle,
     "parquet": write_parquet,
     "wds": write_wds,
+    "arrow": write_arrow,
 }
 LAYOUTS = tuple(WRITERS)
-HAVE_NAMES = ("archives", "kaggle", "parquet")
+HAVE_NAMES = ("archives", "kaggle", "parquet", "arrow")
 """Layouts that say what people call the classes."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import webdataset
 from PIL import Image
@@ -414,3 +415,44 @@ def test_zips_that_are_damaged_or_lack_something(tmp_path: Path) -> None:
         archive.writestr("dataset.json", json.dumps({"labels": [["a.png", 0]]}))
     with pytest.raises(UserError, match=r"lacks 1 of the images .* labels, first a\.png"):
         source(file)
+
+
+def test_a_saved_split_alone(tmp_path: Path) -> None:
+    """Of CIFAR's columns, its label's names in the metadata; against pyarrow and Pillow."""
+    names = ["cats, big", "dog"]
+    features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+    images = [{"bytes": picture("PNG"), "path": None} for _ in range(8)]
+    table = pa.table({"img": images, "label": [0, 1] * 4})
+    table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+    with pa.ipc.new_stream(tmp_path / "data-00000-of-00001.arrow", table.schema) as stream:
+        stream.write_table(table, max_chunksize=3)
+    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    found = source(tmp_path)
+    assert (found.layout, found.classes) == ("arrow", names)
+    assert found.notes == ("no split for val: a share of each class is held out",)
+    ours = pixels(found)
+    assert sorted(label for label, _ in ours["val"]) == [0, 1]
+    assert sorted(ours["train"] + ours["val"]) == sorted(
+        (label, decoded(image["bytes"])) for label, image in zip([0, 1] * 4, images, strict=True)
+    )
+    check_starts(found)
+
+
+def test_images_beside_a_packed_set_are_counted(tmp_path: Path) -> None:
+    list(write_npz(tmp_path))
+    assert source(tmp_path).passed_over == {}
+    for name in ("sheet.png", "more/a/0.png", "more/a/1.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(picture("PNG"))
+    assert source(tmp_path).passed_over == {"images beside": 3}
+
+
+def test_a_folder_that_is_taken_for_something_else(tmp_path: Path) -> None:
+    for name in ("a/0.png", "a/1.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(picture("PNG"))
+    (tmp_path / "dataset.json").write_text('{"version": 3}')
+    with pytest.raises(UserError, match="; if it is no edm set, choose another --layout"):
+        source(tmp_path)
+    assert source(tmp_path, "folder").classes == ["a"]

@@ -212,6 +212,10 @@ BROKEN: list[tuple[str, Callable[[Path], None], str]] = [
     ("parquet", without("validation*"), r"has no files validation-\*.parquet"),
     ("parquet", odd_labels, "labels go from 0 to 9, with 4 classes"),
     ("parquet", other_columns, "no columns image and label"),
+    ("arrow", cut("data-00000-of-00004.arrow", 900), "arrow files in .* can't be read"),
+    ("arrow", without("data-00000-of-00004.arrow"), "arrow files in .* can't be read"),
+    ("arrow", without("train/state.json"), "is not whole as save_to_disk writes it"),
+    ("arrow", cut("dataset_dict.json", 5), "is not whole as save_to_disk writes it"),
 ]
 
 
