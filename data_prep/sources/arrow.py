@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.base import HoldOut, find_splits
+from data_prep.sources.splits import HoldOut, find_splits
 from data_prep.sources.tables import Part, Tables
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import inside, read_json, regular

@@ -17,12 +17,11 @@ from data_prep.sources.base import (
     MAX_CLASSES,
     Group,
     Grouped,
-    HoldOut,
-    find_splits,
     is_image_name,
     kind_of,
     wnids_by_label,
 )
+from data_prep.sources.splits import HoldOut, find_splits
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import regular
 
