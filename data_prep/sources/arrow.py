@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.base import HoldOut, find_splits
+from data_prep.sources.splits import HoldOut, find_splits
 from data_prep.sources.tables import Part, Tables
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import inside, read_json, regular
@@ -33,8 +33,6 @@ class Arrow(Tables):
         try:
             if (path / SPLITS_FILE).is_file():
                 splits, others = find_splits(map(str, read_json(path / SPLITS_FILE)["splits"]))
-            if "train" not in splits:
-                raise UserError(f"{path} has no split that is called train: {', '.join(others)}")
             self._files = [
                 (split, inside(folder, about["filename"]))
                 for split, names in splits.items()
@@ -44,11 +42,11 @@ class Arrow(Tables):
         except PermissionError:
             raise
         except (OSError, ValueError, LookupError, TypeError) as error:
-            if isinstance(error, UserError):
-                raise
             raise UserError(
                 f"{path} is not whole as save_to_disk writes it ({error}): copy it again"
             ) from error
+        if "train" not in splits:
+            raise UserError(f"{path} has no split that is called train")
         super().__init__(path, None if "val" in splits else HoldOut(val_fraction, seed))
         if "val" not in splits:
             self.notes = ("no split for val: a share of each class is held out",)

@@ -14,11 +14,10 @@ from data_prep.sources.base import (
     UNCONDITIONAL,
     Group,
     Grouped,
-    HoldOut,
-    find_splits,
     is_image_name,
     kind_of,
 )
+from data_prep.sources.splits import HoldOut, find_splits
 from data_prep.sources.walk import images_in
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import read_regular, regular

@@ -5,16 +5,8 @@ from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
-from data_prep.sources.base import (
-    SPLIT_NAMES,
-    SPLITS,
-    UNCONDITIONAL,
-    Grouped,
-    HoldOut,
-    listed,
-    readable,
-    say_passed_over,
-)
+from data_prep.sources.base import SPLITS, UNCONDITIONAL, Grouped, listed, readable, say_passed_over
+from data_prep.sources.splits import SPLIT_NAMES, HoldOut
 from data_prep.sources.walk import ClassFolders, class_folders, folders_in, images_in, unreadable
 from tarflow_dist.errors import UserError
 

@@ -12,15 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep.sources.base import (
-    MAX_CLASSES,
-    Content,
-    FilePart,
-    HoldOut,
-    Item,
-    find_splits,
-    set_name,
-)
+from data_prep.sources.base import MAX_CLASSES, Content, FilePart, Item, set_name
+from data_prep.sources.splits import HoldOut, find_splits
 from data_prep.sources.walk import folders_in
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import inside, open_regular, read_json, read_regular
@@ -150,15 +143,16 @@ def _scan_folder(folder: Path, prefix: str, in_val: bool) -> Iterator[Shard]:
         raise
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{index} is damaged or no index of MDS shards ({error})") from error
-    for entry in entries:
+    for number, entry in enumerate(entries):
         try:
             yield _scan(folder, entry, prefix, in_val)
         except PermissionError:
             raise
-        except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
-            said = error.strerror if isinstance(error, OSError) else str(error)
-            name = entry.get("raw_data", {}).get("basename") if isinstance(entry, dict) else entry
-            raise UserError(f"{folder}/{name} can't be read ({said}): fetch it again") from error
+        except Exception as error:  # whatever damage does to a parser, or to what decompresses
+            said = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"shard {number} of {index} can't be read ({said}): fetch it again"
+            ) from error
 
 
 def _scan(folder: Path, entry: dict[str, Any], prefix: str, in_val: bool) -> Shard:

@@ -11,7 +11,7 @@ from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
-from data_prep.sources.base import SPLITS, Item, set_name
+from data_prep.sources.base import MAX_CLASSES, SPLITS, Item, set_name
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import regular
 
@@ -92,7 +92,8 @@ def _read_labels(file: Path) -> np.ndarray:
     try:
         with np.load(regular(file), allow_pickle=False) as arrays:
             labels = arrays["labels"].reshape(-1)
-        if labels.dtype.kind not in "iu" or not len(labels) or not labels.min() >= 1:
+        is_whole = labels.dtype.kind in "iu" and len(labels) > 0
+        if not is_whole or not 1 <= labels.min() <= labels.max() <= MAX_CLASSES:
             raise ValueError("its labels are not whole numbers from 1 on")
         return labels.astype(np.int64)
     except PermissionError:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.sources.base import MAX_CLASSES, HoldOut, Item, set_name, wnids_by_label
+from data_prep.sources.base import MAX_CLASSES, Item, set_name, wnids_by_label
+from data_prep.sources.splits import HoldOut
 from tarflow_dist.errors import UserError
 
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label")

@@ -17,14 +17,14 @@ from data_prep.sources.base import (
     MAX_CLASSES,
     Group,
     Grouped,
-    HoldOut,
-    find_splits,
     is_image_name,
     kind_of,
     wnids_by_label,
 )
+from data_prep.sources.splits import HoldOut, find_splits
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import regular
+from tarflow_dist.telemetry.progress import Progress
 
 MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # a sample's key, and what the file is of it
 CLASS_AND_FILE = re.compile(r"(?:.*/)?(n\d{8})/([^/]+)")
@@ -83,8 +83,12 @@ class WebDataset(Grouped):
             raise UserError(f"{path} has no tars for train, by their names: {others or splits}")
         passed_over = Counter({".tar": len(others)}) if others else Counter()
         places = [(split, path / name) for split, names in splits.items() for name in names]
-        with ThreadPoolExecutor(SCANNERS) as pool:
-            scanned = list(pool.map(_scan, [tar for _, tar in places]))
+        scanned = []
+        progress = Progress("scan", len(places), unit="tar")
+        with progress, ThreadPoolExecutor(SCANNERS) as pool:
+            for found in pool.map(_scan, [tar for _, tar in places]):
+                scanned.append(found)
+                progress.update(1)
         classes, has_wnids = _classes(path, scanned)
         groups = []
         for (split, tar), found in zip(places, scanned, strict=True):

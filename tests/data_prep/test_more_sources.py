@@ -105,6 +105,14 @@ def test_pickled_labels_are_refused(tmp_path: Path) -> None:
         source(tmp_path)
 
 
+@pytest.mark.parametrize("label", [0, 1 << 40, 1.5])
+def test_labels_that_are_none(label: float, tmp_path: Path) -> None:
+    list(write_npz(tmp_path))
+    np.savez(tmp_path / "val_data", data=np.zeros((1, 192), np.uint8), labels=np.array([label]))
+    with pytest.raises(UserError, match="its labels are not whole numbers from 1 on"):
+        source(tmp_path)
+
+
 @pytest.mark.parametrize("wrong", ["shape", "type", "cut"])
 def test_a_damaged_batch(wrong: str, tmp_path: Path) -> None:
     list(write_npz(tmp_path))
@@ -276,6 +284,14 @@ def test_mds_shards(
         ]
         for split, samples in theirs.items()
     }
+
+
+def test_a_damaged_compressed_shard(tmp_path: Path) -> None:
+    samples = [(0, picture("JPEG"))] * 3
+    write_mds(tmp_path, COLUMNS["imagenet"][0], samples, compression="zstd:3")
+    (tmp_path / "shard.00000.mds.zstd").write_bytes(b"rubbish")
+    with pytest.raises(UserError, match=r"shard 0 of .*index.json can't be read .*: fetch it"):
+        source(tmp_path)
 
 
 def test_our_own_sets_keep_their_classes(tmp_path: Path) -> None:
