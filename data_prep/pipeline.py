@@ -10,7 +10,6 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,7 @@ def _read_summary(folder: Path) -> dict[str, Any]:
 
 def _about(source: Source, formats: Sequence[str], settings: Settings) -> dict[str, Any]:
     """What must not change between the starts of a run."""
-    about = {name: value for name, value in asdict(settings).items() if name != "max_errors"}
+    about = {name: value for name, value in settings.identity().items() if name != "max_errors"}
     return {
         **about,
         "formats": list(formats),

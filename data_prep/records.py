@@ -33,6 +33,14 @@ class Settings:
     shard_bytes: int = 1 << 26
     """A shard holds as many image files as fit in this, and at least one."""
 
+    def identity(self) -> dict[str, Any]:
+        """What tells two preparations apart: a field that came later is left out at its default, so
+        that earlier sets are recognised."""
+        own = asdict(self)
+        if self.max_pixels == HONEST_PIXELS:
+            del own["max_pixels"]
+        return own
+
 
 VERSIONS = ("tarflow_dist", "pillow", "mosaicml-streaming")
 IMAGE = {

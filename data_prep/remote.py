@@ -5,7 +5,6 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def prepare_and_upload(
 
 def staging_folder(source: Source, url: str, formats: Sequence[str], settings: Settings) -> Path:
     """Another folder for all that makes another set."""
-    about = [url, source.fingerprint(), list(formats), asdict(settings)]
+    about = [url, source.fingerprint(), list(formats), settings.identity()]
     key = hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir(), f"data_prep-{key}")
 
