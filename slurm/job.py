@@ -44,6 +44,9 @@ class Job:
         environment = TorchDistributedEnvironment()
         if os.environ["SUBMITIT_EXECUTOR"] == "local":
             environment.master_addr = "127.0.0.1"
+        if "MASTER_PORT" not in os.environ:
+            # below those that Linux gives the near ends of connections, which may be in use
+            environment.master_port = 20_000 + environment.master_port % 12_000
         # DeepSpeed picks the GPU by LOCAL_RANK, and needs to see those of the whole node for it
         environment.export(set_cuda_visible_devices=False, overwrite=True)
         # instead of submitit's handlers, which know rank 0 alone. Training puts its own in their
