@@ -97,6 +97,7 @@ def peak_and_plan(bench: Bench, config: Config) -> dict[str, float]:
         FlowCost(config.model),
         stage=train.zero_stage,
         precision=train.precision,
+        reduce_precision=train.reduce_precision,
         world_size=1,
         offload=False,
         micro_batch=train.batch_size,
