@@ -12,7 +12,7 @@ import numpy as np
 
 from data_prep.images import HONEST_PIXELS
 from data_prep.sources import SPLITS, Source
-from data_prep.staging import Staging
+from data_prep.staging import RESULT_COLUMNS, Staging
 
 ROWS_AT_A_TIME = 1 << 11
 
@@ -67,12 +67,7 @@ MANIFEST = (
     "shard",
     "offset",
     "bytes",
-    "kind",
-    "sha256",
-    "xxh3_64",
-    "original_bytes",
-    "original_width",
-    "original_height",
+    *RESULT_COLUMNS,
 )
 
 

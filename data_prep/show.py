@@ -13,10 +13,11 @@ from data_prep.shard_readers import decode
 from data_prep.sources import SPLITS
 from data_prep.sources.base import say_passed_over
 from data_prep.verify import find_sets, on_disk
+from tarflow_dist.classes import some
 from tarflow_dist.data.shards import Summary
 from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError
 from tarflow_dist.files import inside, open_regular, read_json, regular, write_whole
-from tarflow_dist.telemetry.pictures import font
+from tarflow_dist.telemetry.pictures import fitted, font
 
 ROWS, COLUMNS = 10, 10
 CELL = 128
@@ -67,7 +68,8 @@ def table(summary: dict[str, Any], manifest: Any) -> Iterator[tuple[str, str]]:
     side = summary["image_size"]
     yield "set", summary["name"]
     yield "images", ", ".join(f"{count:,} {split}" for split, count in summary["images"].items())
-    yield "classes", _some([_readable(summary, label) for label in range(len(classes))])
+    names = [_readable(summary, label) for label in range(len(classes))]
+    yield "classes", f"{len(names):,}: {some(names, 5)}"
     for split in SPLITS:
         counts = summary["images_per_class"][split]
         yield f"  in {split}", f"{min(counts):,} to {max(counts):,} a class"
@@ -87,11 +89,6 @@ def table(summary: dict[str, Any], manifest: Any) -> Iterator[tuple[str, str]]:
 
 def _kilobytes(stored: int, manifest: Any) -> str:
     return f"{stored / max(len(manifest), 1) / 1e3:.1f} kB an image"
-
-
-def _some(names: list[str], shown: int = 5) -> str:
-    listed = ", ".join(names[:shown])
-    return f"{len(names):,}: {listed}" + (", …" if len(names) > shown else "")
 
 
 def _readable(summary: dict[str, Any], label: int) -> str:
@@ -114,7 +111,7 @@ def contact_sheet(folder: Path, summary: dict[str, Any], manifest: Any) -> Image
         top = GAP + row * step
         draw.text(
             (GAP * 2, top + CELL // 2),
-            _fitting(_readable(summary, label), draw, letters),
+            fitted(_readable(summary, label), letters, NAMES - 4 * GAP),
             "black",
             letters,
             anchor="lm",
@@ -137,11 +134,3 @@ def _sized(picture: Image.Image) -> Image.Image:
     factor = CELL // max(picture.size)
     size = picture.width * factor, picture.height * factor
     return picture.resize(size, Image.Resampling.NEAREST)
-
-
-def _fitting(name: str, draw: ImageDraw.ImageDraw, letters: Any) -> str:
-    if draw.textlength(name, letters) <= NAMES - 4 * GAP:
-        return name
-    while draw.textlength(f"{name}…", letters) > NAMES - 4 * GAP:
-        name = name[:-1]
-    return f"{name}…"

@@ -253,20 +253,18 @@ def read_images(flow: "TarFlow", files: Sequence[Path]) -> "Tensor":
     """
     import numpy as np
     import torch
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
-    from data_prep.images import open_image, to_8bit
+    from data_prep.images import to_8bit
+    from tarflow_dist.evaluation.image_sets import open_picture
     from tarflow_dist.flow.noise import dequantise, scale_pixels
 
     pixels = []
     for file in files:
-        try:
-            with open_image(file.read_bytes()) as image:
-                fitted = ImageOps.fit(
-                    to_8bit(image, flow.config.in_channels), (flow.image_size, flow.image_size)
-                )
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"{file} is no image that can be read: {error}") from error
+        with open_picture(file) as image:
+            fitted = ImageOps.fit(
+                to_8bit(image, flow.config.in_channels), (flow.image_size, flow.image_size)
+            )
         pixels.append(np.asarray(fitted).reshape(flow.image_size, flow.image_size, -1))
     k = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(flow.device)
     if flow.noise == "gaussian":

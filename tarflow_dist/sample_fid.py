@@ -31,8 +31,8 @@ from tarflow_dist.options import (
     add_guidance_options,
     class_numbers,
     denoising_of,
-    dtype_on,
     guidance_of,
+    load_model,
     several,
 )
 
@@ -249,19 +249,17 @@ def run(args: argparse.Namespace, training_run: "TrainingRun | None") -> None:
     from tarflow_dist.evaluation.reference_set import open_reference
     from tarflow_dist.evaluation.wandb_log import log_to_run
     from tarflow_dist.files import sha256
-    from tarflow_dist.pretrained import TarFlow
 
     # rank 0 compares and reports alone, for minutes, and the others wait
     device = distributed.init(timeout=timedelta(days=1))
     stages = result.Stages()
     with stages.stage("loading"):
         if args.model is not None:
-            flow = TarFlow.from_pretrained(args.model).requires_grad_(False)
-            flow = flow.to(device, dtype_on(flow, device, args.dtype))
+            flow = load_model(args.model, str(device), args.dtype)
             image_shape, class_names = flow.image_shape, flow.class_names
         else:
             given = open_samples(args.samples)
-            image_shape, class_names = given.image_shape, None
+            image_shape, class_names = given.image_shape, []
         extractor = make_extractor(
             args.features,
             image_shape=image_shape,

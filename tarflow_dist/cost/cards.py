@@ -24,6 +24,10 @@ class Card:
     memory: int
     bandwidth: float
 
+    def peak_flops(self, precision: str) -> float:
+        """Of `train.precision`: all but fp32 multiply in bf16."""
+        return self.fp32_flops if precision == "fp32" else self.bf16_flops
+
 
 def _card(match: str, bf16_tflops: float, fp32_tflops: float, gigabytes: int, gb_s: int) -> Card:
     # what data sheets call GB is within 1 % of a GiB for all of them

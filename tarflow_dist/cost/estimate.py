@@ -120,12 +120,10 @@ def estimate(config: Config, card: Card, gpus: int, *, mfu: float) -> Estimate:
     every = config.train.activation_checkpointing
     image_bytes = _stored_image_bytes(config)
     raw_bytes = config.model.in_channels * config.model.image_size**2
-    peak = card.fp32_flops if config.train.precision == "fp32" else card.bf16_flops
+    peak = card.peak_flops(config.train.precision)
 
     def speed(checkpoint_every: int) -> Speed:
-        layers = sum(counts.layers)
-        twice = layers // checkpoint_every if checkpoint_every else 0
-        flops = counts.training_flops + twice * counts.recomputed_layer_flops
+        flops = counts.training_flops + counts.recomputed_flops(checkpoint_every)
         rate = mfu * peak * gpus / flops
         days = config.train.images / rate / 86_400
         return Speed(flops, rate, days, rate * (image_bytes or raw_bytes))

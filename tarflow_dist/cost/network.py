@@ -177,9 +177,8 @@ def training_step(
     share = train.batch_size / gpus
     micro_batch = min(train.micro_batch_size or share, share)
     passes = share / micro_batch
-    peak = card.fp32_flops if train.precision == "fp32" else card.bf16_flops
-    every = train.activation_checkpointing
-    twice = sum(counts.layers) // every * counts.recomputed_layer_flops if every else 0
+    peak = card.peak_flops(train.precision)
+    twice = counts.recomputed_flops(train.activation_checkpointing)
     forward = micro_batch * counts.forward_flops / (mfu * peak)
     backward = micro_batch * (counts.training_flops - counts.forward_flops + twice) / (mfu * peak)
 

@@ -166,7 +166,7 @@ class FolderImages:
         self._files = sorted(file for file in files if file.suffix.lower() in known)
         if len(self._files) < 2:
             raise UserError(f"{folder} holds {len(self._files)} pictures: two or more are needed")
-        with self._open(0) as first:
+        with open_picture(self._files[0]) as first:
             self._channels = 1 if first.mode in ("1", "L", "I;16") else 3
             self.image_shape: ImageShape = (self._channels, first.height, first.width)
 
@@ -198,20 +198,25 @@ class FolderImages:
         return sha256(*self._files)
 
     def _read(self, index: int) -> Pixels:
-        with self._open(index) as image:
+        with open_picture(self._files[index]) as image:
             pixels = np.asarray(to_8bit(image, self._channels))
         return pixels.reshape(*pixels.shape[:2], self._channels)
 
-    @contextmanager
-    def _open(self, index: int) -> Iterator[Image.Image]:
-        file = self._files[index]
-        try:
-            with open_image(file.read_bytes()) as image:
-                yield image
-        except UserError:
-            raise
-        except Exception as error:  # Pillow's are of every kind
-            raise UserError(f"{file} is no image that can be read: {error}") from error
+
+@contextmanager
+def open_picture(file: Path) -> Iterator[Image.Image]:
+    """Opens a user's picture.
+
+    Raises:
+        UserError: it can't be read, here or in the body.
+    """
+    try:
+        with open_image(file.read_bytes()) as image:
+            yield image
+    except UserError:
+        raise
+    except Exception as error:  # Pillow's are of every kind
+        raise UserError(f"{file} is no image that can be read: {error}") from error
 
 
 def check_image_shape(

@@ -1,7 +1,6 @@
 """The stages of `sample_fid`: draw, measure, compare, and what is written. All ranks call each."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -53,9 +52,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Measured:
-    """The features of all there is to compare: on rank 0."""
+    """What the points are compared with, on rank 0; their own features lie in their folders."""
 
-    points: list[FeatureSet]
     reference: FeatureSet
     neighbours: Neighbours | None
     """Of all points' first samples; None if the reference has no images to search."""
@@ -65,19 +63,17 @@ def draw(
     flow: TarFlow, settings: dict[str, SampleSettings], out: Path, device: torch.device
 ) -> list[Point]:
     """Draws what is missing of each point, by its name, into stores below `out`."""
-    points = []
-    for name, chosen in settings.items():
-        saved = chosen.to_json()
-        store = SampleStore(out / name, saved)
-        if distributed.is_main():
-            store.begin()
-        points.append(Point(name, store.folder, store, saved))
+    stores = {name: SampleStore(out / name, chosen.to_json()) for name, chosen in settings.items()}
     if distributed.is_main():
+        for store in stores.values():
+            store.begin()
         for sampler in dict.fromkeys(chosen.sampler for chosen in settings.values()):
             print(f"sampler: {sampler}", flush=True)
+    points: list[Point] = []
     # points that differ in the denoising alone share the decoding
-    for _, group in groupby(points, lambda point: settings[point.name].guidance):
-        _draw_together(flow, list(group), settings, device)
+    for _, names in groupby(settings, lambda name: settings[name].guidance):
+        alike = {name: settings[name] for name in names}
+        points += _draw_together(flow, alike, [stores[name] for name in alike], device)
     return points
 
 
@@ -87,26 +83,30 @@ def given(path: Path, samples: Samples, out: Path) -> Point:
 
 
 def _draw_together(
-    flow: TarFlow, points: list[Point], settings: dict[str, SampleSettings], device: torch.device
-) -> None:
+    flow: TarFlow,
+    settings: dict[str, SampleSettings],
+    stores: list[SampleStore],
+    device: torch.device,
+) -> list[Point]:
     """Each point has the others' time too."""
-    stores = [SampleStore(point.folder, point.facts) for point in points]
-    with ExitStack() as stages:
-        for point in points:
-            stages.enter_context(point.stages.stage("sampling"))
+    stages = Stages()
+    with stages.stage("sampling"):
         drawn = draw_missing_chunks(
             stores,
-            make_draw(flow, [settings[point.name] for point in points]),
-            f"sampling {', '.join(point.name for point in points)}".strip(),
+            make_draw(flow, list(settings.values())),
+            f"sampling {', '.join(settings)}".strip(),
             distributed.device_name(device),
         )
-    for place, (point, store) in enumerate(zip(points, stores, strict=True)):
-        point.facts = {
-            **point.facts,
+    points = []
+    for place, (name, store) in enumerate(zip(settings, stores, strict=True)):
+        facts = {
+            **store.settings,
             "sample_devices": store.devices(),
             "redrawn_samples": store.redrawn(),
             **drawn.describe(place),
         }
+        points.append(Point(name, store.folder, store, facts, Stages(stages.seconds)))
+    return points
 
 
 def measure_all(
@@ -118,7 +118,8 @@ def measure_all(
     device: torch.device,
     stages: Stages,
 ) -> Measured | None:
-    """On rank 0 all features; on the others None. The points' own stay in their folders."""
+    """Leaves each point's features in its folder, and gives those of the reference on rank 0; on
+    the others None."""
     for point in points:
         with point.stages.stage("sample_features"):
             _measure_samples(point, extractor, batch_size, device)
@@ -132,17 +133,18 @@ def measure_all(
         )
     if real is None or not distributed.is_main():
         return None
-    own = [FeatureSet.load(point.folder / FEATURES_FILE) for point in points]
-    return Measured(own, real, neighbours)
+    return Measured(real, neighbours)
 
 
 def _measure_samples(
     point: Point, extractor: FeatureExtractor, batch_size: int, device: torch.device
 ) -> None:
     file, who = point.folder / FEATURES_FILE, {}
+    measured = None
     if distributed.is_main():
         who = {"samples_sha256": point.samples.sha256(), **describe_extractor(extractor)}
-    if not distributed.from_main(distributed.is_main() and _is_measured(file, who)):
+        measured = _measured_before(file, who)
+    if not distributed.from_main(measured is not None):
         measured = measure(
             point.samples,
             extractor,
@@ -155,19 +157,18 @@ def _measure_samples(
             measured.about.update(who)
             measured.save(file)
     first = None
-    if distributed.is_main():
-        features = FeatureSet.load(file).features
-        assert features is not None
-        first = torch.from_numpy(features[: SHOWN_NEIGHBOURS[0]].copy())
+    if measured is not None:
+        assert measured.features is not None
+        first = torch.from_numpy(measured.features[: SHOWN_NEIGHBOURS[0]].copy())
     point.first_features = distributed.from_main(first)
 
 
-def _is_measured(file: Path, who: dict[str, Any]) -> bool:
+def _measured_before(file: Path, who: dict[str, Any]) -> FeatureSet | None:
     try:
         there = FeatureSet.load(file)
     except UserError:  # not there, or damaged
-        return False
-    return there.features is not None and there.about.items() >= who.items()
+        return None
+    return there if there.features is not None and there.about.items() >= who.items() else None
 
 
 def compare(
@@ -181,8 +182,9 @@ def compare(
     each class."""
     results = []
     dim = len(measured.reference.pooled.mean)
-    for point, samples in zip(points, measured.points, strict=True):
+    for point in points:
         with point.stages.stage("metrics", f"comparing {dim} features {point.name}".rstrip()):
+            samples = FeatureSet.load(point.folder / FEATURES_FILE)  # one point's at a time
             comparison = metrics.compare(samples, measured.reference, device)
         note = another_mix(point.facts.get("labels"), class_counts)
         results.append(

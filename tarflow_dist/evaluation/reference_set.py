@@ -20,7 +20,7 @@ from tarflow_dist.evaluation.image_sets import (
 )
 from tarflow_dist.evaluation.measure import measure
 from tarflow_dist.evaluation.neighbours import Neighbours
-from tarflow_dist.files import read_json, sha256
+from tarflow_dist.files import sha256
 
 KEPT_FEATURES = 10_000
 """Images of a data set whose features are kept for precision, recall and the kernel distance: as
@@ -126,9 +126,9 @@ def open_reference(
 def open_shards_reference(path: str, split: str, keep: int = KEPT_FEATURES) -> Reference:
     """A split of a set that data_prep wrote: every image once, as it is stored."""
     shards = open_shards(path, split)
-    summary = read_json(shards.manifest.with_name("summary.json"))
-    words = summary.get("class_names")  # synonyms of WordNet's: the first is enough
-    names = [synonyms.partition(",")[0] for synonyms in words] if words else summary["classes"]
+    words, names = shards.classes.words, list(shards.classes.names)
+    if words:  # synonyms of WordNet's: the first is enough
+        names = [synonyms.partition(",")[0] for synonyms in words]
     return Reference(
         path,
         split,

@@ -4,9 +4,10 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from tarflow_dist.files import write_whole
 class Stages:
     """Seconds that each stage took, said aloud when one begins that shows no progress itself."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, seconds: Mapping[str, float] = MappingProxyType({})) -> None:
+        self.seconds = dict(seconds)
 
     @contextmanager
     def stage(self, name: str, announce: str = "") -> Iterator[None]:

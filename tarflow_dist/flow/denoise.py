@@ -1,8 +1,8 @@
 """Removing the training noise from samples, along the flow's own score."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -44,12 +44,6 @@ class Denoising:
     def arguments(self) -> dict[str, Any]:
         """Those of `TarFlow.sample`."""
         return {f"denoise_{name}": value for name, value in asdict(self).items()}
-
-    @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> "Denoising":
-        """What `arguments` are among others; what is absent has its default."""
-        names = [field.name for field in fields(cls) if f"denoise_{field.name}" in arguments]
-        return cls(**{name: arguments[f"denoise_{name}"] for name in names})
 
     def levels(self, least: float, largest: float, steps: int) -> list[float]:
         """The noise levels that steps start from: falling, and evenly spaced for order 1, as

@@ -58,6 +58,12 @@ class FlowCost:
         nothing in the backward pass needs that one's result."""
         return self.layer_flops - 8 * self.num_patches * self.width**2
 
+    def recomputed_flops(self, checkpoint_every: int) -> int:
+        """Of all second forward passes, where each `checkpoint_every`-th layer is checkpointed; 0
+        is none."""
+        checkpointed = sum(self.layers) // checkpoint_every if checkpoint_every else 0
+        return checkpointed * self.recomputed_layer_flops
+
     @property
     def _attention_flops(self) -> int:
         return 2 * self.num_patches * (self.num_patches + 1) * self.width

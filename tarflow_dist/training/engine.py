@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO around a flow: the only room that imports deepspeed."""
+"""DeepSpeed ZeRO around a flow."""
 
 import logging
 import math

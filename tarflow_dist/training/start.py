@@ -118,6 +118,6 @@ def start_throughput(config: Config, device: torch.device, images: int) -> Throu
     peak = None
     known = find_card(distributed.device_name(device))
     if known is not None:
-        peak = known.fp32_flops if config.train.precision == "fp32" else known.bf16_flops
+        peak = known.peak_flops(config.train.precision)
     flops = FlowCost(config.model).training_flops
     return Throughput(device, images, flops=flops, peak=peak)
