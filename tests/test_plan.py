@@ -341,6 +341,15 @@ def test_in256_on_8_nodes_waits_little(name: str, share: float) -> None:
     assert told["scaling"][0]["waited"] == 0
 
 
+def test_a_step_sends_in_as_many_passes_as_the_memory_asks_for() -> None:
+    done = plan(ROOT / "configs" / "in256.yaml", "--nodes", 8, "--network", 45, "--json",
+                "--memory", 24)  # fmt: skip
+    told = json.loads(done.stdout)
+    assert told["passes"] > 1
+    sent = told["network"]["chosen"]["sent"]  # ZeRO 2 reduces after each pass
+    assert sent == pytest.approx((4 * told["passes"] + 2) * told["parameters"])
+
+
 def test_a_slow_network_gets_gradients_in_bf16() -> None:
     done = plan(ROOT / "configs" / "in256.yaml", "--nodes", 8, "--network", "2x100")
     assert "recommended     train.zero_stage=1 train.reduce_precision=bf16" in done.stdout

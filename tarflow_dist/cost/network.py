@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tarflow_dist.config import Config
 from tarflow_dist.cost.cards import Card
-from tarflow_dist.cost.estimate import Layout, estimate
+from tarflow_dist.cost.estimate import Layout, estimate, fitting_micro_batch
 from tarflow_dist.cost.memory import BUCKET, FP32, LIVE_WEIGHTS, Precision, Stage
 from tarflow_dist.errors import UserError
 from tarflow_dist.flow.flops import FlowCost
@@ -174,9 +174,8 @@ def training_step(
 ) -> Step:
     """A step of `config` with another ZeRO stage and precision of the reduction."""
     train, counts, gpus = config.train, FlowCost(config.model), nodes * gpus_per_node
-    share = train.batch_size / gpus
-    micro_batch = min(train.micro_batch_size or share, share)
-    passes = share / micro_batch
+    micro_batch = fitting_micro_batch(config, card.memory, gpus)
+    passes = train.batch_size // (gpus * micro_batch)
     peak = card.peak_flops(train.precision)
     twice = counts.recomputed_flops(train.activation_checkpointing)
     forward = micro_batch * counts.forward_flops / (mfu * peak)
