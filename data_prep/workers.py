@@ -149,9 +149,19 @@ def _outcome(function: Callable[[Any], Any], task: bytes) -> bytes:
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
     """Ctrl-C, which goes to all processes of a terminal, waits until the body ends. Threads and
-    processes that start in it never get it: it is for this thread to act on."""
+    processes that start in it never get it: it is for the main thread to act on."""
+    came: list[int] = []
+    # the mask is this thread's alone: one of a library's may take the signal, and Python would
+    # interrupt the main thread for it
+    handler = None
+    if threading.current_thread() is threading.main_thread():
+        handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
