@@ -70,7 +70,7 @@ class Sent:
 
 
 class Watch:
-    """FlowCost the collectives of the training loop, each phase by itself: step, log, save, resume
+    """Counts the collectives of the training loop, each phase by itself: step, log, save, resume
     and start, which is all else."""
 
     def __init__(self) -> None:

@@ -10,8 +10,7 @@ from tarflow_dist.data.loader import Batch
 from tarflow_dist.distributed import sum_over_ranks
 from tarflow_dist.flow.config import FlowConfig, NoiseLevels
 from tarflow_dist.flow.model import Flow
-from tarflow_dist.flow.noise import add_gaussian, dequantise
-from tarflow_dist.flow.noise_level import noise_levels
+from tarflow_dist.flow.noise import add_gaussian, dequantise, noise_levels
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from tarflow_dist.flow.denoise import Denoising
 from tarflow_dist.flow.guidance import Guidance, Guide, Rule
 from tarflow_dist.flow.inverse import Solver
 from tarflow_dist.flow.model import Flow, Labels
-from tarflow_dist.flow.noise import to_pixels
+from tarflow_dist.redraw import Draws, draw_until_finite
 from tarflow_dist.sampling_policy import Policy, dtype_name, fingerprint_of, read_policy
 from tarflow_dist.telemetry.progress import Progress
 
@@ -26,19 +26,6 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 VERSION = 1
 """Of config.json."""
-ATTEMPTS = 5
-"""To draw a sample that is finite and in range."""
-RUNAWAY = 100.0
-"""No image value, of pixels in [-1, 1], is that far from 0 unless the sample ran away."""
-
-
-class Draws(NamedTuple):
-    """A batch of samples."""
-
-    images: Tensor
-    """uint8 (B, H, W, C)."""
-    again: Tensor
-    """(B,) bool: was not finite or ran away at first."""
 
 
 class TarFlow(Flow):
@@ -239,7 +226,7 @@ class TarFlow(Flow):
                 return x
             return self.denoised(x, labels, way, index=index, seed=seed)
 
-        return [self._until_finite(partial(finished, way), index) for way in ways]
+        return [draw_until_finite(partial(finished, way), index, self.noise) for way in ways]
 
     def denoised(
         self,
@@ -271,27 +258,6 @@ class TarFlow(Flow):
             order=denoising.order,
             normal=normal if denoising.stochastic else None,
             on_step=on_step,
-        )
-
-    def _until_finite(self, draw: Callable[..., Tensor], index: Tensor) -> Draws:
-        """Samples `index`; `draw` takes the attempt that each of them is at."""
-        again = torch.zeros(len(index), dtype=torch.bool)
-        lost = ~again
-        images = torch.empty(len(index), *self.image_shape, dtype=self.dtype, device=self.device)
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                again |= lost
-            x = draw(*(lost * attempt).tolist())
-            kept = lost.to(x.device)[:, None, None, None]
-            images = torch.where(kept, x, images)
-            lost = lost & ~(x.abs() < RUNAWAY).flatten(1).all(dim=1).cpu()
-            if not lost.any():
-                return Draws(to_pixels(images, self.noise).permute(0, 2, 3, 1), again)
-        bad = index[lost].tolist()
-        named = f"{bad[:5]} and {len(bad) - 5} more" if len(bad) > 5 else bad
-        raise ValueError(
-            f"samples {named} are not finite or ran away in {ATTEMPTS} attempts: train longer, "
-            "or lower the guidance if there is one"
         )
 
     def noise_of(self, index: Tensor, *, seed: int, attempt: Tensor | int = 0) -> Tensor:

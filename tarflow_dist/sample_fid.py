@@ -38,7 +38,6 @@ from tarflow_dist.options import (
 
 if TYPE_CHECKING:
     from tarflow_dist.evaluation.settings import SampleSettings
-    from tarflow_dist.evaluation.wandb_log import TrainingRun
     from tarflow_dist.flow.denoise import Denoising
     from tarflow_dist.pretrained import TarFlow
 
@@ -239,7 +238,7 @@ def label_rule(args: argparse.Namespace, flow: "TarFlow") -> str | None:
     return ",".join(map(str, class_numbers(rule, flow, least=0)))
 
 
-def run(args: argparse.Namespace, training_run: "TrainingRun | None") -> None:
+def run(args: argparse.Namespace) -> None:
     """Draws, measures, compares and reports, on all ranks."""
     from tarflow_dist import distributed
     from tarflow_dist.evaluation import pipeline, result
@@ -247,7 +246,7 @@ def run(args: argparse.Namespace, training_run: "TrainingRun | None") -> None:
     from tarflow_dist.evaluation.image_sets import open_samples
     from tarflow_dist.evaluation.measure import describe_extractor
     from tarflow_dist.evaluation.reference_set import open_reference
-    from tarflow_dist.evaluation.wandb_log import log_to_run
+    from tarflow_dist.evaluation.wandb_log import find_training_run, log_to_run
     from tarflow_dist.files import sha256
 
     # rank 0 compares and reports alone, for minutes, and the others wait
@@ -257,9 +256,11 @@ def run(args: argparse.Namespace, training_run: "TrainingRun | None") -> None:
         if args.model is not None:
             flow = load_model(args.model, str(device), args.dtype)
             image_shape, class_names = flow.image_shape, flow.class_names
+            provenance = flow.provenance
         else:
             given = open_samples(args.samples)
-            image_shape, class_names = given.image_shape, []
+            image_shape, class_names, provenance = given.image_shape, [], {}
+        training_run = find_training_run(args.wandb, provenance) if args.wandb else None
         extractor = make_extractor(
             args.features,
             image_shape=image_shape,
@@ -304,39 +305,17 @@ def run(args: argparse.Namespace, training_run: "TrainingRun | None") -> None:
                 neighbours=found,
                 stages=stages,
             )
-            if training_run is not None:
+            if training_run:
                 by_folder = {p.folder: one for p, one in zip(points, results, strict=True)}
                 log_to_run(training_run, by_folder)
     distributed.shutdown()
-
-
-def find_training_run(folder: Path, model: Path) -> "TrainingRun":
-    """The run that trained `model`, if it logs to Weights & Biases.
-
-    Raises:
-        UserError: it doesn't, or has no checkpoint yet.
-    """
-    from tarflow_dist import config_file as configs
-    from tarflow_dist.evaluation.wandb_log import TrainingRun
-    from tarflow_dist.pretrained import TarFlow
-    from tarflow_dist.training import checkpoint, pointer
-
-    log = configs.load_saved(folder)[0].log
-    if log.wandb == "disabled":
-        raise UserError(f"--wandb {folder}: this run was trained with log.wandb=disabled")
-    newest = pointer.newest(folder / pointer.FOLDER)
-    if newest is None:
-        raise UserError(f"--wandb {folder}: this run has no checkpoint yet")
-    state = checkpoint.Checkpoint(newest).state
-    images = TarFlow.from_pretrained(model).provenance.get("images", state.images)
-    return TrainingRun(folder, log, state.wandb_id, images)
 
 
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     check_arguments(args)
     try:
-        run(args, find_training_run(args.wandb, args.model) if args.wandb else None)
+        run(args)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print(

@@ -1,4 +1,4 @@
-"""FlowCost against the built model and torch's counters, memory against what training allocates."""
+"""Costs against the built model and torch's counters, memory against what training allocates."""
 
 import gc
 import json

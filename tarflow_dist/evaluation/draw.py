@@ -19,7 +19,8 @@ from tarflow_dist.distributed import Counter, from_main, gather, is_main
 from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError, enough_memory
 from tarflow_dist.evaluation.settings import SampleSettings
 from tarflow_dist.evaluation.store import NO_LABEL, SampleStore
-from tarflow_dist.pretrained import Draws, TarFlow
+from tarflow_dist.pretrained import TarFlow
+from tarflow_dist.redraw import Draws
 from tarflow_dist.telemetry.progress import Progress
 
 LOOK_EVERY_SECONDS = 0.2

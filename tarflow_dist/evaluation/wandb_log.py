@@ -4,9 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tarflow_dist import config_file as configs
 from tarflow_dist.config import LogConfig
+from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation.metrics import FIGURES
 from tarflow_dist.telemetry.metrics import end_wandb, start_wandb
+from tarflow_dist.training import checkpoint, pointer
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,22 @@ class TrainingRun:
     log: LogConfig
     wandb_id: str
     images: int
+
+
+def find_training_run(folder: Path, provenance: dict[str, Any]) -> TrainingRun:
+    """The run that trained a model of this `provenance`, if it logs to Weights & Biases.
+
+    Raises:
+        UserError: it doesn't, or has no checkpoint yet.
+    """
+    log = configs.load_saved(folder)[0].log
+    if log.wandb == "disabled":
+        raise UserError(f"--wandb {folder}: this run was trained with log.wandb=disabled")
+    newest = pointer.newest(folder / pointer.FOLDER)
+    if newest is None:
+        raise UserError(f"--wandb {folder}: this run has no checkpoint yet")
+    state = checkpoint.Checkpoint(newest).state
+    return TrainingRun(folder, log, state.wandb_id, provenance.get("images", state.images))
 
 
 def log_to_run(run: TrainingRun, results: dict[Path, dict[str, Any]]) -> None:

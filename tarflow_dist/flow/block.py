@@ -4,11 +4,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tarflow_dist.flow.noise_level import NoiseLevelEmbedding
+from tarflow_dist.flow.condition import (
+    EMBEDDING_STD,
+    NoiseLevelEmbedding,
+    condition,
+    new_class_embed,
+)
+from tarflow_dist.flow.permutation import permute
 from tarflow_dist.flow.transformer import KVCache, TransformerLayer, accurate_dtype
-
-EMBEDDING_STD = 1e-2
-"""That embeddings start with."""
 
 
 class FlowBlock(nn.Module):
@@ -43,11 +46,7 @@ class FlowBlock(nn.Module):
         self.head_dim = head_dim
         self.proj_in = nn.Linear(patch_dim, width)
         self.pos_embed = nn.Parameter(torch.randn(num_patches, width) * EMBEDDING_STD)
-        self.class_embed = (
-            nn.Parameter(torch.randn(num_classes, 1, width) * EMBEDDING_STD)
-            if num_classes
-            else None
-        )
+        self.class_embed = new_class_embed(num_classes, width)
         self.time_embed = NoiseLevelEmbedding(width) if noise_conditional else None
         self.attn_blocks = nn.ModuleList(
             TransformerLayer(width, head_dim) for _ in range(num_layers)
@@ -79,29 +78,16 @@ class FlowBlock(nn.Module):
 
     def permute(self, x: Tensor) -> Tensor:
         """Image order to the block's own order, or back: (B, N, D)."""
-        return x.flip(1) if self.reverse else x
+        return permute(x, reverse=self.reverse)
 
     def permuted_positions(self) -> Tensor:
         """Position embeddings (N, width) in the block's own order."""
-        return self.pos_embed.flip(0) if self.reverse else self.pos_embed
+        return permute(self.pos_embed, reverse=self.reverse, dim=0)
 
     def condition(self, y: Tensor | None, sigma: Tensor | None = None) -> Tensor | None:
         """Class ids (B,), −1 for none, and noise levels (B,) → what is added to every token:
         (B, 1, width), or (1, width) if it is the same for all; None for a model of neither."""
-        classes = None if self.class_embed is None else self._class_vector(self.class_embed, y)
-        if self.time_embed is None:
-            return classes
-        assert sigma is not None
-        levels = self.time_embed(sigma)[:, None]
-        return levels if classes is None else classes + levels
-
-    @staticmethod
-    def _class_vector(class_embed: Tensor, y: Tensor | None) -> Tensor:
-        """(B, 1, width), or (1, width) where no sample has a label."""
-        no_class = class_embed.mean(dim=0)
-        if y is None:
-            return no_class
-        return torch.where((y < 0)[:, None, None], no_class, class_embed[y.clamp(min=0)])
+        return condition(self.class_embed, self.time_embed, y, sigma)
 
     def embed(self, x: Tensor, positions: Tensor, condition: Tensor | None) -> Tensor:
         """Patches (B, S, D) at `positions` (S, width) → the transformer's input (B, S, width)."""

@@ -9,7 +9,7 @@ from tarflow_dist.flow.config import FlowConfig
 
 
 class FlowCost:
-    """FlowCost of the flow of `config`.
+    """What the flow of `config` costs.
 
     Attributes:
         num_patches, width: as in `config`.

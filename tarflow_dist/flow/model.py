@@ -13,6 +13,7 @@ from tarflow_dist.flow.denoise import Denoising, denoise_in_steps, score_denoise
 from tarflow_dist.flow.guidance import Guidance, Guide, Rule
 from tarflow_dist.flow.inverse import SEQUENTIAL, Solver, invert_block
 from tarflow_dist.flow.patches import patchify, unpatchify
+from tarflow_dist.flow.permutation import is_reversed
 from tarflow_dist.flow.transformer import accurate_dtype
 
 DENOISE_MEMORY = 4 * 2**30
@@ -63,7 +64,7 @@ class Flow(nn.Module):
                 head_dim=config.head_dim,
                 num_classes=config.num_classes,
                 noise_conditional=config.sigma_range is not None,
-                reverse=t % 2 == 1,
+                reverse=is_reversed(t),
                 volume_preserving=config.volume_preserving,
             )
             for t, num_layers in enumerate(config.layers)

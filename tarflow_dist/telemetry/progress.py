@@ -10,7 +10,7 @@ LINE_EVERY_SECONDS = 15.0
 
 
 class Progress:
-    """FlowCost `unit`s towards `total`, with rate, ETA and any figures worth seeing.
+    """Counts `unit`s towards `total`, with rate, ETA and any figures worth seeing.
 
     Use as a context manager. Only rank 0 should show one (`enabled`).
     """

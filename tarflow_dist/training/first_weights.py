@@ -16,7 +16,7 @@ from tarflow_dist import rng
 from tarflow_dist.classes import Classes, some
 from tarflow_dist.config import Config
 from tarflow_dist.errors import UserError
-from tarflow_dist.flow.block import EMBEDDING_STD
+from tarflow_dist.flow.condition import EMBEDDING_STD
 from tarflow_dist.flow.config import FlowConfig
 from tarflow_dist.pretrained import TarFlow
 from tarflow_dist.training import pointer

@@ -12,7 +12,7 @@ from tarflow_dist.training.state import RunState
 
 
 class Health:
-    """FlowCost the steps that were left out and goes back to the last checkpoint when there are too
+    """Counts the steps that were left out and goes back to the last checkpoint when there are too
     many in a row."""
 
     def __init__(self, config: Config, engine: Engine):

@@ -21,7 +21,8 @@ from tarflow_dist.evaluation.settings import SampleSettings
 from tarflow_dist.evaluation.store import SampleStore
 from tarflow_dist.flow.denoise import Denoising
 from tarflow_dist.flow.guidance import Guidance
-from tarflow_dist.pretrained import Draws, TarFlow
+from tarflow_dist.pretrained import TarFlow
+from tarflow_dist.redraw import Draws
 
 SETTINGS = {"num_samples": 10, "chunk_size": 4}
 

@@ -10,8 +10,7 @@ from tarflow_dist import config_file as configs
 from tarflow_dist.config import LogConfig
 from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation.metrics import FIGURES
-from tarflow_dist.evaluation.wandb_log import TrainingRun, log_to_run
-from tarflow_dist.sample_fid import find_training_run
+from tarflow_dist.evaluation.wandb_log import TrainingRun, find_training_run, log_to_run
 
 
 def test_figures_and_pictures_stand_with_the_training_run(tmp_path: Path) -> None:
@@ -48,7 +47,7 @@ def test_a_run_that_logs_nothing_or_has_no_checkpoint(tmp_path: Path) -> None:
     config = configs.load(Path("configs/digits.yaml"), lines)
     (tmp_path / "config.yaml").write_text(configs.dump(config))
     with pytest.raises(UserError, match=r"trained with log\.wandb=disabled"):
-        find_training_run(tmp_path, tmp_path)
+        find_training_run(tmp_path, {})
     (tmp_path / "config.yaml").write_text(configs.dump(configs.load(Path("configs/digits.yaml"))))
     with pytest.raises(UserError, match="no checkpoint yet"):
-        find_training_run(tmp_path, tmp_path)
+        find_training_run(tmp_path, {})

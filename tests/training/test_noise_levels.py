@@ -11,7 +11,7 @@ from tarflow_dist.config import Config
 from tarflow_dist.data.loader import Batch
 from tarflow_dist.training.augment import augment
 from tarflow_dist.training.maximum_likelihood import loss_weight
-from tarflow_dist.training.noise_bands import NoiseBands
+from tarflow_dist.training.step_metrics import NoiseBands
 
 DIGITS = ROOT / "configs" / "digits.yaml"
 CPU = torch.device("cpu")
