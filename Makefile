@@ -8,7 +8,7 @@ demo: $(VENV)/ready  ## the whole road on the built-in digits, in a few minutes
 	$(BIN)/python -m tarflow_dist.demo
 
 test: $(VENV)/ready  ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/ready  ## style and types
 	$(BIN)/ruff check .
