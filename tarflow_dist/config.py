@@ -48,7 +48,13 @@ class DataConfig(Section):
     flip: bool = False
     """Mirror images left to right at random."""
     shuffle_window: PositiveInt = 16
-    """Shards whose images are shuffled together; shards themselves are shuffled every epoch."""
+    """Shards whose images are shuffled together, over all groups, each of which has one at least;
+    shards themselves are shuffled every epoch."""
+    groups: PositiveInt | None = None
+    """Groups that the set is dealt to; each batch has as many images of each, and a node reads the
+    shards of its ranks' groups alone, each of which it downloads as a whole from an object store.
+    Null: a run goes on with those that it began with; a new one takes 64, or the largest number
+    that divides 64 and the batch, if its shards are in an object store, else 1."""
     num_workers: NonNegativeInt = 4
     """Processes a rank that read and decode; 0 reads in the training process."""
 
@@ -247,6 +253,11 @@ class Config(Section):
                     )
         if self.train.label_drop and not self.model.num_classes:
             raise ValueError("train.label_drop is above 0, but model.num_classes is 0: no labels")
+        if self.data.groups is not None and self.train.batch_size % self.data.groups:
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} can't have as many images of each of "
+                f"data.groups {self.data.groups}: give a divisor of it, or leave data.groups out"
+            )
         if self.optimizer.warmup_images > self.train.images:
             raise ValueError(
                 f"optimizer.warmup_images {self.optimizer.warmup_images} is longer than "

@@ -28,6 +28,7 @@ CURVE = [
     f"log.every_images={BATCH}",
     f"eval.every_images={10 * BATCH}",
     "eval.count=100",
+    "data.groups=4",
     "log.wandb=disabled",
 ]
 TIMING = (
@@ -246,6 +247,9 @@ def test_what_changed_is_said_or_refused(unbroken: Path, digits: Path, tmp_path:
     done = run("tarflow_dist.train", *CURVE, *where, "model.num_blocks=2", check=False)
     assert done.returncode == 2
     assert "was started with model.num_blocks 4 and can't go on with 2" in done.stderr
+    done = run("tarflow_dist.train", *CURVE, *where, "data.groups=8", check=False)
+    assert done.returncode == 2
+    assert "began with data.groups 4 and can't go on with 8" in done.stderr
 
 
 def test_a_set_that_was_written_anew_is_noticed(digits: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import cycle
+from itertools import count, cycle
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -53,8 +53,9 @@ def train_batches(
 ) -> Iterator[Batch]:
     """This rank's micro-batches, without end, from `position` (images seen in the run) on.
 
-    Each global batch is the next `batch_size` images of the order, whatever the world size; rank r
-    takes the r-th part of it, in micro-batches. Nothing before `position` is read.
+    Each global batch is the next `batch_size` images of the order, whatever the world size; each
+    rank takes its share of it (`ImageOrder.share`), in micro-batches. Nothing before `position` is
+    read.
 
     Args:
         batch_size: of the global batch; a multiple of micro_batch_size · world_size.
@@ -65,11 +66,9 @@ def train_batches(
     assert share % micro_batch_size == 0
 
     def picks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        start = position + rank * share
-        while True:
-            for step in range(0, share, micro_batch_size):
-                yield order.take(start + step, micro_batch_size)
-            start += batch_size
+        for start in count(position, batch_size):
+            mine = order.share(start, batch_size, rank=rank, world_size=world_size)
+            yield from map(order.take, np.split(mine, share // micro_batch_size))
 
     return _load(shards, picks(), micro_batch_size, num_workers)
 

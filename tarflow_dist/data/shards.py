@@ -10,7 +10,7 @@ from xxhash import xxh3_64_hexdigest, xxh3_128
 
 from tarflow_dist.classes import Classes
 from tarflow_dist.data.images import decode_image
-from tarflow_dist.data.store import Folder, Store, open_store
+from tarflow_dist.data.store import Folder, ObjectStore, Store, open_store
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import inside, read_json, regular
 
@@ -172,14 +172,19 @@ class Shards:
     def _is_whole(self, index: int, data: bytes) -> bool:
         return xxh3_64_hexdigest(data).encode() == self._hashes[index]
 
-    def check_cache(self, limit: int, window: int) -> None:
-        """Raises `UserError` if the `window` largest shards are more than `limit` bytes."""
-        needed = sum(sorted(self._shard_bytes)[-window:])
-        if needed > limit:
+    @property
+    def downloaded(self) -> bool:
+        """Whether shards are fetched from an object store, each as a whole."""
+        return isinstance(self._store, ObjectStore)
+
+    def check_cache(self, at_hand: int) -> None:
+        """Raises `UserError` if the `at_hand` largest shards are more than the cache may hold."""
+        needed = sum(sorted(self._shard_bytes)[-at_hand:])
+        if isinstance(self._store, ObjectStore) and needed > self._store.limit:
             raise UserError(
-                f"the cache may hold {limit} bytes, but {window} shards of {self._path} are read "
-                f"from at a time, {needed} bytes: raise data.cache_limit or lower "
-                "data.shuffle_window"
+                f"the cache may hold {self._store.limit} bytes, but {at_hand} shards of "
+                f"{self._path} are read from at a time, {needed} bytes: raise data.cache_limit, or "
+                "lower data.shuffle_window and, in a new run, data.groups"
             )
 
     def check_files(self, folder: Path) -> None:
@@ -202,7 +207,6 @@ def open_shards(
     *,
     cache: Path | None = None,
     cache_limit: int | None = None,
-    window: int = 1,
 ) -> Shards:
     """Opens the split of a set that data_prep wrote, OUT/mds or OUT/wds.
 
@@ -211,10 +215,9 @@ def open_shards(
         split: train or val.
         cache: where shards of an object store are kept; None is a folder in the temporary one.
         cache_limit: bytes that may be kept there; None is 100 GB.
-        window: shards that are read from at a time, which an object store's cache must hold.
 
     Raises:
-        UserError: there is no such thing, it is damaged, or the cache is too small.
+        UserError: there is no such thing, it is damaged, or the cache can't hold a shard of it.
     """
     store = open_store(path, cache=cache, cache_limit=cache_limit)
     if isinstance(store, Folder):
@@ -229,8 +232,7 @@ def open_shards(
         ) from error
     if isinstance(store, Folder):
         shards.check_files(Path(path))
-    else:
-        shards.check_cache(store.limit, window)
+    shards.check_cache(1)
     return shards
 
 

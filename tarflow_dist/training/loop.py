@@ -9,7 +9,6 @@ from tarflow_dist import distributed
 from tarflow_dist.classes import NAMELESS
 from tarflow_dist.config import Config
 from tarflow_dist.data.loader import train_batches
-from tarflow_dist.data.order import ImageOrder
 from tarflow_dist.data.shards import Shards
 from tarflow_dist.training import pointer, run_folder
 from tarflow_dist.training.first_weights import first_state
@@ -23,6 +22,7 @@ from tarflow_dist.training.saver import Saver
 from tarflow_dist.training.start import (
     build_engine,
     choose_micro_batch,
+    image_order,
     open_data,
     recognise_data,
     restore,
@@ -74,7 +74,7 @@ def _train(
     changes += recognise_data(state, shards)
     batches = train_batches(
         shards,
-        ImageOrder(shards.sizes, seed=config.seed, window=config.data.shuffle_window),
+        image_order(config, state, shards),
         position=state.images,
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,

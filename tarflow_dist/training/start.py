@@ -1,6 +1,7 @@
 """What a run starts from: its data, its weights, its newest checkpoint."""
 
 import ctypes
+import math
 from dataclasses import fields
 
 import torch
@@ -9,6 +10,7 @@ from tarflow_dist import distributed
 from tarflow_dist.config import Config
 from tarflow_dist.cost.cards import find_card
 from tarflow_dist.cost.estimate import fitting_micro_batch
+from tarflow_dist.data.order import ImageOrder
 from tarflow_dist.data.shards import Shards, open_shards
 from tarflow_dist.errors import UserError
 from tarflow_dist.flow.flops import FlowCost
@@ -19,6 +21,7 @@ from tarflow_dist.training.checkpoint import newest_whole
 from tarflow_dist.training.engine import Engine
 from tarflow_dist.training.state import RunState
 
+GROUPS = 64  # so that each of as many nodes, or of a divisor of them, has groups to itself
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Names and numbers of malloc.h."""
 
@@ -31,13 +34,7 @@ def open_data(config: Config, split: str) -> Shards:
     """
     model = config.model
     data = config.data
-    shards = open_shards(
-        data.path,
-        split,
-        cache=data.cache,
-        cache_limit=data.cache_limit,
-        window=data.shuffle_window,
-    )
+    shards = open_shards(data.path, split, cache=data.cache, cache_limit=data.cache_limit)
     shape = (model.in_channels, model.image_size, model.image_size)
     if shards.image_shape != shape:
         raise UserError(
@@ -69,6 +66,28 @@ def recognise_data(state: RunState, shards: Shards) -> list[str]:
     if before in ("", state.data):
         return []
     return ["the data are others than before: the set was written anew, or another one is there"]
+
+
+def image_order(config: Config, state: RunState, shards: Shards) -> ImageOrder:
+    """The order of the run's images, in the groups that it began with, which `state` notes.
+
+    Raises:
+        UserError: the config gives other groups, or the shards at hand are too many for the cache.
+    """
+    data = config.data
+    if state.images == 0:
+        even = math.gcd(config.train.batch_size, GROUPS)
+        state.groups = data.groups or (even if shards.downloaded else 1)
+    elif data.groups not in (None, state.groups):
+        raise UserError(
+            f"{config.run} began with data.groups {state.groups} and can't go on with "
+            f"{data.groups}, which would repeat images and miss others: leave data.groups out"
+        )
+    order = ImageOrder(
+        shards.sizes, seed=config.seed, window=data.shuffle_window, groups=state.groups
+    )
+    shards.check_cache(order.shards_at_hand)
+    return order
 
 
 def build_engine(config: Config, micro_batch_size: int, device: torch.device) -> Engine:

@@ -15,6 +15,7 @@ class RunState:
         mean_loss: recent average of the loss, where spikes are watched for; None before the first.
         wandb_id: the run's id at Weights & Biases; empty before it has one.
         data: the fingerprint of the images that it is trained on; empty if it isn't known.
+        groups: into which the order of images deals the set; 1 before there were any.
         val_loss: the held-out loss at just this point, if it was measured here and is finite.
         rows_hash: of the rows of metrics up to here; empty if it isn't known.
     """
@@ -26,6 +27,7 @@ class RunState:
     mean_loss: float | None = None
     wandb_id: str = ""
     data: str = ""
+    groups: int = 1
     rows_hash: str = ""
     val_loss: float | None = None
 

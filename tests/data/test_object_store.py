@@ -82,6 +82,34 @@ def test_batches_come_through_workers_and_shards_once(
     assert len(got) < len(near.sizes) + 1
 
 
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+def test_a_node_downloads_its_share(remote: str, nodes: int, tmp_path: Path, s3: object) -> None:
+    """Two ranks on each. All over an epoch, each node no more than the shards it shares beyond."""
+    shards = open_shards(f"{remote}/mds", "train", cache=tmp_path / "records")
+    order = ImageOrder(shards.sizes, seed=0, window=2, groups=8)
+    seen = []
+    for node in range(nodes):
+        near = open_shards(f"{remote}/mds", "train", cache=tmp_path / str(node))
+        before = len(s3.downloads("/mds/train/"))
+        for rank in (2 * node, 2 * node + 1):
+            batches = train_batches(
+                near,
+                order,
+                position=len(order),  # the second epoch
+                batch_size=16,
+                micro_batch_size=16 // (2 * nodes),
+                rank=rank,
+                world_size=2 * nodes,
+                num_workers=0,
+            )
+            for batch in islice(batches, len(order) // 16):
+                seen += batch.index.tolist()
+        got = Counter(s3.downloads("/mds/train/")[before:])
+        assert set(got.values()) == {1}
+        assert len(shards.sizes) / nodes <= len(got) <= len(shards.sizes) / nodes + 2
+    assert len(set(seen)) == len(seen) == len(order) // 16 * 16
+
+
 def test_nothing_is_downloaded_that_is_not_read(remote: str, tmp_path: Path, s3: object) -> None:
     before = len(s3.downloads("/mds/train/"))
     shards = open_shards(f"{remote}/mds", "train", cache=tmp_path)
@@ -193,8 +221,11 @@ def test_user_errors_are_one_sentence(
 ) -> None:
     for address in ("s3://bucket/nothing/mds", "s3://no-bucket/digits/mds", "what://is/this"):
         assert f"can't read {address}/summary.json" in refused(address, cache=tmp_path)
-    said = refused(f"{remote}/mds", cache=tmp_path, cache_limit=50_000, window=4)
-    assert "4 shards of s3://bucket/digits/mds are read from at a time" in said
+    shards = open_shards(f"{remote}/mds", "train", cache=tmp_path, cache_limit=50_000)
+    with pytest.raises(UserError, match=r"but 4 shards of s3://bucket/digits/mds are read from at"):
+        shards.check_cache(4)
+    said = refused(f"{remote}/mds", cache=tmp_path, cache_limit=5_000)
+    assert "but 1 shards of s3://bucket/digits/mds are read from at a time" in said
     monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")
     assert "Could not connect" in refused("s3://bucket/elsewhere/mds", cache=tmp_path)
 
