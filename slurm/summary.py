@@ -6,6 +6,7 @@ from pathlib import Path
 
 from slurm.resources import Resources
 from slurm.tasks import Task
+from tarflow_dist import hub
 from tarflow_dist.config import Config
 from tarflow_dist.cost.cards import card
 from tarflow_dist.cost.estimate import CHECKPOINT_COPIES, estimate, fitting_micro_batch
@@ -58,7 +59,9 @@ def _new(config: Config) -> str:
 
 
 def _missing_model(config: Config) -> str:
-    if config.init is None or config.init.exists() or pointer.newest(config.run / pointer.FOLDER):
+    if config.init is None or pointer.newest(config.run / pointer.FOLDER):
+        return ""
+    if config.init.exists() or hub.is_name(config.init):
         return ""
     return f"there is no model {config.init} to start from on this machine"
 

@@ -9,7 +9,7 @@ from tarflow_dist.errors import UserError, run_command
 
 COMMANDS = (
     *("train", "plan", "convert", "sample", "calibrate", "sample-fid", "reference"),
-    *("evaluate-bpd", "recipe", "demo"),
+    *("evaluate-bpd", "push", "recipe", "demo"),
 )
 
 

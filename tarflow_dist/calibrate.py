@@ -19,8 +19,15 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from tarflow_dist import hub
 from tarflow_dist.errors import UserError, enough_memory, run_command
-from tarflow_dist.options import add_dtype_option, add_guidance_options, guidance_of, load_model
+from tarflow_dist.options import (
+    MODEL_HELP,
+    add_dtype_option,
+    add_guidance_options,
+    guidance_of,
+    load_model,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +59,7 @@ def main(argv: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("model", type=Path, metavar="MODEL", help="folder of model.safetensors and config.json")
+    add("model", type=Path, metavar="MODEL", help=MODEL_HELP)
     add("--batch-sizes", type=int, nargs="+", default=[1, 4, 16], help="default 1 4 16")
     add("--images", type=int, default=24, help="drawn to compare with sequential ones; default 24")
     add("--seed", type=int, default=0, help="of the samples that are drawn to measure; default 0")
@@ -63,6 +70,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if min(args.batch_sizes) < 1 or args.images < 1:
         raise UserError("--batch-sizes and --images must be 1 or more")
+    args.model = hub.find(args.model).folder
     if not os.access(args.model, os.W_OK):
         raise UserError(f"{args.model}/sampling.json can't be written")
 

@@ -228,9 +228,10 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the weights, the order of images, noise, dropped labels and flips."""
     init: Path | None = None
-    """A model's folder, or a run's, to start from: its weights (a run's moving average) are taken
-    before the first step. Classes that go by the same name in the data and there keep what was
-    learned of them, others start anew; the rest of `model` must be the same, but for the noise."""
+    """A model's folder, its name at the Hugging Face hub (USER/MODEL or USER/MODEL@REVISION) or a
+    run's folder, to start from: its weights (a run's moving average) are taken before the first
+    step. Classes that go by the same name in the data and there keep what was learned of them,
+    others start anew; the rest of `model` must be the same, but for the noise."""
     model: FlowConfig
     """The flow. None of it can change in a run."""
     data: DataConfig

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 from tarflow_dist import config_file as configs
 from tarflow_dist.errors import run_command
@@ -36,18 +37,18 @@ def main(argv: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a step in progress ends as well
+    steps = Steps()
     began = time.monotonic()
     ranks, precision = _machine()
-    step("data_prep", ["digits", SHARDS], done=SHARDS / "wds" / "summary.json")
-    step(
+    steps.run("data_prep", ["digits", SHARDS], done=SHARDS / "wds" / "summary.json")
+    steps.run(
         "tarflow_dist.train",
         [RECIPE, f"run={RUN}", f"data.path={SHARDS / 'mds'}", f"train.precision={precision}"],
         ranks=ranks,
     )
-    step("tarflow_dist.convert", [RUN, MODEL], done=MODEL / "model.safetensors")
+    steps.run("tarflow_dist.convert", [RUN, MODEL], done=MODEL / "model.safetensors")
     for out, guidance in ((GUIDED, 1), (UNGUIDED, 0)):
-        step(
+        steps.run(
             "tarflow_dist.sample_fid",
             [
                 *("--model", MODEL, "--reference", SHARDS / "mds", "--features", "pixels"),
@@ -60,29 +61,54 @@ def main(argv: list[str]) -> None:
     report(time.monotonic() - began)
 
 
-def step(
-    module: str, arguments: Sequence[object], *, ranks: int = 1, done: Path | None = None
-) -> None:
-    """Shows and runs `python -m module arguments`, under torchrun on several ranks, unless its
-    result `done` is there. Leaves with the command's exit code if it fails."""
-    command = ["-m", module, *map(str, arguments)]
-    shown = ["torchrun", "--nproc-per-node", str(ranks)] if ranks > 1 else ["python"]
-    print(f"\n$ {shlex.join([*shown, *command])}", flush=True)
-    if done is not None and done.exists():
-        print(f"({done} is there already)")
-        return
-    launcher = ["-m", "torch.distributed.run", *shown[1:]] if ranks > 1 else []
-    # one thread a rank: more would spin against each other
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, *launcher, *command], env=environment)
-    try:
-        code = process.wait()
-    except BaseException:
-        process.terminate()  # torchrun passes it on, and training saves first
-        process.wait()
-        raise
-    if code:
-        sys.exit(code)
+class Steps:
+    """Runs commands one after another. SIGINT and SIGTERM end the one in progress, and then this
+    process."""
+
+    def __init__(self) -> None:
+        self._interrupted = self._busy = False
+        self._process: subprocess.Popen[bytes] | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._interrupt)
+
+    def run(
+        self, module: str, arguments: Sequence[object], *, ranks: int = 1, done: Path | None = None
+    ) -> None:
+        """Shows and runs `python -m module arguments`, under torchrun on several ranks, unless its
+        result `done` is there. Leaves with the command's exit code if it fails."""
+        command = ["-m", module, *map(str, arguments)]
+        shown = ["torchrun", "--nproc-per-node", str(ranks)] if ranks > 1 else ["python"]
+        print(f"\n$ {shlex.join([*shown, *command])}", flush=True)
+        if done is not None and done.exists():
+            print(f"({done} is there already)")
+            return
+        launcher = ["-m", "torch.distributed.run", *shown[1:]] if ranks > 1 else []
+        code = self._run([sys.executable, *launcher, *command])
+        if code:
+            sys.exit(code)
+
+    def _run(self, command: list[str]) -> int:
+        """The exit code."""
+        self._busy = True
+        if not self._interrupted:
+            # one thread a rank: more would spin against each other
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            self._process = process = subprocess.Popen(command, env=environment)
+            if self._interrupted:  # while it was being started
+                process.terminate()
+            code = process.wait()
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._process, self._busy = None, False
+        return code
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        # noted, since an exception may get lost in what imports and callbacks catch
+        self._interrupted = True
+        if self._process is not None:
+            self._process.terminate()  # torchrun passes it on, and training saves first
+        elif not self._busy:
+            raise KeyboardInterrupt
 
 
 def report(seconds: float) -> None:

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from tarflow_dist.errors import UserError, run_command
+from tarflow_dist.options import MODEL_HELP
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -22,7 +23,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", type=Path, required=True, help="folder of model.safetensors and config.json")
+    add("--model", type=Path, required=True, help=MODEL_HELP)
     add("--data", required=True, help="SHARDS folder made by data_prep, or its s3:// address")
     add("--split", default="val", choices=("train", "val"), help="default val")
     add("--draws", type=int, default=1, help="of the noise, to average over; default 1")
@@ -37,7 +38,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
 
-    from tarflow_dist import distributed
+    from tarflow_dist import distributed, hub
     from tarflow_dist.data.loader import eval_batches
     from tarflow_dist.data.shards import open_shards
     from tarflow_dist.evaluation.image_sets import check_image_shape
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> None:
 
     device = distributed.init()
     # a bf16 model's likelihood would be off in the third digit
-    flow = TarFlow.from_pretrained(args.model).float().to(device)
+    flow = TarFlow.from_pretrained(hub.find_on_all_ranks(args.model).folder).float().to(device)
     shards = open_shards(args.data, args.split)
     check_image_shape(args.data, shards.image_shape, flow.image_shape)
     shards.check_classes(flow.num_classes)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+MODEL_HELP = "folder of model.safetensors and config.json, or USER/MODEL[@REVISION] at a hub"
 
 
 def whole_numbers(text: str) -> list[int]:

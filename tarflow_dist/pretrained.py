@@ -4,28 +4,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tarflow_dist import rng
+from tarflow_dist import hub, rng
 from tarflow_dist.classes import NAMELESS, Classes
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import describe, from_saved, read_sealed, regular, write_sealed, write_whole
+from tarflow_dist.files import describe, from_saved, write_sealed, write_whole
 from tarflow_dist.flow.config import FlowConfig
 from tarflow_dist.flow.denoise import Denoising
 from tarflow_dist.flow.guidance import Guidance, Guide, Rule
 from tarflow_dist.flow.inverse import Solver
 from tarflow_dist.flow.model import Flow, Labels
+from tarflow_dist.model_folder import (
+    CONFIG_FILE,
+    VERSION,
+    WEIGHTS_FILE,
+    read_config,
+    read_weights,
+)
 from tarflow_dist.redraw import Draws, draw_until_finite
 from tarflow_dist.sampling_policy import Policy, dtype_name, fingerprint_of, read_policy
 from tarflow_dist.telemetry.progress import Progress
-
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
-VERSION = 1
-"""Of config.json."""
 
 
 class TarFlow(Flow):
@@ -51,13 +54,14 @@ class TarFlow(Flow):
     @classmethod
     def from_pretrained(cls, path: str | Path, *, calibrated: bool = True) -> "TarFlow":
         """Loads a folder of model.safetensors, config.json and, if there is one and `calibrated` is
-        set, sampling.json, in the type it was saved in.
+        set, sampling.json, in the type it was saved in; or the same from the Hugging Face hub,
+        where it is USER/MODEL or USER/MODEL@REVISION. A folder that exists comes first.
 
         Raises:
-            UserError: a file is missing, damaged, or not of this model.
+            UserError: a file is missing, damaged, or not of this model, or can't be fetched.
         """
-        path = Path(path)
-        saved = _read_config(path / CONFIG_FILE)
+        path = hub.find(path).folder
+        saved = read_config(path / CONFIG_FILE)
         try:
             config = from_saved(FlowConfig, saved["model"])
             classes = from_saved(Classes, saved.get("classes", {}))
@@ -65,7 +69,7 @@ class TarFlow(Flow):
                 raise ValueError(f"it names {len(classes.names)} of {config.num_classes} classes")
         except ValueError as error:
             raise UserError(f"{path / CONFIG_FILE} describes no TARFlow: {error}") from error
-        weights = _read_weights(path / WEIGHTS_FILE, saved.get("weights"))
+        weights = read_weights(path / WEIGHTS_FILE, saved.get("weights"))
         with torch.device("meta"):
             flow = cls(**config.to_json())
         flow.provenance = saved.get("provenance", {})
@@ -120,6 +124,15 @@ class TarFlow(Flow):
                 "weights": describe(weights_part),
             }
             write_sealed(path / CONFIG_FILE, content, version=VERSION)
+
+    def push_to_hub(self, repo: str, **options: Any) -> str:
+        """Uploads this model to the Hugging Face hub as `repo`, USER/NAME, and returns its address.
+        `options` and errors are those of `tarflow_dist.push.push`."""
+        from tarflow_dist.push import push
+
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push(Path(folder), repo, **options)
 
     def solvers_for(self, batch: int, guidance: Guidance) -> list[Solver]:
         """How `decode` inverts the blocks for `batch` samples: as calibrated for this device, type
@@ -274,34 +287,3 @@ class TarFlow(Flow):
 
 def _count_block(progress: Progress, _: Tensor) -> None:
     progress.update(1)
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        raise UserError(
-            f"{file.parent} holds no model ({CONFIG_FILE} is missing): make one with "
-            "python -m tarflow_dist.convert"
-        )
-    try:
-        saved = read_sealed(file, version=VERSION)
-        if isinstance(saved.get("model"), dict):
-            return saved
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} can't be read: {error}") from error
-    raise UserError(f"{file} is not a TARFlow's: it has no entry 'model'")
-
-
-def _read_weights(file: Path, described: dict[str, Any] | None) -> dict[str, Tensor]:
-    """The tensors of `file`, which is held against what config.json says of it, if it does."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if described is not None and describe(file) != described:
-            raise UserError(
-                f"{file} is damaged, or not the one that {CONFIG_FILE} was written with: fetch it "
-                f"again, or if it is meant, take the entry weights out of {CONFIG_FILE}"
-            )
-        return load_file(regular(file))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} is missing or damaged: {error}") from error

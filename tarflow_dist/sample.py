@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from tarflow_dist.errors import UserError, enough_memory, run_command
 from tarflow_dist.files import write_whole
 from tarflow_dist.options import (
+    MODEL_HELP,
     add_denoising_options,
     add_dtype_option,
     add_guidance_options,
@@ -73,7 +74,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("model", type=Path, metavar="MODEL", help="folder of model.safetensors and config.json")
+    add("model", type=Path, metavar="MODEL", help=MODEL_HELP)
     add(
         "--labels",
         help="class ids or names with commas between, -1 for none; a name that has a comma or is a "

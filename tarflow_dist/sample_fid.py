@@ -23,9 +23,11 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tarflow_dist import hub
 from tarflow_dist.errors import UserError, run_command
 from tarflow_dist.evaluation.features import EXTRACTORS, check_features
 from tarflow_dist.options import (
+    MODEL_HELP,
     add_denoising_options,
     add_dtype_option,
     add_guidance_options,
@@ -56,7 +58,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.set_defaults(command=shlex.join(["python", "-m", "tarflow_dist.sample_fid", *argv]))
     drawing = parser.add_argument_group("the samples")
     source = drawing.add_mutually_exclusive_group(required=True).add_argument
-    source("--model", type=Path, help="folder of model.safetensors and config.json")
+    source("--model", type=Path, help=MODEL_HELP)
     source(
         "--samples",
         type=Path,
@@ -140,8 +142,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--num-samples must be at least 2: a covariance needs two images")
     if args.batch_size < 1:
         raise UserError("--batch-size must be at least 1")
-    if args.model is not None and not args.model.is_dir():
-        raise UserError(f"--model {args.model} is not a folder")
+    if args.model is not None:
+        hub.check(args.model)
     if args.samples is not None and not args.samples.exists():
         raise UserError(f"--samples {args.samples} is not there")
     if "://" not in args.reference and not Path(args.reference).exists():
@@ -254,7 +256,8 @@ def run(args: argparse.Namespace) -> None:
     stages = result.Stages()
     with stages.stage("loading"):
         if args.model is not None:
-            flow = load_model(args.model, str(device), args.dtype)
+            model = hub.find_on_all_ranks(args.model)
+            flow = load_model(model.folder, str(device), args.dtype)
             image_shape, class_names = flow.image_shape, flow.class_names
             provenance = flow.provenance
         else:
@@ -275,7 +278,7 @@ def run(args: argparse.Namespace) -> None:
             extractor=extractor,
         )
         if args.model is not None:
-            files = sorted(args.model.glob("*.safetensors"))
+            files = sorted(model.folder.glob("*.safetensors"))
             weights_sha256 = distributed.from_main(sha256(*files) if distributed.is_main() else "")
             settings = sweep_settings(args, flow, weights_sha256, reference.class_counts)
     with distributed.lock_folder(args.out):
@@ -287,7 +290,7 @@ def run(args: argparse.Namespace) -> None:
             points, reference, extractor, batch_size=args.batch_size, device=device, stages=stages
         )
         facts = {
-            **({"model": str(args.model)} if args.model is not None else {}),
+            **({"model": model.name} if args.model is not None else {}),
             **describe_extractor(extractor),
             **reference.describe(),
             **result.describe_machine(device),

@@ -4,10 +4,13 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from commands import processes_of
+
+from tarflow_dist.demo import Steps
 
 RANKS_START = "demo/shards/mds/manifest.parquet"  # what is there when they do
 RANKS_TRAIN = "demo/run/metrics.jsonl"
@@ -27,3 +30,21 @@ def test_an_interrupted_demo_leaves_nothing_running(
     process.send_signal(number)
     assert process.wait() == 130
     assert processes_of(str(tmp_path)) == []
+
+
+def test_an_interrupt_that_gets_lost_in_an_import_is_acted_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "swallows.py").write_text(
+        "import signal\ntry:\n    signal.raise_signal(signal.SIGINT)\nexcept:\n    pass\n"
+    )
+    try:
+        steps = Steps()
+        import_module("swallows")
+        with pytest.raises(KeyboardInterrupt):
+            steps.run("this", [])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tarflow_dist import rng
+from tarflow_dist import hub, rng
 from tarflow_dist.classes import Classes, some
 from tarflow_dist.config import Config
 from tarflow_dist.errors import UserError
@@ -28,9 +28,10 @@ FREE = ("num_classes", "noise", "sigma", "sigma_range")
 
 @dataclass(frozen=True)
 class Model:
-    """What a run can start from: a model's folder, or a run's newest moving average."""
+    """What a run can start from: a model, or a run's newest moving average."""
 
-    path: Path
+    name: str
+    """Its path, or its name at the hub."""
     config: FlowConfig
     classes: Classes
     weights: dict[str, Tensor]
@@ -38,13 +39,15 @@ class Model:
 
     @classmethod
     def read(cls, path: Path) -> "Model":
-        """Raises `UserError` if there is none at `path`, or it is damaged. Collective."""
+        """Raises `UserError` if there is none at `path` or of that name, or it is damaged.
+        Collective."""
         if pointer.is_run(path):
             saved = open_run(path)
             weights = saved.read_all("ema") | saved.read_all("buffers")
-            return cls(path, saved.model, saved.classes, weights)
-        flow = TarFlow.from_pretrained(path, calibrated=False)
-        return cls(path, flow.config, flow.classes, flow.state_dict())
+            return cls(str(path), saved.model, saved.classes, weights)
+        found = hub.find_on_all_ranks(path)
+        flow = TarFlow.from_pretrained(found.folder, calibrated=False)
+        return cls(found.name, flow.config, flow.classes, flow.state_dict())
 
 
 def first_state(config: Config, classes: Classes) -> tuple[Callable[[str], Tensor], list[str]]:
@@ -60,7 +63,7 @@ def first_state(config: Config, classes: Classes) -> tuple[Callable[[str], Tenso
     model = Model.read(config.init)
     _check(model, config.model)
     weights = {name: tensor.float() for name, tensor in model.weights.items()}
-    said = [f"its weights are those of {model.path}"]
+    said = [f"its weights are those of {model.name}"]
     kept = _kept_classes(model.classes, classes)
     for t in range(config.model.num_blocks):
         _take_classes(weights, t, config, kept)
@@ -93,7 +96,7 @@ def _check(model: Model, config: FlowConfig) -> None:
             for name in other
         )
         raise UserError(
-            f"init: {model.path} has {differences}: give model.… its values, or init another model"
+            f"init: {model.name} has {differences}: give model.… its values, or init another model"
         )
 
 
@@ -137,5 +140,5 @@ def _say_classes(model: Model, count: int, classes: Classes, kept: dict[int, int
     if kept:
         return f"so are {len(kept)} of its {count} classes, by their names; new: {some(new)}"
     if model.config.num_classes and not model.classes.names:
-        return f"all its classes are new: {model.path} doesn't say what its own are called"
+        return f"all its classes are new: {model.name} doesn't say what its own are called"
     return "all its classes are new"

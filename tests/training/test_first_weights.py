@@ -102,7 +102,7 @@ def test_another_model_is_refused_by_its_fields(tmp_path: Path) -> None:
     itarflow = config_for(tmp_path, 1, "model.sigma=null", "model.sigma_range=[0.01,0.3]")
     with pytest.raises(UserError, match=r"has sigma_range None and not \(0.01, 0.3\)"):
         first_state(itarflow, Classes(["a"]))
-    with pytest.raises(UserError, match="holds no model"):
+    with pytest.raises(UserError, match=r"no folder .*none, nor is that a name at the hub"):
         first_state(config_for(tmp_path / "none", 1), Classes(["a"]))
     per_block = config_for(tmp_path, 1, "model.layers_per_block=[1,1]", "model.sigma=0.2")
     _, said = first_state(per_block, Classes(["a"]))

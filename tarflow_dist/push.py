@@ -1,0 +1,113 @@
+"""Puts a model at the Hugging Face hub, with a card that says what it is.
+
+    python -m tarflow_dist.push MODEL USER/NAME --license apache-2.0 --samples samples/MODEL
+
+Log in first: hf auth login. config.json and result.json go as they are, with the paths in them.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from tarflow_dist import hub
+from tarflow_dist.errors import UserError, run_command
+from tarflow_dist.files import read_json, sha256
+from tarflow_dist.model_card import model_card
+from tarflow_dist.model_folder import (
+    CONFIG_FILE,
+    POLICY_FILE,
+    WEIGHTS_FILE,
+    check_weights,
+    read_config,
+)
+
+CARD, RESULT, GRID = "README.md", "result.json", "grid.png"
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tarflow_dist.push",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", type=Path, metavar="MODEL", help="folder of model.safetensors and config.json")
+    add("repo", metavar="USER/NAME", help="its name at the hub; made if there is none")
+    add("--private", action="store_true", help="if it is made: for those alone whom you let in")
+    add("--license", help="as the hub calls it, such as apache-2.0; the card says if there is none")
+    add("--samples", type=Path, help="folder of sample_fid's result.json and grid.png, to be shown")
+    add("--new-card", action="store_true", help="write the card anew, if one is there already")
+    args = parser.parse_args(argv)
+    url = push(
+        args.model,
+        args.repo,
+        private=args.private,
+        license=args.license,
+        samples=args.samples,
+        new_card=args.new_card,
+    )
+    print(f"{args.model} is at {url}")
+
+
+def push(
+    folder: Path,
+    repo: str,
+    *,
+    private: bool = False,
+    license: str | None = None,
+    samples: Path | None = None,
+    new_card: bool = False,
+) -> str:
+    """Uploads the model in `folder` in one commit.
+
+    Args:
+        repo: USER/NAME, made at the hub unless it is there.
+        private: whether it is made a private one.
+        license: as the hub calls it; None states none.
+        samples: `sample_fid`'s folder of samples of this model, whose figures and grid are shown.
+        new_card: write the card anew where there is one; its text may be another's.
+
+    Returns:
+        The model's address.
+
+    Raises:
+        UserError: the model is damaged, the samples are another's, or the hub refuses.
+    """
+    if "@" in repo or not hub.is_name(repo):
+        raise UserError(f"{repo} can't be a model's name at the hub, which looks like USER/NAME")
+    saved = read_config(folder / CONFIG_FILE)
+    check_weights(folder / WEIGHTS_FILE, saved.get("weights"))
+    files = {n: folder / n for n in (CONFIG_FILE, POLICY_FILE) if (folder / n).exists()}
+    result = None
+    if samples is not None:
+        result = _result(samples, folder)
+        files |= {name: samples / name for name in (RESULT, GRID)}
+    with hub.told(f"{repo} can't be written"):
+        from huggingface_hub import CommitOperationAdd, HfApi
+
+        api = HfApi(library_name="tarflow_dist")
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        operations = [CommitOperationAdd(name, file) for name, file in files.items()]
+        operations.append(CommitOperationAdd(WEIGHTS_FILE, folder / WEIGHTS_FILE))
+        if new_card or not api.file_exists(repo, CARD):
+            card = model_card(repo, saved, result, license=license)
+            operations.append(CommitOperationAdd(CARD, card.encode()))
+        api.create_commit(repo, operations, commit_message="Model by tarflow_dist")
+    return str(url)
+
+
+def _result(samples: Path, folder: Path) -> dict[str, Any]:
+    """What the samples' result.json says, if they are of the model in `folder`."""
+    try:
+        result = read_json(samples / RESULT)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--samples {samples}: its {RESULT} can't be read: {error}") from error
+    if "points" in result:
+        raise UserError(f"--samples {samples} is a sweep: name a folder in it, {result['best']}")
+    if result.get("weights_sha256") != sha256(folder / WEIGHTS_FILE):
+        raise UserError(f"--samples {samples} are not of the model {folder}: its weights differ")
+    return result
+
+
+if __name__ == "__main__":
+    run_command(main)
