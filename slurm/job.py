@@ -90,9 +90,10 @@ class Job:
 
     def _note(self, state: str, reason: str = "") -> bool:
         """Writes the outcome, unless another rank was first: a first error's victims come later."""
+        outcome = {"state": state, "reason": reason, "rank": int(os.environ["RANK"])}
         try:
             with (self.folder / OUTCOME).open("x") as file:
-                json.dump({"state": state, "reason": reason}, file)
+                json.dump(outcome, file)
         except FileExistsError:
             return False
         return True

@@ -6,9 +6,11 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import psutil
 import submitit
 from submitit.helpers import clean_env, environment_variables
 
@@ -21,6 +23,11 @@ from tarflow_dist.errors import UserError
 from tarflow_dist.files import read_json
 
 EXIT_CODES = {"finished": 0, "interrupted": EXIT_INTERRUPTED, "refused": 2, "crashed": 1}
+CONTROLLER, RANK = "submitit.local._local", "SUBMITIT_LOCAL_GLOBALID"
+"""Its module, and the variable that it sets."""
+GRACE = 5.0
+"""Seconds that the other ranks of one that failed have to end by themselves: mostly they meet the
+same error, or miss that one."""
 
 
 def here(resources: Resources) -> Resources:
@@ -77,16 +84,58 @@ def _run(task: Task, resources: Resources) -> str:
     with clean_env(), environment_variables(**environment), _ctrl_c_ignored():
         submitted = executor.submit(job)
     print(f"logs in {folder}", flush=True)
+    return watch(submitted, folder)
+
+
+def watch(submitted: submitit.Job, folder: Path) -> str:
+    """Shows rank 0's log until all ranks have ended, and ends them once one has failed. Ctrl-C and
+    SIGTERM have them save.
+
+    Returns:
+        The outcome.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ranks = Ranks(submitted.job_id)
     shown = 0
     while True:
-        ended = submitted.done()
-        shown = _show_log(submitted.paths.stdout, shown)
-        if ended:
-            return _outcome(folder)
         try:
+            ended = submitted.done()
+            shown = _show_log(submitted.paths.stdout, shown)
+            if ended:
+                return _outcome(folder, ranks)
+            ranks.look()
+            one_ended = ranks.first_gone or (folder / OUTCOME).exists()
+            if one_ended and _read_outcome(folder)["state"] in ("crashed", "refused"):
+                ranks.end()
             time.sleep(0.2)
         except KeyboardInterrupt:
             os.kill(int(submitted.job_id), signal.SIGTERM)  # its controller tells the ranks
+
+
+class Ranks:
+    """The processes of a job's ranks. submitit's controller starts them, and waits until the last
+    of them ends, whatever becomes of the others."""
+
+    def __init__(self, job_id: str):
+        self._started = psutil.Process(int(job_id))  # the controller, or a shell that starts it
+        self._running: dict[int, psutil.Process] = {}
+        self.first_gone: list[int] = []
+
+    def look(self) -> None:
+        """Takes note of which of them run, and which were the first to end."""
+        with suppress(psutil.Error):  # some end meanwhile
+            processes = [self._started, *self._started.children()]
+            controllers = [p for p in processes if CONTROLLER in p.cmdline()]  # none at first
+            ranks = {p.environ().get(RANK): p for c in controllers for p in c.children()}
+            running = {int(rank): process for rank, process in ranks.items() if rank is not None}
+            self.first_gone = self.first_gone or sorted(self._running.keys() - running.keys())
+            self._running = running
+
+    def end(self) -> None:
+        """Kills those that don't end by themselves: what they wait for will not come."""
+        _, waiting = psutil.wait_procs(self._running.values(), timeout=GRACE)
+        for process in waiting:
+            process.kill()
 
 
 @contextmanager
@@ -107,12 +156,23 @@ def _show_log(log: Path, shown: int) -> int:
     return len(text)
 
 
-def _outcome(folder: Path) -> str:
-    file = folder / OUTCOME
-    if not file.exists():
-        print(f"the ranks were killed; their logs are in {folder}", file=sys.stderr)
-        return "crashed"
-    outcome = read_json(file)
+def _outcome(folder: Path, ranks: Ranks) -> str:
+    outcome = _read_outcome(folder)
+    first = ranks.first_gone
+    if outcome["state"] == "crashed" and first and outcome.get("rank") not in first:
+        print(
+            f"rank {first[0]} was the first to end, without a word, as one that is killed for want "
+            f"of memory; logs in {folder}",
+            file=sys.stderr,
+        )
     if outcome["reason"]:  # of whichever rank was first, and the log that was shown is rank 0's
         print(f"{outcome['state']}: {outcome['reason']}", file=sys.stderr)
     return str(outcome["state"])
+
+
+def _read_outcome(folder: Path) -> dict[str, Any]:
+    """What the first rank to end noted; a crash, if none did."""
+    try:
+        return dict(read_json(folder / OUTCOME))
+    except (FileNotFoundError, ValueError):  # or is just being written
+        return {"state": "crashed", "reason": ""}

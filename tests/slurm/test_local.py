@@ -1,0 +1,64 @@
+"""--local: what becomes of the other ranks when one fails."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import submitit
+
+from slurm.job import Job
+from slurm.local import Ranks, watch
+from slurm.tasks import Task
+
+
+class OneFails(Job):
+    """Rank 0 waits for what will not come."""
+
+    def _run(self) -> bool:
+        if os.environ["RANK"] == "0":
+            time.sleep(600)
+        while not list(self.folder.glob("seen")):
+            time.sleep(0.05)
+        if self.task.name == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ValueError("of its own")
+
+
+@pytest.mark.parametrize(("kind", "setup"), [("raises", []), ("killed", ["export A=1"])])
+def test_one_that_fails_ends_the_others_and_is_named(
+    kind: str,
+    setup: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}")
+    terminated = signal.getsignal(signal.SIGTERM)
+    executor = submitit.LocalExecutor(tmp_path)
+    executor.update_parameters(tasks_per_node=2, stderr_to_stdout=True, setup=setup)
+    job = executor.submit(OneFails(tmp_path, Task(kind, (), tmp_path), False, 0))
+    look, processes = Ranks.look, set()
+
+    def look_at_both(ranks: Ranks) -> None:
+        look(ranks)
+        processes.update(ranks._running.values())
+        if len(ranks._running) == 2:
+            (tmp_path / "seen").touch()
+
+    monkeypatch.setattr(Ranks, "look", look_at_both)
+    monkeypatch.setattr("slurm.local.GRACE", 0.5)
+    try:
+        assert watch(job, tmp_path) == "crashed"
+    finally:
+        signal.signal(signal.SIGTERM, terminated)
+    assert len(processes) == 2
+    assert not any(process.is_running() for process in processes)
+    told = capsys.readouterr().err
+    if kind == "killed":
+        assert "rank 1 was the first to end, without a word" in told
+    else:
+        assert "crashed: rank 1 on " in told
+        assert "ValueError: of its own" in told
+        assert "first to end" not in told
