@@ -216,6 +216,9 @@ class LogConfig(Section):
     """Images from one row of metrics.jsonl to the next."""
     wandb: Literal["offline", "online", "disabled"] = "offline"
     """Weights & Biases: offline writes into the run folder and needs no account."""
+    tensorboard: bool = False
+    """Write the same for TensorBoard (pip install 'tarflow_dist[tensorboard]'), into the folder
+    tensorboard of the run's."""
     wandb_project: str = "tarflow_dist"
     """The project that online runs appear under."""
 

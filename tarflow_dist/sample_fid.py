@@ -116,7 +116,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--wandb",
         type=Path,
         metavar="RUN",
-        help="a training run's folder: log figures and pictures to its Weights & Biases",
+        help="a training run's folder: log figures and pictures to its Weights & Biases and its "
+        "TensorBoard, where it has them",
     )
     args = parser.parse_args(argv)
     args.out = args.out or Path("samples", (args.model or args.samples).resolve().name)

@@ -1,4 +1,4 @@
-"""A result at Weights & Biases, with the training run that the model came from."""
+"""A result on the dashboards of the training run that the model came from."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from tarflow_dist import config_file as configs
 from tarflow_dist.config import LogConfig
 from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation.metrics import FIGURES
-from tarflow_dist.telemetry.metrics import end_wandb, start_wandb
+from tarflow_dist.telemetry.dashboards import open_dashboards
 from tarflow_dist.training import checkpoint, pointer
 
 
@@ -23,13 +23,13 @@ class TrainingRun:
 
 
 def find_training_run(folder: Path, provenance: dict[str, Any]) -> TrainingRun:
-    """The run that trained a model of this `provenance`, if it logs to Weights & Biases.
+    """The run that trained a model of this `provenance`, if it has a dashboard.
 
     Raises:
         UserError: it doesn't, or has no checkpoint yet.
     """
     log = configs.load_saved(folder)[0].log
-    if log.wandb == "disabled":
+    if log.wandb == "disabled" and not log.tensorboard:
         raise UserError(f"--wandb {folder}: this run was trained with log.wandb=disabled")
     newest = pointer.newest(folder / pointer.FOLDER)
     if newest is None:
@@ -41,12 +41,13 @@ def find_training_run(folder: Path, provenance: dict[str, Any]) -> TrainingRun:
 def log_to_run(run: TrainingRun, results: dict[Path, dict[str, Any]]) -> None:
     """Logs the figures and the grid of each result, by its folder, under evaluation/, against the
     images that the run has seen."""
-    import wandb
-
-    started = start_wandb(run.folder, run.log, None, run.wandb_id)
-    for folder, result in results.items():
-        prefix = "evaluation" if len(results) == 1 else f"evaluation/{folder.name}"
-        figures = {f"{prefix}/{name}": result[name] for name in FIGURES if result[name] is not None}
-        grid = {f"{prefix}/samples": wandb.Image(str(folder / "grid.png"))}
-        started.log({"images": run.images, **figures, **grid})
-    end_wandb(started)
+    boards = open_dashboards(
+        run.folder, run.log, None, wandb_id=run.wandb_id, images=None, part="evaluation"
+    )
+    for board in boards:
+        for folder, result in results.items():
+            prefix = "evaluation" if len(results) == 1 else f"evaluation/{folder.name}"
+            figures = {f"{prefix}/{n}": result[n] for n in FIGURES if result[n] is not None}
+            board.log({"images": run.images, **figures})
+            board.show(run.images, f"{prefix}/samples", folder / "grid.png")
+        board.close()

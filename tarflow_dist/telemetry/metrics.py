@@ -1,4 +1,4 @@
-"""The run's figures: one JSON line a logged step, and the same to Weights & Biases."""
+"""The run's figures: one JSON line a logged step, and the same on dashboards."""
 
 import json
 import math
@@ -11,25 +11,25 @@ from typing import Any
 import xxhash
 
 from tarflow_dist.config import LogConfig
-from tarflow_dist.errors import UserError
 from tarflow_dist.files import write_whole
+from tarflow_dist.telemetry.dashboards import Dashboard, Wandb, open_dashboards
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """Appends rows to `run`/metrics.jsonl and logs them to wandb. Made on rank 0 alone.
+    """Appends rows to `run`/metrics.jsonl and shows them on dashboards. Made on rank 0 alone.
 
     Args:
         run: the run's folder; wandb's own files go to `run`/wandb.
-        log: where wandb's figures go.
+        log: which dashboards there are.
         config: the resolved config, shown with the run at wandb.
         images: the run's position; rows past it belong to a future that was lost, and are dropped.
         wandb_id: id of the run to go on with; empty for a new one.
         rows_hash: what `sync` gave at that position; empty if it isn't known.
 
     Raises:
-        UserError: wandb can't be reached, or there is no account for an online run.
+        UserError: a dashboard is not installed or can't be reached, or has no account for us.
     """
 
     def __init__(
@@ -58,11 +58,8 @@ class Metrics:
         with write_whole(self.file) as part:
             part.write_text(kept)
         self._rows = self.file.open("a")
-        self._wandb = None
-        self.wandb_id = wandb_id
-        if log.wandb != "disabled":
-            self._wandb = start_wandb(run, log, config, wandb_id)
-            self.wandb_id = self._wandb.id
+        self._dashboards = open_dashboards(run, log, config, wandb_id=wandb_id, images=images)
+        self.wandb_id = next((d.id for d in self._dashboards if isinstance(d, Wandb)), wandb_id)
 
     def log(self, row: dict[str, float]) -> None:
         """Writes one row; it holds `images`, the position in the run. What is not finite, which
@@ -72,7 +69,7 @@ class Metrics:
         self._hash.update(line)
         self._rows.write(line)
         self._rows.flush()
-        self._tell_wandb(lambda run: run.log(row))
+        self._tell(lambda dashboard: dashboard.log(row))
 
     def sync(self) -> str:
         """The rows are on disk when it returns; gives a hash of them."""
@@ -80,66 +77,22 @@ class Metrics:
         return self._hash.hexdigest()
 
     def log_picture(self, images: int, picture: Path) -> None:
-        """Shows a PNG at wandb, as of `images` seen."""
-
-        def log(run: Any) -> None:
-            import wandb
-
-            run.log({"images": images, "preview": wandb.Image(str(picture))})
-
-        self._tell_wandb(log)
+        """Shows a PNG on the dashboards, as of `images` seen."""
+        self._tell(lambda dashboard: dashboard.show(images, "preview", picture))
 
     def close(self) -> None:
         self._rows.close()
-        self._tell_wandb(end_wandb)
+        self._tell(lambda dashboard: dashboard.close())
 
-    def _tell_wandb(self, action: Callable[[Any], None]) -> None:
-        """Its trouble, of whatever kind, is no reason to end a run: it is told once."""
-        if self._wandb is None:
-            return
-        try:
-            action(self._wandb)
-        except Exception as error:
-            self._wandb = None
-            said = f"{type(error).__name__}: {error}"
-            print(f"Weights & Biases fails, and gets no more figures ({said})", file=sys.stderr)
-
-
-def start_wandb(run: Path, log: LogConfig, config: dict[str, Any] | None, wandb_id: str) -> Any:
-    """A wandb run whose figures stand against "images". Arguments as for `Metrics`.
-
-    Raises:
-        UserError: wandb can't be reached, or there is no account for an online run.
-    """
-    import wandb
-
-    try:
-        started = wandb.init(
-            project=log.wandb_project,
-            name=run.name,
-            id=wandb_id or None,
-            resume="allow",
-            dir=run,
-            mode=log.wandb,
-            config=config,
-            settings=wandb.Settings(silent=True),
-        )
-    except (wandb.Error, OSError) as error:
-        raise UserError(
-            f"Weights & Biases refuses the run ({error}): log in with `wandb login`, or "
-            "set log.wandb=offline"
-        ) from error
-    # its own step counter would refuse the rows that a resumed run writes once more
-    started.define_metric("*", step_metric="images")
-    return started
-
-
-def end_wandb(started: Any) -> None:
-    """Ends a wandb run when all of it is written: its own process ends with this one."""
-    import wandb
-
-    started.finish()
-    wandb.teardown()
+    def _tell(self, action: Callable[[Dashboard], None]) -> None:
+        """Their trouble, of whatever kind, is no reason to end a run: it is told once."""
+        for dashboard in list(self._dashboards):
+            try:
+                action(dashboard)
+            except Exception as error:
+                self._dashboards.remove(dashboard)
+                said = f"{type(error).__name__}: {error}"
+                print(f"{dashboard.name} fails, and gets no more figures ({said})", file=sys.stderr)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

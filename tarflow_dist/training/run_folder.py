@@ -9,6 +9,7 @@ from tarflow_dist import config_file as configs
 from tarflow_dist.config import Config
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import read_sealed, write_sealed, write_whole
+from tarflow_dist.telemetry.dashboards import TENSORBOARD
 from tarflow_dist.telemetry.environment import describe_environment
 from tarflow_dist.telemetry.metrics import METRICS_FILE
 from tarflow_dist.training import pointer
@@ -50,7 +51,7 @@ def check_kinds(run: Path) -> None:
     for name in (configs.SAVED_FILE, ENVIRONMENT_FILE, STATUS_FILE, METRICS_FILE):
         if (run / name).exists() and not (run / name).is_file():
             raise UserError(f"{run / name} is no file: remove it, or choose another run=…")
-    for name in (pointer.FOLDER, "previews", "wandb"):
+    for name in (pointer.FOLDER, "previews", "wandb", TENSORBOARD):
         if (run / name).exists() and not (run / name).is_dir():
             raise UserError(f"{run / name} is no folder: remove it, or choose another run=…")
 

@@ -1,10 +1,11 @@
-"""What arrives at Weights & Biases, in its offline file."""
+"""What arrives at Weights & Biases, in its offline file, and in TensorBoard's."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tarflow_dist import config_file as configs
 from tarflow_dist.config import LogConfig
@@ -22,9 +23,8 @@ def test_figures_and_pictures_stand_with_the_training_run(tmp_path: Path) -> Non
         results[folder] = dict.fromkeys(FIGURES) | {"frechet_distance": 3.5 - place}
     run = tmp_path / "run"
     run.mkdir()
-    log_to_run(
-        TrainingRun(run, LogConfig(every_images=1, wandb="offline"), "abc123", 12_800), results
-    )
+    log = LogConfig(every_images=1, wandb="offline", tensorboard=True)
+    log_to_run(TrainingRun(run, log, "abc123", 12_800), results)
     (file,) = run.glob("wandb/offline-run-*/*.wandb")
     assert file.name == "run-abc123.wandb"
     content = file.read_bytes()  # protocol buffers, names and JSON values in the clear
@@ -40,6 +40,11 @@ def test_figures_and_pictures_stand_with_the_training_run(tmp_path: Path) -> Non
     assert b"recall" not in content
     pictures = sorted(run.glob("wandb/offline-run-*/files/media/images/evaluation/*/*.png"))
     assert [Image.open(picture).size for picture in pictures] == [(4, 6), (4, 6)]
+    events = EventAccumulator(str(run / "tensorboard" / "evaluation")).Reload()
+    (event,) = events.Scalars("evaluation/guidance-2-denoise-1/frechet_distance")
+    assert (event.step, event.value) == (12_800, 2.5)
+    (picture,) = events.Images("evaluation/guidance-2-denoise-1/samples")
+    assert (picture.width, picture.height) == (4, 6)
 
 
 def test_a_run_that_logs_nothing_or_has_no_checkpoint(tmp_path: Path) -> None:

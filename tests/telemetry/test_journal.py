@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tarflow_dist.config import LogConfig
+from tarflow_dist.telemetry.dashboards import Wandb
 from tarflow_dist.telemetry.metrics import Metrics, read_metrics
 from tarflow_dist.telemetry.plots import plot_loss
 
@@ -74,8 +75,11 @@ def test_rows_are_on_disk_when_synced(tmp_path: Path, monkeypatch: pytest.Monkey
     opened.close()
 
 
-class BrokenWandb:
+class BrokenWandb(Wandb):
     id = "abc"
+
+    def __init__(self, *_: object) -> None:
+        pass
 
     def log(self, row: object) -> None:
         raise RuntimeError("its process died")
@@ -84,7 +88,7 @@ class BrokenWandb:
 def test_wandbs_trouble_is_told_once_and_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("tarflow_dist.telemetry.metrics.start_wandb", lambda *_: BrokenWandb())
+    monkeypatch.setattr("tarflow_dist.telemetry.dashboards.Wandb", BrokenWandb)
     log = LogConfig(every_images=10, wandb="offline")
     opened = Metrics(tmp_path, log, {}, images=0, wandb_id="")
     for images in (10, 20):
