@@ -109,7 +109,7 @@ def watch(submitted: submitit.Job, folder: Path) -> str:
                 ranks.end()
             time.sleep(0.2)
         except KeyboardInterrupt:
-            os.kill(int(submitted.job_id), signal.SIGTERM)  # its controller tells the ranks
+            ranks.interrupt()
 
 
 class Ranks:
@@ -118,6 +118,7 @@ class Ranks:
 
     def __init__(self, job_id: str):
         self._started = psutil.Process(int(job_id))  # the controller, or a shell that starts it
+        self._controllers: list[psutil.Process] = []  # one, once it runs
         self._running: dict[int, psutil.Process] = {}
         self.first_gone: list[int] = []
 
@@ -125,11 +126,17 @@ class Ranks:
         """Takes note of which of them run, and which were the first to end."""
         with suppress(psutil.Error):  # some end meanwhile
             processes = [self._started, *self._started.children()]
-            controllers = [p for p in processes if CONTROLLER in p.cmdline()]  # none at first
-            ranks = {p.environ().get(RANK): p for c in controllers for p in c.children()}
+            self._controllers = [p for p in processes if CONTROLLER in p.cmdline()]
+            ranks = {p.environ().get(RANK): p for c in self._controllers for p in c.children()}
             running = {int(rank): process for rank, process in ranks.items() if rank is not None}
             self.first_gone = self.first_gone or sorted(self._running.keys() - running.keys())
             self._running = running
+
+    def interrupt(self) -> None:
+        """Has them save and end: the controller tells them."""
+        with suppress(psutil.Error):
+            for process in self._controllers or [self._started, *self._started.children()]:
+                process.terminate()
 
     def end(self) -> None:
         """Kills those that don't end by themselves: what they wait for will not come."""

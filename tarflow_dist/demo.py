@@ -19,6 +19,7 @@ from tarflow_dist import config_file as configs
 from tarflow_dist.errors import run_command
 from tarflow_dist.files import read_json
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 RECIPE = "digits"
 FOLDER = Path("demo")
 SHARDS, RUN, MODEL = FOLDER / "shards", FOLDER / "run", FOLDER / "model"
@@ -37,39 +38,47 @@ def main(argv: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.parse_args(argv)
-    steps = Steps()
     began = time.monotonic()
-    ranks, precision = _machine()
-    steps.run("data_prep", ["digits", SHARDS], done=SHARDS / "wds" / "summary.json")
-    steps.run(
-        "tarflow_dist.train",
-        [RECIPE, f"run={RUN}", f"data.path={SHARDS / 'mds'}", f"train.precision={precision}"],
-        ranks=ranks,
-    )
-    steps.run("tarflow_dist.convert", [RUN, MODEL], done=MODEL / "model.safetensors")
-    for out, guidance in ((GUIDED, 1), (UNGUIDED, 0)):
+    with Steps() as steps:
+        ranks, precision = _machine()
+        steps.run("data_prep", ["digits", SHARDS], done=SHARDS / "wds" / "summary.json")
         steps.run(
-            "tarflow_dist.sample_fid",
-            [
-                *("--model", MODEL, "--reference", SHARDS / "mds", "--features", "pixels"),
-                *("--num-samples", NUM_SAMPLES, "--guidance", guidance, "--out", out),
-                *("--write", "npz"),
-            ],
+            "tarflow_dist.train",
+            [RECIPE, f"run={RUN}", f"data.path={SHARDS / 'mds'}", f"train.precision={precision}"],
             ranks=ranks,
-            done=out / "result.json",
         )
-    report(time.monotonic() - began)
+        steps.run("tarflow_dist.convert", [RUN, MODEL], done=MODEL / "model.safetensors")
+        for out, guidance in ((GUIDED, 1), (UNGUIDED, 0)):
+            steps.run(
+                "tarflow_dist.sample_fid",
+                [
+                    *("--model", MODEL, "--reference", SHARDS / "mds", "--features", "pixels"),
+                    *("--num-samples", NUM_SAMPLES, "--guidance", guidance, "--out", out),
+                    *("--write", "npz"),
+                ],
+                ranks=ranks,
+                done=out / "result.json",
+            )
+        report(time.monotonic() - began)
 
 
 class Steps:
-    """Runs commands one after another. SIGINT and SIGTERM end the one in progress, and then this
-    process."""
+    """Runs commands one after another. While entered, SIGINT and SIGTERM end the one in progress,
+    and then raise KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self._interrupted = self._busy = False
         self._process: subprocess.Popen[bytes] | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._interrupt)
+
+    def __enter__(self) -> "Steps":
+        self._handlers = {n: signal.signal(n, self._interrupt) for n in SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self._interrupted:  # whatever it led to: an import that is cut short fails somewhere
+            raise KeyboardInterrupt
 
     def run(
         self, module: str, arguments: Sequence[object], *, ranks: int = 1, done: Path | None = None

@@ -32,19 +32,19 @@ def test_an_interrupted_demo_leaves_nothing_running(
     assert processes_of(str(tmp_path)) == []
 
 
+@pytest.mark.parametrize("then", ["pass", "raise AttributeError"])
 def test_an_interrupt_that_gets_lost_in_an_import_is_acted_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    then: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "swallows.py").write_text(
-        "import signal\ntry:\n    signal.raise_signal(signal.SIGINT)\nexcept:\n    pass\n"
+    (tmp_path / f"cut_{len(then)}.py").write_text(
+        f"import signal\ntry:\n    signal.raise_signal(signal.SIGINT)\nexcept:\n    {then}\n"
     )
-    try:
-        steps = Steps()
-        import_module("swallows")
-        with pytest.raises(KeyboardInterrupt):
+
+    def run() -> None:
+        with Steps() as steps:
+            import_module(f"cut_{len(then)}")
             steps.run("this", [])
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()

@@ -17,7 +17,8 @@ class OneFails(Job):
     """Rank 0 waits for what will not come."""
 
     def _run(self) -> bool:
-        if os.environ["RANK"] == "0":
+        (self.folder / f"ready-{os.environ['RANK']}").touch()
+        if os.environ["RANK"] == "0" or self.task.name == "interrupted":
             time.sleep(600)
         while not list(self.folder.glob("seen")):
             time.sleep(0.05)
@@ -26,8 +27,10 @@ class OneFails(Job):
         raise ValueError("of its own")
 
 
-@pytest.mark.parametrize(("kind", "setup"), [("raises", []), ("killed", ["export A=1"])])
-def test_one_that_fails_ends_the_others_and_is_named(
+@pytest.mark.parametrize(
+    ("kind", "setup"), [("raises", []), *((k, ["export A=1"]) for k in ("killed", "interrupted"))]
+)
+def test_none_outlives_the_job(
     kind: str,
     setup: list[str],
     tmp_path: Path,
@@ -46,19 +49,23 @@ def test_one_that_fails_ends_the_others_and_is_named(
         processes.update(ranks._running.values())
         if len(ranks._running) == 2:
             (tmp_path / "seen").touch()
+        if kind == "interrupted" and len(list(tmp_path.glob("ready-*"))) == 2 and processes:
+            monkeypatch.setattr(Ranks, "look", look)
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(Ranks, "look", look_at_both)
     monkeypatch.setattr("slurm.local.GRACE", 0.5)
     try:
-        assert watch(job, tmp_path) == "crashed"
+        ended = watch(job, tmp_path)
     finally:
         signal.signal(signal.SIGTERM, terminated)
+    assert ended == ("interrupted" if kind == "interrupted" else "crashed")
     assert len(processes) == 2
     assert not any(process.is_running() for process in processes)
     told = capsys.readouterr().err
     if kind == "killed":
         assert "rank 1 was the first to end, without a word" in told
-    else:
+    elif kind == "raises":
         assert "crashed: rank 1 on " in told
         assert "ValueError: of its own" in told
         assert "first to end" not in told
