@@ -6,14 +6,24 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from commands import processes_of
 
-from tarflow_dist.demo import Steps
+from tarflow_dist import demo
 
 RANKS_START = "demo/shards/mds/manifest.parquet"  # what is there when they do
 RANKS_TRAIN = "demo/run/metrics.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("cards", "machine"),
+    [(0, (2, "fp32")), (1, (1, "bf16")), (3, (2, "bf16")), (8, (8, "bf16"))],
+)
+def test_it_takes_the_cards_that_divide_its_batch(cards: int, machine: tuple[int, str]) -> None:
+    with mock.patch("torch.cuda.device_count", return_value=cards):
+        assert demo._machine() == machine
 
 
 @pytest.mark.e2e
@@ -42,7 +52,7 @@ def test_an_interrupt_that_gets_lost_in_an_import_is_acted_on(
     )
 
     def run() -> None:
-        with Steps() as steps:
+        with demo.Steps() as steps:
             import_module(f"cut_{len(then)}")
             steps.run("this", [])
 

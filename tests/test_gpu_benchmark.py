@@ -10,7 +10,7 @@ import pytest
 from commands import ROOT
 
 from benchmarks.gpu import page
-from benchmarks.gpu.__main__ import SECTIONS
+from benchmarks.gpu.__main__ import SECTIONS, share_of
 from benchmarks.gpu.models import Problem, attempt, problems
 
 
@@ -33,6 +33,17 @@ def test_all_of_it_runs(tmp_path: Path) -> None:
     assert len(golden) == 6
     assert all(found["within"] for found in golden.values())
     assert "".join(page.section(lines)) == page.NOTHING
+
+
+@pytest.mark.parametrize("taken", [1.0, 0.6, 0.0])
+def test_sections_stay_in_the_budget_and_leave_what_they_do_not_take(taken: float) -> None:
+    left, names = 480.0, list(SECTIONS)
+    for place, name in enumerate(names):
+        limit = share_of(names[place:], left)
+        assert limit == pytest.approx(max(limit, SECTIONS[name][1]))
+        left -= taken * limit
+    assert left == pytest.approx(0) or taken < 1
+    assert share_of(["golden"], 100) == 100
 
 
 def test_without_a_card_it_says_so(tmp_path: Path) -> None:

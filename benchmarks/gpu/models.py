@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -47,6 +48,13 @@ class Bench:
         self.wait()
         return time.perf_counter() - began
 
+    def median(self, work: Callable[[], Any]) -> float:
+        """Seconds, of up to 3 runs, as many as begin in 2 seconds."""
+        took = [self.seconds(work)]
+        while len(took) < 3 and sum(took) < 2:
+            took.append(self.seconds(work))
+        return median(took)
+
     def wait(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
@@ -61,10 +69,12 @@ class Bench:
     def peak_gib(self) -> float:
         return round(torch.cuda.max_memory_allocated() / GIB, 3) if self.cuda else 0.0
 
-    def flow(self, recipe: str, *, blocks: int, dtype: torch.dtype = torch.bfloat16) -> TarFlow:
-        """A flow of the recipe's size, `blocks` flow blocks deep, whose random weights keep samples
-        near 1."""
-        model = configs.load(ROOT / f"configs/{recipe}.yaml").model.to_json()
+    def flow(
+        self, recipe: str, *, blocks: int, dtype: torch.dtype = torch.bfloat16, **sizes: Any
+    ) -> TarFlow:
+        """A flow of the recipe's size but for `sizes`, `blocks` flow blocks deep, whose random
+        weights keep samples near 1."""
+        model = configs.load(ROOT / f"configs/{recipe}.yaml").model.to_json() | sizes
         sizes = {**model, **TINY, "layers_per_block": 2} if self.tiny else model
         layers = sizes["layers_per_block"]
         depth = layers if isinstance(layers, int) else layers[0]

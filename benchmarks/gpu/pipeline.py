@@ -32,24 +32,23 @@ def commands(bench: Bench) -> Iterator[dict[str, Any]]:
         train = ("tarflow_dist.train", "configs/digits.yaml", f"run={there / 'run'}")
         train += (f"data.path={there / 'shards/mds'}", f"train.precision={precision}")
         train += (f"train.images={images}", "optimizer.warmup_images=320", "log.wandb=disabled")
+        again = ("first",) if bench.tiny else ("first", "second")
         lines: dict[str, tuple[object, ...]] = {
             "data_prep": ("data_prep", "digits", there / "shards"),
             "train": train,
             "convert": ("tarflow_dist.convert", there / "run", there / "model"),
-            "sample_fid": (*fid, "--out", there / "first"),
-            "sample_fid again": (*fid, "--out", there / "second"),
+            **{f"sample_fid, {out}": (*fid, "--out", there / out) for out in again},
         }
         for name, words in lines.items():
             yield {name: attempt(partial(seconds_of, bench, words))}
-        first, second = (
-            json.loads((there / out / "result.json").read_text()) for out in ("first", "second")
-        )
+        results = [json.loads((there / out / "result.json").read_text()) for out in again]
+        first = results[0]
         yield {
             "result": {
                 "distance": first["frechet_distance"],
                 "device": first["device"],
                 "seconds": first["seconds"],
-                "same samples twice": first["samples_sha256"] == second["samples_sha256"],
+                "same samples": len({result["samples_sha256"] for result in results}) == 1,
             }
         }
 

@@ -92,6 +92,8 @@ class Engine:
                     "data_types": {"grad_accum_dtype": None if stage == 1 else "fp32"},
                     "communication_data_type": config.train.reduce_precision,
                     "steps_per_print": None,
+                    # from the third step on it would wait for the device twice a pass
+                    "timers": {"throughput": {"enabled": False}},
                 },
             )
         self._optimizer = optimizer

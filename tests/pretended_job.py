@@ -1,0 +1,84 @@
+"""A pretended GPU (pretended_cuda) for a whole job of one rank: its streams, its share of NCCL's
+collectives, and what DeepSpeed asks of a card."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from pretended_cuda import FREE_MEMORY, TOTAL_MEMORY, Card, CudaTensor, pretended_cuda
+
+
+class Stream:
+    """All work of the pretended card is done when it is asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return nothing
+
+
+def nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def zero(*args: Any, **kwargs: Any) -> int:
+    return 0
+
+
+def alone(out: Any = None, source: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """all_gather and reduce_scatter of a single rank: a copy."""
+    out = kwargs.get("output_tensor", kwargs.get("output", out))
+    source = kwargs.get("input_tensor", kwargs.get("input", source))
+    assert isinstance(out, CudaTensor) == isinstance(source, CudaTensor)
+    out.view(-1)[: source.numel()].copy_(source.reshape(-1))
+    work = SimpleNamespace(wait=lambda *a: True, is_completed=lambda: True)
+    return work if kwargs.get("async_op") else None
+
+
+@contextmanager
+def pretended_job() -> Iterator[Card]:
+    """`pretended_cuda` for all that a job does; its process group is gloo's."""
+    stream = Stream()
+    there = dict.fromkeys(
+        ("empty_cache", "reset_peak_memory_stats", "manual_seed", "manual_seed_all"), nothing
+    ) | dict.fromkeys(
+        ("max_memory_allocated", "memory_allocated", "max_memory_reserved", "memory_reserved"), zero
+    )
+    there |= {
+        "Stream": lambda *args, **kwargs: Stream(),
+        "Event": lambda *args, **kwargs: Stream(),
+        "current_stream": lambda *args: stream,
+        "default_stream": lambda *args: stream,
+        "stream": lambda stream: nullcontext(),
+        "is_bf16_supported": lambda *args, **kwargs: True,
+        "get_device_capability": lambda *args: (9, 0),
+        "get_device_properties": lambda *args: SimpleNamespace(
+            major=9, minor=0, total_memory=TOTAL_MEMORY, multi_processor_count=132
+        ),
+        "memory_stats": lambda *args: {},
+        "mem_get_info": lambda *args: (FREE_MEMORY, TOTAL_MEMORY),
+        "is_current_stream_capturing": lambda: False,
+    }
+    init = dist.init_process_group
+
+    def init_gloo(backend: str, **kwargs: Any) -> None:
+        kwargs.pop("device_id")
+        init("gloo", **kwargs)
+
+    with ExitStack() as patches:
+        enter = patches.enter_context
+        enter(mock.patch.dict(os.environ, DS_ACCELERATOR="cuda"))
+        card = enter(pretended_cuda())
+        enter(mock.patch.multiple(torch.cuda, **there))
+        enter(mock.patch.object(CudaTensor, "record_stream", nothing))
+        enter(mock.patch.object(torch.Tensor, "pin_memory", lambda self, *args: self))
+        enter(mock.patch.object(dist, "init_process_group", init_gloo))
+        for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+            for module in (dist, dist.distributed_c10d):
+                enter(mock.patch.object(module, name, alone))
+        yield card
