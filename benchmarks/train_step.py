@@ -192,7 +192,7 @@ def checkpoint_cost(ours: Ours, config: Config, device: torch.device, step: floa
         dir=config.run.parent if config.run.parent.is_dir() else None
     ) as folder:
         saver = Saver(Path(folder), config.checkpoint, ours.engine.flow.config)
-        saver.save(ours.engine.tensors(), ours.state)
+        saver.save(ours.engine.pieces(), ours.state)
         meanwhile = []
         while saver.writing:
             meanwhile.append(seconds(ours.step, device))

@@ -146,7 +146,7 @@ def checkpoint_stall(bench: Bench) -> Iterator[dict[str, Any]]:
     run.step()
     with tempfile.TemporaryDirectory() as folder:
         saver = Saver(Path(folder), config.checkpoint, run.engine.flow.config)
-        still = bench.seconds(lambda: saver.save(run.engine.tensors(), run.state))
+        still = bench.seconds(lambda: saver.save(run.engine.pieces(), run.state))
         written = bench.seconds(saver.finish)
         size = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
     yield {"checkpoint": {"still": round(still, 3), "written": round(written, 3), "bytes": size}}

@@ -92,7 +92,6 @@ def main(config_file: str, out: str, device: str, *overrides: str) -> None:
             pretend(patches)
         from tarflow_dist.data.loader import Batch
         from tarflow_dist.training.maximum_likelihood import MaximumLikelihood
-        from tarflow_dist.training.saver import _own_share
         from tarflow_dist.training.start import build_engine, start_throughput
         from tarflow_dist.training.state import RunState
         from tarflow_dist.training.step import Stepper
@@ -129,9 +128,13 @@ def main(config_file: str, out: str, device: str, *overrides: str) -> None:
         for _ in range(STEPS):
             step()
         assert engine.is_finite()
-        saved = _own_share(engine.tensors())
+        saved = {
+            f"{kind}/{piece.name}": values.to("cpu", copy=True)
+            for piece in engine.pieces()
+            for kind, values in piece.values.items()
+        }
         assert not any(isinstance(tensor, CudaTensor) for tensor in saved.values())
-        engine.load(saved.__getitem__, engine.optimizer_steps)
+        engine.load(lambda key, *span: saved[key][slice(*span)], engine.optimizer_steps)
         step()
         Path(out).write_text(json.dumps({"losses": losses, "waits": waited}))
         os._exit(0)  # nothing of a pretended card's is taken down
