@@ -40,7 +40,7 @@ OPERATIONS = {
     "barrier": "barrier",
 }
 """Of torch.ops.c10d; another one is an error."""
-THROUGH_HOST = ("any_rank", "gather", "to_main", "barrier")
+THROUGH_HOST = ("any_rank", "gather", "from_main", "to_main", "barrier")
 """Functions of tarflow_dist.distributed, whatever the device."""
 
 
@@ -100,7 +100,7 @@ class Watch:
         with ExitStack() as stack:
             patch = lambda *args: stack.enter_context(mock.patch.object(*args))  # noqa: E731
             for owner, name, phase in phases:
-                patch(owner, name, self._during(phase, getattr(owner, name)))
+                patch(owner, name, self.during(phase, getattr(owner, name)))
             for name in THROUGH_HOST:
                 patch(distributed, name, self._through_host(getattr(distributed, name)))
             patch(start, "Engine", self._keep(Engine))
@@ -127,7 +127,7 @@ class Watch:
             sum(t.nbytes for t in tree_leaves(a) if isinstance(t, torch.Tensor)) for a in args
         )
 
-    def _during(self, phase: str, inner: Callable) -> Callable:
+    def during(self, phase: str, inner: Callable) -> Callable:
         def within(*args: Any, **kwargs: Any) -> Any:
             before, self._phase = self._phase, phase
             try:
@@ -206,15 +206,30 @@ def measure(shards: Path, overrides: list[str]) -> dict[str, Any]:
         watch = Watch()
         with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere), watch():
             loop.train(config, torch.device("cpu"))
-    engine = watch.engine
-    assert engine.optimizer_steps == STEPS  # none was left out
+            engine = watch.engine
+            assert engine.optimizer_steps == STEPS  # none was left out
+            read = values_read(engine, watch)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.flow.parameters())
     phases = {
         phase: watch.sent.get(phase, Sent()).summary(parameters)
         for phase in ("step", "log", "save", "resume")
     }
-    read = sum(size for _, size, _ in engine.tensors()) * 4 / parameters
-    return {"world": world, **phases, "parameters": parameters, "read": read}
+    return {"world": world, **phases, "parameters": parameters, "read": 4 * read / parameters}
+
+
+def values_read(engine: Any, watch: Watch) -> int:
+    """How many values this rank reads to resume."""
+    import torch
+
+    read = 0
+
+    def count(key: str, start: int, stop: int) -> torch.Tensor:
+        nonlocal read
+        read += stop - start
+        return torch.zeros(stop - start)
+
+    watch.during("resume", engine.load)(count, STEPS)
+    return read
 
 
 def measure_all(
@@ -248,14 +263,14 @@ def rows(results: list[dict]) -> Iterator[str]:
             f"{step['host_calls']} |"
         )
     yield ""
-    yield "| ranks | ZeRO | precision | save: wire, calls, host | resume: read, host |"
+    yield "| ranks | ZeRO | precision | save: wire, calls, host | resume: read, wire, calls, host |"
     yield "|---|---|---|---|---|"
     for r in results:
         save, resume = r["save"], r["resume"]
         yield (
             f"| {r['world']} | {r['stage']} | {r['precision']} | {save['wire']:.2f}, "
-            f"{sum(save['calls'].values())}, {save['host_calls']} | {r['read']:.2f}, "
-            f"{resume['host_calls']} |"
+            f"{sum(save['calls'].values())}, {save['host_calls']} | {r['read']:.3f}, "
+            f"{resume['wire']:.2f}, {sum(resume['calls'].values())}, {resume['host_calls']} |"
         )
 
 

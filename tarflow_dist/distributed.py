@@ -154,7 +154,10 @@ def gather(value: T) -> list[T]:
 
 def from_main(value: T) -> T:
     """Rank 0's `value`, on every rank."""
-    return gather(value)[0]
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def to_main(value: T) -> list[T] | None:

@@ -252,7 +252,7 @@ def run(args: argparse.Namespace) -> None:
     from tarflow_dist.evaluation.wandb_log import find_training_run, log_to_run
     from tarflow_dist.files import sha256
 
-    # rank 0 compares and reports alone, for minutes, and the others wait
+    # rank 0 reports alone, which can take minutes, and the others wait
     device = distributed.init(timeout=timedelta(days=1))
     stages = result.Stages()
     with stages.stage("loading"):
@@ -297,8 +297,8 @@ def run(args: argparse.Namespace) -> None:
             **result.describe_machine(device),
             "command": args.command,
         }
-        if measured is not None:
-            results = pipeline.compare(points, measured, facts, reference.class_counts, device)
+        results = pipeline.compare(points, measured, facts, reference.class_counts, device)
+        if distributed.is_main():
             found = pipeline.neighbours_of(points, results, measured, reference, extractor)
             pipeline.report(
                 args.out,

@@ -71,7 +71,7 @@ def measure(config: Config) -> dict[str, int]:
     return {
         "states": live_bytes() - before,
         "peak": peak_bytes(profiled.profiler.kineto_results.events(), "measured step"),
-        "checkpoint": 4 * sum(size for _, size, _ in engine.tensors()),
+        "checkpoint": 4 * sum(p.shape.numel() * len(p.values) for p in engine.pieces()),
     }
 
 

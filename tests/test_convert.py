@@ -17,6 +17,7 @@ from tarflow_dist.config import CheckpointConfig
 from tarflow_dist.errors import UserError
 from tarflow_dist.flow.config import FlowConfig
 from tarflow_dist.flow.model import Flow
+from tarflow_dist.training.checkpoint import Piece
 from tarflow_dist.training.saver import Saver
 from tarflow_dist.training.state import RunState
 
@@ -107,8 +108,8 @@ def run_folder(tmp_path: Path) -> tuple[Path, dict[str, dict[str, torch.Tensor]]
     names = {name: p.shape for name, p in Flow(**SIZES).named_parameters()}
     kinds = {k: {n: torch.randn(s) for n, s in names.items()} for k in ("weights", "ema")}
     kinds["buffers"] = {"var": torch.rand(16, 4)}
-    entries = [
-        (f"{kind}/{name}", tensor.numel(), lambda t=tensor: t)
+    pieces = [
+        Piece(name, tensor.shape, 0, {kind: tensor.view(-1)})
         for kind, tensors in kinds.items()
         for name, tensor in tensors.items()
     ]
@@ -116,7 +117,7 @@ def run_folder(tmp_path: Path) -> tuple[Path, dict[str, dict[str, torch.Tensor]]
     run.mkdir()
     (run / "config.yaml").touch()
     saver = Saver(run / "checkpoints", CheckpointConfig(every_images=1), FlowConfig(**SIZES))
-    saver.save(entries, RunState(images=256))
+    saver.save(pieces, RunState(images=256))
     saver.finish()
     return run, kinds
 

@@ -50,6 +50,17 @@ def test_a_step_sends_no_more_than_it_must(stage: int, reduced: str, counted: di
 
 
 @cells
+def test_a_checkpoint_is_written_and_read_where_it_is_held(
+    stage: int, reduced: str, counted: dict
+) -> None:
+    cell = counted[stage, reduced]
+    assert (cell["save"]["calls"], cell["save"]["wire"]) == ({}, 0)
+    assert cell["read"] < 1.2 * 16 / WORLD  # padding, and buffers
+    weights = 2 if stage < 3 else 1  # in bf16; at ZeRO 3 those of small tensors alone
+    assert cell["resume"]["wire"] <= weights * (1 + SLACK)
+
+
+@cells
 def test_nothing_in_a_step_goes_through_the_host(stage: int, reduced: str, counted: dict) -> None:
     assert counted[stage, reduced]["step"]["host_calls"] == 0
     assert counted[stage, reduced]["log"]["host_calls"] > 0  # which is how a row is written

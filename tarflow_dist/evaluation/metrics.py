@@ -1,18 +1,24 @@
-"""What two image sets' features say of each other. A metric is one row of `METRICS`."""
+"""What two image sets' features say of each other. A metric is one row of `METRICS`.
 
-from collections.abc import Callable
+The ranks share the work, and the figures are those of one rank to the last bit: each part of it is
+done by one rank alone, and what is added up over ranks is 0 on all others.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tarflow_dist import distributed
 from tarflow_dist.evaluation.feature_set import FeatureSet
 from tarflow_dist.evaluation.statistics import frechet_distance, symmetric_root
 from tarflow_dist.telemetry.progress import Progress
 
 Device = torch.device | str
+T = TypeVar("T")
 
 NEIGHBOURHOOD = 3  # k of precision and recall
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000
@@ -36,9 +42,11 @@ class Metric:
     meaning: str
     """For people who don't know it."""
     measure: Callable[[FeatureSet, FeatureSet, Device], tuple[float, ...]]
-    """Samples, reference and a device → the figure and those of `more`."""
+    """Samples, reference and a device → the figure and those of `more`. Collective if `shared`."""
     more: tuple[str, ...] = ()
     """Keys of the figures that come with it."""
+    shared: bool = False
+    """All ranks measure it together, and not one of them alone."""
     spread: str = ""
     """Key of its uncertainty, if it has one."""
     plain_title: str = ""
@@ -74,17 +82,31 @@ class Comparison:
 
 
 def compare(samples: FeatureSet, reference: FeatureSet, device: Device = "cpu") -> Comparison:
-    """All of `METRICS` that the two sets allow."""
+    """All of `METRICS` that the two sets, the same on all ranks, allow. Collective."""
+    mine: dict[str, tuple[float, ...] | str] = {}
+    alone = [metric for metric in METRICS if not metric.shared]
+    together = [metric for metric in METRICS if metric.shared]
+    for metric in [*_own(alone), *together]:
+        try:
+            mine[metric.name] = metric.measure(samples, reference, device)
+        except Unmeasurable as reason:
+            mine[metric.name] = str(reason)
+    found = {name: value for part in distributed.gather(mine) for name, value in part.items()}
     figures: dict[str, float | None] = {}
     missing: dict[str, str] = {}
     for metric in METRICS:
-        names = (metric.name, *metric.more)
-        try:
-            figures |= dict(zip(names, metric.measure(samples, reference, device), strict=True))
-        except Unmeasurable as reason:
+        names, value = (metric.name, *metric.more), found[metric.name]
+        if isinstance(value, str):
             figures |= dict.fromkeys(names)
-            missing[metric.name] = str(reason)
+            missing[metric.name] = value
+        else:
+            figures |= dict(zip(names, value, strict=True))
     return Comparison(figures, missing, warnings(figures, samples, reference))
+
+
+def _own(parts: Sequence[T]) -> Sequence[T]:
+    """Those that fall to this rank."""
+    return parts[distributed.rank() :: distributed.world_size()]
 
 
 def warnings(
@@ -134,7 +156,7 @@ def jackknife(
     samples: FeatureSet, reference: FeatureSet, device: Device = "cpu"
 ) -> tuple[float, float]:
     """Standard error and bias of the Fréchet distance: it is taken anew without each tenth of the
-    samples in turn (delete-a-group jackknife, Efron & Stein 1981).
+    samples in turn (delete-a-group jackknife, Efron & Stein 1981). Collective.
 
     The bias falls as 1/N (arXiv 1911.07023); the distance less its bias estimates that of endless
     samples.
@@ -161,18 +183,20 @@ def jackknife(
         overlap = torch.linalg.eigvalsh(root @ covariance @ root).clamp(min=0).sqrt().sum()
         return float((mean - real).square().sum() + covariance.trace() + rest - 2 * overlap)
 
-    without = []
-    with Progress("spread", groups, unit="distance") as progress:
-        for g in range(groups):
+    distances = torch.zeros(groups + 1, dtype=torch.float64)  # each without a group, and of all
+    own = _own(range(groups + 1))
+    with Progress("spread", len(own), unit="distance", enabled=distributed.is_main()) as progress:
+        for g in own:
             group = tensor(samples.features[g * N // groups : (g + 1) * N // groups]) - mean
             n = N - len(group)
             offset = -group.sum(dim=0) / n  # of the others' mean from the mean of all
             others = centred - group.T @ group - n * torch.outer(offset, offset)
-            without.append(distance(mean + offset, others / (n - 1)))
+            distances[g] = distance(mean + offset, others / (n - 1))
             progress.update(1)
-    values = np.array(without)
+    distributed.sum_over_ranks(distances)
+    values, whole = distances[:-1].numpy(), float(distances[-1])
     error = np.sqrt((groups - 1) / groups * np.square(values - values.mean()).sum())
-    bias = (groups - 1) * (values.mean() - distance(mean, centred / (N - 1)))
+    bias = (groups - 1) * (values.mean() - whole)
     return float(error), float(bias)
 
 
@@ -202,27 +226,28 @@ def share_within(
 ) -> float:
     """The share of `points` (N, F) that lie within the ball to its third-nearest neighbour of at
     least one in `of` (M, F) (arXiv 1904.06991). By torch-fidelity's rule; its own function takes
-    minutes for 50,000 samples on a CPU, and moves all distances there from a GPU."""
+    minutes for 50,000 samples on a CPU, and moves all distances there from a GPU. Collective."""
     x, y = (torch.from_numpy(features).to(device) for features in (points, of))
     radii = _squared_radii(y)
-    within = 0
-    for start in range(0, len(x), BLOCK):
+    within = torch.zeros((), dtype=torch.int64, device=device)
+    for start in _own(range(0, len(x), BLOCK)):
         squares = _squared_distances(x[start : start + BLOCK], y)
-        within += int((squares <= radii).any(dim=1).sum())
-    return within / len(x)
+        within += (squares <= radii).any(dim=1).sum()
+    return int(distributed.sum_over_ranks(within)) / len(x)
 
 
 def _squared_radii(x: torch.Tensor) -> torch.Tensor:
-    """Of each row's ball, which reaches its third neighbour."""
-    nearest = [
-        _squared_distances(x[start : start + BLOCK], x).topk(
+    """Of each row's ball, which reaches its third neighbour. Collective."""
+    radii = x.new_zeros(len(x))
+    for start in _own(range(0, len(x), BLOCK)):
+        block = slice(start, start + BLOCK)
+        nearest = _squared_distances(x[block], x).topk(
             NEIGHBOURHOOD + 1,  # itself is one of them
             dim=1,
             largest=False,
         )
-        for start in range(0, len(x), BLOCK)
-    ]
-    return torch.cat([found.values.amax(dim=1) for found in nearest])
+        radii[block] = nearest.values.amax(dim=1)
+    return distributed.sum_over_ranks(radii)
 
 
 def _squared_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -262,15 +287,19 @@ METRICS = (
         plain_title="Fréchet distance",
         digits=5,
     ),
-    Metric("frechet_distance_error", "", FID_ERROR, jackknife, more=("frechet_distance_bias",)),
+    Metric(
+        *("frechet_distance_error", "", FID_ERROR, jackknife),
+        more=("frechet_distance_bias",),
+        shared=True,
+    ),
     Metric("spatial_frechet_distance", "sFID", SFID, _spatial),
     Metric(
         *("inception_score", "Inception Score", SCORE, _inception_score),
         more=("inception_score_std",),
         spread="inception_score_std",
     ),
-    Metric("precision", "precision", PRECISION, _precision),
-    Metric("recall", "recall", RECALL, _recall),
+    Metric("precision", "precision", PRECISION, _precision, shared=True),
+    Metric("recall", "recall", RECALL, _recall, shared=True),
     Metric(
         *("kernel_distance", "KID", KID, _kernel_distance),
         more=("kernel_distance_std",),

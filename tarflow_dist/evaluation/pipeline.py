@@ -52,7 +52,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the points are compared with, on rank 0; their own features lie in their folders."""
+    """What the points are compared with; their own features lie in their folders."""
 
     reference: FeatureSet
     neighbours: Neighbours | None
@@ -117,9 +117,8 @@ def measure_all(
     batch_size: int,
     device: torch.device,
     stages: Stages,
-) -> Measured | None:
-    """Leaves each point's features in its folder, and gives those of the reference on rank 0; on
-    the others None."""
+) -> Measured:
+    """Leaves each point's features in its folder, and gives those of the reference."""
     for point in points:
         with point.stages.stage("sample_features"):
             _measure_samples(point, extractor, batch_size, device)
@@ -131,8 +130,8 @@ def measure_all(
         real = reference.measure(
             extractor, batch_size=batch_size, device=device, neighbours=neighbours
         )
-    if real is None or not distributed.is_main():
-        return None
+        real = distributed.from_main(real)
+    assert real is not None
     return Measured(real, neighbours)
 
 
@@ -178,14 +177,16 @@ def compare(
     class_counts: Sequence[int] | None,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """The result of each point; `facts` are those of all, `class_counts` the reference's images of
-    each class."""
+    """The result of each point, on rank 0; `facts` are those of all, `class_counts` the reference's
+    images of each class. Collective."""
     results = []
     dim = len(measured.reference.pooled.mean)
     for point in points:
         with point.stages.stage("metrics", f"comparing {dim} features {point.name}".rstrip()):
             samples = FeatureSet.load(point.folder / FEATURES_FILE)  # one point's at a time
             comparison = metrics.compare(samples, measured.reference, device)
+        if not distributed.is_main():
+            continue
         note = another_mix(point.facts.get("labels"), class_counts)
         results.append(
             {

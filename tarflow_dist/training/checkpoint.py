@@ -1,17 +1,25 @@
 """Checkpoints: the whole fp32 state under its own names, independent of ZeRO stage and world size.
 
 checkpoints/00012800000/    named by the images seen
-    tensors-00000.safetensors …   one file a writing rank; every tensor whole, in one of them:
-                                  weights/, exp_avg/, exp_avg_sq/, ema/ and buffers/NAME
-    state.json                    RunState, the model's config, the names of its classes, and
-                              the files with sizes and hashes; with a hash of its own
+    tensors-00000.safetensors …   one file a rank, with what it held: of weights/, exp_avg/,
+                              exp_avg_sq/, ema/ and buffers/NAME a piece, flattened
+    state.json                RunState, the model's config, the names of its classes; the shape of
+                              every tensor, and where the pieces in each file begin, by NAME; the
+                              files with sizes and hashes; with a hash of its own
 checkpoints/latest          the name of the newest, written last (`pointer`)
+
+In version 1 every tensor lay whole, and in its shape, in one of the files.
 """
 
 import sys
+from bisect import bisect_right
+from collections import defaultdict
+from math import prod
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -24,7 +32,22 @@ from tarflow_dist.training import pointer
 from tarflow_dist.training.state import RunState
 
 STATE_FILE = "state.json"
-VERSION = 1
+VERSION = 2
+DAMAGED = (OSError, LookupError, AttributeError, TypeError, ValueError, SafetensorError)
+"""What comes of reading damaged files."""
+Pieces = dict[str, list[tuple[int, str]]]
+"""Where each begins in its flattened tensor, and its file: in order, one after another."""
+
+
+class Piece(NamedTuple):
+    """A range of values of one tensor, flattened, and of all that is kept beside it."""
+
+    name: str
+    shape: torch.Size
+    """Of the whole tensor."""
+    start: int
+    values: dict[str, Tensor]
+    """By kind (weights, ema, …)."""
 
 
 class Checkpoint:
@@ -48,21 +71,14 @@ class Checkpoint:
             self.model = from_saved(FlowConfig, content["model"])
             self.classes = from_saved(Classes, content.get("classes", {}))
             self._described: dict[str, dict[str, Any]] = content["files"]
-            self._files: dict[str, Any] = {}
-            for name, described in self._described.items():
-                path = inside(folder, name)
-                if path.stat().st_size != described["bytes"]:
-                    raise ValueError(f"{name} is not {described['bytes']} bytes long")
-                file = safe_open(path, framework="pt")
-                self._files |= dict.fromkeys(file.keys(), file)
-        except (
-            OSError,
-            LookupError,
-            AttributeError,
-            TypeError,
-            ValueError,
-            SafetensorError,
-        ) as error:
+            self._paths = {name: inside(folder, name) for name in self._described}
+            self._opened: dict[str, Any] = {}
+            if "shapes" in content:
+                self._shapes: dict[str, list[int]] = content["shapes"]
+                self._pieces = _find_pieces(content["starts"], self._shapes)
+            else:
+                self._shapes, self._pieces = self._find_whole_tensors()
+        except DAMAGED as error:
             raise UserError(f"{folder} is not a whole checkpoint ({error})") from error
 
     def verify(self) -> None:
@@ -71,21 +87,71 @@ class Checkpoint:
         Raises:
             UserError: a file is damaged.
         """
-        for name in sorted(self._described)[distributed.rank() :: distributed.world_size()]:
-            if describe(self.folder / name) != self._described[name]:
+        for name in sorted(self._paths)[distributed.rank() :: distributed.world_size()]:
+            try:
+                damaged = describe(self._paths[name]) != self._described[name]
+            except OSError as error:
+                raise UserError(f"{self.folder} is not a whole checkpoint ({error})") from error
+            if damaged:
                 raise UserError(f"{self.folder} is not a whole checkpoint ({name} is damaged)")
 
     def read(self, key: str) -> Tensor:
         """The whole tensor `key`, such as ema/blocks.0.pos_embed, in host memory."""
-        if key not in self._files:
+        shape = self._shapes.get(key, [])
+        return self.read_part(key, 0, prod(shape)).view(shape)
+
+    def read_part(self, key: str, start: int, stop: int) -> Tensor:
+        """The values of `key`, flattened, from `start` up to `stop`. No more is read than those."""
+        if key not in self._shapes:
             raise UserError(f"{self.folder} lacks {key}: it is of another model")
-        return self._files[key].get_tensor(key)
+        parts, pieces = [torch.empty(0)], self._pieces[key]
+        while start < stop:
+            begin, name = pieces[bisect_right(pieces, start, key=itemgetter(0)) - 1]
+            try:
+                piece = self._open(name).get_tensor(key).flatten()
+            except DAMAGED as error:
+                raise UserError(f"{self.folder / name} can't be read ({error})") from error
+            if start >= begin + len(piece):
+                raise UserError(f"{self.folder / name} lacks a part of {key}")
+            parts.append(piece[start - begin : stop - begin])  # of a file mapped into memory
+            start += len(parts[-1])
+        return torch.cat(parts)
 
     def read_all(self, kind: str) -> dict[str, Tensor]:
         """All tensors of one kind (weights, ema, buffers, …) by their parameter's name."""
         prefix = f"{kind}/"
-        keys = sorted(key for key in self._files if key.startswith(prefix))
+        keys = sorted(key for key in self._shapes if key.startswith(prefix))
         return {key.removeprefix(prefix): self.read(key) for key in keys}
+
+    def _open(self, name: str) -> Any:
+        if name not in self._opened:
+            self._opened[name] = safe_open(self._paths[name], framework="pt")
+        return self._opened[name]
+
+    def _find_whole_tensors(self) -> tuple[dict[str, list[int]], Pieces]:
+        """Shapes and pieces, as version 1 leaves them to the files."""
+        files = {key: name for name in self._paths for key in self._open(name).keys()}  # noqa: SIM118
+        shapes = {key: self._open(name).get_slice(key).get_shape() for key, name in files.items()}
+        return shapes, {key: [(0, name)] for key, name in files.items()}
+
+
+def _find_pieces(starts: dict[str, dict[str, int]], shapes: dict[str, list[int]]) -> Pieces:
+    """By KIND/NAME, from what is known by file and NAME.
+
+    Raises:
+        ValueError: nobody has the beginning of a tensor.
+    """
+    by_name = defaultdict(list)
+    for file, begins in starts.items():
+        for name, start in begins.items():
+            by_name[name].append((start, file))
+    for name, pieces in by_name.items():
+        by_name[name] = sorted(pieces)
+    found = {key: by_name[key.partition("/")[2]] for key in shapes}
+    for key, pieces in found.items():
+        if not pieces or pieces[0][0] != 0:
+            raise ValueError(f"it lacks the beginning of {key}")
+    return found
 
 
 def open_run(path: Path) -> Checkpoint:

@@ -17,10 +17,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed
 
+from tarflow_dist import distributed
 from tarflow_dist.config import Config
 from tarflow_dist.cost.memory import BUCKET
-from tarflow_dist.distributed import any_rank, world_size
 from tarflow_dist.flow.model import Flow
+from tarflow_dist.training.checkpoint import Piece
 from tarflow_dist.training.ema import DECAY, EMA, track_ema
 from tarflow_dist.training.layers import owners, prepare_layers
 from tarflow_dist.training.overlap import OverlappedZero, buckets
@@ -32,9 +33,11 @@ deepspeed.runtime.engine.DeepSpeedZeroOptimizer = OverlappedZero
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
-WEIGHTS = "weights"
-OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq", EMA)
 BUFFERS = "buffers"
+KINDS = {"weights": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", EMA: EMA}
+"""What a checkpoint has of each parameter, and its key in the optimiser's state."""
+Read = Callable[[str, int, int], Tensor]
+"""Gives of a KIND/NAME, flattened, the values from one index up to another."""
 
 
 class Engine:
@@ -50,7 +53,9 @@ class Engine:
 
     def __init__(self, flow: Flow, config: Config, micro_batch_size: int):
         self.flow = flow
-        self.accumulation_steps = config.train.batch_size // (micro_batch_size * world_size())
+        self.accumulation_steps = config.train.batch_size // (
+            micro_batch_size * distributed.world_size()
+        )
         prepare_layers(
             flow,
             compile=config.train.compile,
@@ -98,7 +103,7 @@ class Engine:
             )
         self._optimizer = optimizer
         # a single rank has nothing to sum: DeepSpeed would flatten its gradients and copy them back
-        alone = stage == 0 and world_size() == 1
+        alone = stage == 0 and distributed.world_size() == 1
         self._reduced = self._engine.no_sync if alone else nullcontext
         # DeepSpeed casts buffers with the weights, but a running mean needs float32
         flow.var = flow.var.float()
@@ -140,41 +145,41 @@ class Engine:
         """Steps that Adam has taken, as its bias correction counts them."""
         return self._zero_state.steps
 
-    def tensors(self) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
-        """Everything a checkpoint holds: key, number of values, and a function that assembles the
-        whole fp32 tensor. The function is collective: every rank calls it, in this order."""
-        state = self._zero_state
+    def pieces(self) -> Iterator[Piece]:
+        """What this rank adds to a checkpoint: of every parameter and buffer a piece, which may be
+        empty."""
         for name, parameter in self.flow.named_parameters():
-            size = getattr(parameter, "ds_numel", parameter.numel())
-            yield f"{WEIGHTS}/{name}", size, partial(state.weights, parameter)
-            for key in OPTIMIZER_STATES:
-                yield f"{key}/{name}", size, partial(state.optimizer_state, parameter, key)
+            start, values = 0, {}
+            for kind, key in KINDS.items():
+                start, share = self._zero_state.share(parameter, key)
+                values[kind] = share.detach()
+            yield Piece(name, getattr(parameter, "ds_shape", parameter.shape), start, values)
         for name, buffer in self.flow.named_buffers():
-            yield f"{BUFFERS}/{name}", buffer.numel(), buffer.detach
+            held = buffer.detach().flatten()[: None if distributed.is_main() else 0]
+            yield Piece(name, buffer.shape, 0, {BUFFERS: held})
 
     def average(self) -> Iterator[tuple[str, Tensor]]:
         """The averaged weights, and the buffers, whole and by name. Collective: every rank takes
         all of them."""
         for name, parameter in self.flow.named_parameters():
-            yield name, self._zero_state.optimizer_state(parameter, EMA)
+            yield name, self._zero_state.whole(parameter, EMA)
         yield from self.flow.named_buffers()
 
     def is_finite(self) -> bool:
         """Whether all weights are finite. Collective."""
-        return not any_rank(not self._zero_state.is_finite())
+        return not distributed.any_rank(not self._zero_state.is_finite())
 
     @torch.no_grad()
-    def load(self, read: Callable[[str], Tensor], optimizer_steps: int) -> None:
-        """Takes over the state that `read` returns for each key of `tensors`, at any ZeRO stage and
-        world size: each rank keeps its own part of the whole tensors."""
-        device = self.flow.device
+    def load(self, read: Read, optimizer_steps: int) -> None:
+        """Takes over the state that `read` gives parts of, from any ZeRO stage and world size: each
+        rank reads its own share. Collective."""
         for name, parameter in self.flow.named_parameters():
-            self._zero_state.set_weights(parameter, read(f"{WEIGHTS}/{name}").to(device))
-            for key in OPTIMIZER_STATES:
-                state = read(f"{key}/{name}").to(device)
-                self._zero_state.set_optimizer_state(parameter, key, state)
+            for kind, key in KINDS.items():
+                start, share = self._zero_state.share(parameter, key)
+                share.copy_(read(f"{kind}/{name}", start, start + share.numel()))
         for name, buffer in self.flow.named_buffers():
-            buffer.copy_(read(f"{BUFFERS}/{name}"))
+            buffer.copy_(read(f"{BUFFERS}/{name}", 0, buffer.numel()).view_as(buffer))
+        self._zero_state.spread()
         self._zero_state.steps = optimizer_steps
 
 

@@ -50,7 +50,9 @@ class Model:
         return cls(found.name, flow.config, flow.classes, flow.state_dict())
 
 
-def first_state(config: Config, classes: Classes) -> tuple[Callable[[str], Tensor], list[str]]:
+def first_state(
+    config: Config, classes: Classes
+) -> tuple[Callable[[str, int, int], Tensor], list[str]]:
     """What a run of `config`, whose data have these `classes`, starts with. Collective.
 
     Returns:
@@ -74,10 +76,10 @@ def first_state(config: Config, classes: Classes) -> tuple[Callable[[str], Tenso
         if there != here:
             said.append(f"its {name} is {here}, there it was {there}")
 
-    def read(key: str) -> Tensor:
+    def read(key: str, start: int, stop: int) -> Tensor:
         kind, _, name = key.partition("/")
-        moment = kind.startswith("exp_avg")
-        return torch.zeros_like(weights[name]) if moment else weights[name]
+        part = weights[name].flatten()[start:stop]
+        return torch.zeros_like(part) if kind.startswith("exp_avg") else part
 
     return read, said
 

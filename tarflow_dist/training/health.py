@@ -54,7 +54,7 @@ class Health:
             raise UserError(
                 f"{why} at {state.images} images, before the first checkpoint: lower optimizer.lr"
             )
-        self._engine.load(saved.read, saved.state.optimizer_steps)
+        self._engine.load(saved.read_part, saved.state.optimizer_steps)
         self._rollbacks += 1
         state.skipped_in_a_row = 0
         self._say(f"{why}: back to the weights of {saved.folder}, on from {state.images} images")

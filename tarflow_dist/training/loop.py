@@ -118,7 +118,7 @@ def _train(
                 if engine.is_finite():
                     state.optimizer_steps = engine.optimizer_steps
                     journal.sync()
-                    saver.save(engine.tensors(), state)
+                    saver.save(engine.pieces(), state)
                     journal.record_progress()
                 else:
                     diverged = "the weights are no longer finite"

@@ -173,6 +173,11 @@ class OverlappedZero(stage_1_and_2.DeepSpeedZeroOptimizer):
             if (work := self._gathers.pop(group, None)) is not None:
                 work.wait()
 
+    def update_lp_params(self) -> None:
+        """Casts and gathers the weights anew, from the fp32 ones."""
+        self.wait_for(self._group_of)  # or the last step's would follow
+        super().update_lp_params()
+
     def wait_before_use(self, owners: Iterator[tuple[nn.Module, list[nn.Parameter]]]) -> None:
         """From now on the forward pass of each module waits for the weights that it owns."""
         for module, parameters in owners:

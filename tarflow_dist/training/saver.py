@@ -20,7 +20,7 @@ from tarflow_dist.errors import UserError
 from tarflow_dist.files import describe, grant, publish_folder, sync, write_sealed
 from tarflow_dist.flow.config import FlowConfig
 from tarflow_dist.training import pointer
-from tarflow_dist.training.checkpoint import STATE_FILE, VERSION, least_val_loss
+from tarflow_dist.training.checkpoint import STATE_FILE, VERSION, Piece, least_val_loss
 from tarflow_dist.training.state import RunState
 
 
@@ -54,10 +54,8 @@ class Saver:
         """Whether this rank's share of a checkpoint is still on its way to the disk."""
         return self._writer is not None and self._writer.is_alive()
 
-    def save(
-        self, tensors: Iterable[tuple[str, int, Callable[[], Tensor]]], state: RunState
-    ) -> None:
-        """Copies what `Engine.tensors` yields and starts to write it, as of now; a checkpoint that
+    def save(self, pieces: Iterable[Piece], state: RunState) -> None:
+        """Copies what `Engine.pieces` yields and starts to write it, as of now; a checkpoint that
         is still being written is finished first. It becomes visible in `publish` or `finish`.
 
         Raises:
@@ -68,8 +66,9 @@ class Saver:
         part = self._folder / f".{state.images:011d}.part"
         problem = _attempt(lambda: _prepare(self._folder, part)) if distributed.is_main() else None
         problem = distributed.from_main(problem)
-        content = {"state": asdict(state), **self._about}
-        self._writer = _Writer(part, _own_share(tensors), content, problem)
+        self._writer = _Writer(part, {"state": asdict(state), **self._about}, problem)
+        for piece in pieces:
+            self._writer.add(piece)
         self._writer.start()
         self.stall_seconds += time.monotonic() - began
 
@@ -101,12 +100,17 @@ class Saver:
             return None
         began = time.monotonic()
         writer.join()
-        shares = distributed.gather((writer.file.name, writer.described, writer.problem))
-        problem = next((problem for *_, problem in shares if problem), None)
+        share = (writer.file.name, writer.described, writer.starts, writer.problem)
+        shares = distributed.to_main(share)
         part, checkpoint = writer.part, self._folder / writer.part.name.strip(".").split(".")[0]
-        if distributed.is_main():
+        problem = None
+        if shares is not None:
+            problem = next((problem for *_, problem in shares if problem), None)
             if problem is None:
-                content = {**writer.content, "files": {name: file for name, file, _ in shares}}
+                files = {name: described for name, described, *_ in shares}
+                starts = {name: starts for name, _, starts, _ in shares}
+                index = {"shapes": writer.shapes, "starts": starts, "files": files}
+                content = writer.content | index
                 problem = _attempt(lambda: _make_visible(part, checkpoint, content))
             if problem is None:
                 _prune(checkpoint, self._config)
@@ -120,14 +124,23 @@ class Saver:
 class _Writer(Thread):
     """Writes one rank's share of a checkpoint."""
 
-    def __init__(
-        self, part: Path, tensors: dict[str, Tensor], content: dict[str, Any], problem: str | None
-    ):
+    def __init__(self, part: Path, content: dict[str, Any], problem: str | None):
         super().__init__(name="checkpoint", daemon=True)
         self.part, self.content, self.problem = part, content, problem
         self.file = part / f"tensors-{distributed.rank():05d}.safetensors"
         self.described: dict[str, Any] = {}
-        self._tensors = tensors
+        self.starts: dict[str, int] = {}
+        self.shapes: dict[str, list[int]] = {}
+        self._tensors: dict[str, Tensor] = {}
+
+    def add(self, piece: Piece) -> None:
+        """Copies it to host memory."""
+        for kind, values in piece.values.items():
+            key = f"{kind}/{piece.name}"
+            self.shapes[key] = list(piece.shape)
+            if values.numel():
+                self.starts[piece.name] = piece.start
+                self._tensors[key] = values.to("cpu", copy=True)
 
     def run(self) -> None:
         self.problem = self.problem or _attempt(self._write)
@@ -154,19 +167,6 @@ def _prepare(folder: Path, part: Path) -> None:
     for left in folder.glob(".*.part"):
         shutil.rmtree(left, ignore_errors=True)
     part.mkdir(parents=True)
-
-
-def _own_share(tensors: Iterable[tuple[str, int, Callable[[], Tensor]]]) -> dict[str, Tensor]:
-    """Assembles every tensor with all ranks and keeps this rank's share of them, in host memory:
-    each goes to the rank with the least to write so far."""
-    own, load = {}, [0] * distributed.world_size()
-    for key, size, assemble in tensors:
-        owner = load.index(min(load))
-        load[owner] += size
-        tensor = assemble()
-        if owner == distributed.rank():
-            own[key] = tensor.detach().to("cpu", copy=True).contiguous()
-    return own
 
 
 def _make_visible(part: Path, checkpoint: Path, content: dict[str, Any]) -> None:

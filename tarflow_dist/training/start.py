@@ -125,7 +125,7 @@ def restore(config: Config, engine: Engine) -> RunState:
             raise UserError(
                 f"{saved.folder} is of another model: its {field.name} is {was}, the config's {now}"
             )
-    engine.load(saved.read, saved.state.optimizer_steps)
+    engine.load(saved.read_part, saved.state.optimizer_steps)
     if distributed.is_main():
         pointer.give_up_after(saved.folder)
     return saved.state

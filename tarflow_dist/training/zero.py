@@ -1,21 +1,14 @@
-"""DeepSpeed's fp32 state by parameter: whole tensors out of, and into, the parts that ranks hold.
+"""DeepSpeed's fp32 state by parameter: the parts that ranks hold, which checkpoints are made of.
 
-At ZeRO stage 0 every rank holds everything; at stages 1 and 2 a slice of one flat tensor of all
+At ZeRO stage 0 every rank holds everything; at stages 1 and 2 a slice of one flat tensor of many
 weights; at stage 3 an equal part of every weight, the last ones padded.
 """
 
 from typing import Any, Literal
 
 import torch
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_optimizer_state
 from torch import Tensor, nn
 
 from tarflow_dist import distributed
@@ -34,6 +27,7 @@ class ZeroState:
 
     def __init__(self, stage: Stage, zero: Any, optimizer: torch.optim.Optimizer):
         self._stage, self._zero, self._optimizer = stage, zero, optimizer
+        self._owners = self._deal() if stage == 0 else {}
 
     @torch.no_grad()
     def create(self, ema: str) -> None:
@@ -63,54 +57,62 @@ class ZeroState:
         """Whether this rank's weights are all finite."""
         return all(bool(partition.isfinite().all()) for partition in self._partitions())
 
-    def weights(self, parameter: nn.Parameter) -> Tensor:
-        """The whole fp32 weights. Collective."""
-        if self._stage == 0:
-            return parameter.detach()
-        return safe_get_full_fp32_param(parameter)
-
-    def optimizer_state(self, parameter: nn.Parameter, key: str) -> Tensor:
+    def whole(self, parameter: nn.Parameter, key: str) -> Tensor:
         """The whole fp32 state `key` of a parameter. Collective."""
         if self._stage == 0:
             return self._optimizer.state[parameter][key]
         return safe_get_full_optimizer_state(parameter, key)
 
-    @torch.no_grad()
-    def set_weights(self, parameter: nn.Parameter, weights: Tensor) -> None:
-        """Takes this rank's part of the whole `weights`, in fp32 and in the type the model has."""
+    def share(self, parameter: Any, key: str | None) -> tuple[int, Tensor]:
+        """What this rank saves and loads of a parameter's fp32 state `key` (None: the weights).
+        The shares of all ranks make up the whole.
+
+        Returns:
+            Where it begins in the flattened tensor, and its values, which can be written to.
+        """
+        if self._stage == 0:
+            whole = parameter if key is None else self._optimizer.state[parameter][key]
+            mine = self._owners[parameter] == distributed.rank()
+            return 0, whole.detach().view(-1)[: None if mine else 0]
         if self._stage == 3:
-            held: Any = parameter
-            part = self._own_part(parameter, weights)
-            safe_set_local_fp32_param(parameter, part)
-            held.ds_tensor.copy_(part)
-            if held.ds_status == ZeroParamStatus.AVAILABLE:  # small ones stay assembled
-                parameter.copy_(weights)
-        else:
-            if self._stage:
-                self._zero.wait_for([parameter])  # or the last step's would follow
-            parameter.copy_(weights)
-            if self._stage:
-                safe_set_full_fp32_param(parameter, weights)
+            part = self._part(parameter, key)
+            start = min(part.numel() * distributed.rank(), parameter.ds_numel)
+            return start, part[: parameter.ds_numel - start]
+        fragment = parameter._hp_mapping
+        if fragment is None:
+            return 0, torch.empty(0)
+        return fragment.lp_fragment_address.start, fragment.get_hp_fragment(key)
 
     @torch.no_grad()
-    def set_optimizer_state(self, parameter: nn.Parameter, key: str, state: Tensor) -> None:
-        """Takes this rank's part of the whole `state`."""
+    def spread(self) -> None:
+        """After all ranks have written to their shares: gives each what else it needs, such as the
+        weights that it computes with. Collective."""
         if self._stage == 0:
-            self._optimizer.state[parameter][key].copy_(state)
+            for parameter, owner in self._owners.items():
+                for tensor in (parameter, *self._optimizer.state[parameter].values()):
+                    dist.broadcast(tensor, owner)
         elif self._stage == 3:
-            safe_set_local_optimizer_state(parameter, self._own_part(parameter, state), key)
+            self._zero.checkpoint_event_prologue()
+            for parameter in (p for group in self._zero.fp16_groups for p in group):
+                parameter.ds_tensor.copy_(self._part(parameter, None))
+            self._zero.checkpoint_event_epilogue()  # small weights stay assembled
         else:
-            safe_set_full_optimizer_state(parameter, state, key)
+            self._zero.update_lp_params()
+
+    def _part(self, parameter: nn.Parameter, key: str | None) -> Tensor:
+        """At stage 3, padded."""
+        return self._zero._get_fp32_opt_state_partition(parameter, False, key)[0]
+
+    def _deal(self) -> dict[Tensor, int]:
+        """Each parameter to the rank that has the least so far."""
+        owners, load = {}, [0] * distributed.world_size()
+        for parameter in self._partitions():
+            owners[parameter] = load.index(min(load))
+            load[owners[parameter]] += parameter.numel()
+        return owners
 
     def _partitions(self) -> list[Tensor]:
         """The tensors that the optimiser steps on."""
         if self._stage == 3:
             return self._zero.fp32_partitioned_groups_flat
         return [p for group in self._optimizer.param_groups for p in group["params"]]
-
-    @staticmethod
-    def _own_part(parameter: Any, whole: Tensor) -> Tensor:
-        size = parameter.ds_tensor.numel()
-        padded = whole.new_zeros(size * distributed.world_size())
-        padded[: whole.numel()] = whole.flatten()
-        return padded[size * distributed.rank() :][:size]

@@ -1,10 +1,15 @@
 """The figures against torch-fidelity's own functions, and against the formulas written out."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+import ranks
 import torch
 from torch_fidelity import metric_fid, metric_isc, metric_prc
 
+from tarflow_dist import distributed
 from tarflow_dist.evaluation import metrics
 from tarflow_dist.evaluation.feature_set import FeatureSet
 from tarflow_dist.evaluation.metrics import Unmeasurable, compare, jackknife, share_within
@@ -77,6 +82,39 @@ def test_precision_and_recall(sets: tuple[np.ndarray, np.ndarray]) -> None:
     theirs = metric_prc.calculate_precision_recall_full(*map(torch.from_numpy, sets))
     assert ours == pytest.approx(theirs, abs=0.003)
     assert (*measured("precision", sets), *measured("recall", sets)) == ours
+
+
+def compare_counted(out: Path) -> None:
+    """Writes the figures, and the rows that each rank took distances of, block by block."""
+    distributed.init()
+    distances, rows = metrics._squared_distances, []
+
+    def counted(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        rows.append(len(a))
+        return distances(a, b)
+
+    metrics._squared_distances = counted
+    metrics.BLOCK = 50
+    x, y = features(620, 64), features(430, 64, seed=1, scale=0.9)
+    spatial = gaussian(x[:, :32])
+    samples = feature_set(x, spatial=spatial, split_scores=[1.0, 3.0])
+    found = compare(samples, feature_set(y, spatial=gaussian(y[:, :32])))
+    by_rank = distributed.gather(rows)
+    if distributed.is_main():
+        out.write_text(json.dumps({"figures": found.figures, "rows": by_rank}))
+    distributed.shutdown()
+
+
+def test_ranks_share_the_work_and_find_the_same(tmp_path: Path) -> None:
+    found = {}
+    for count in (1, 2, 3):
+        ranks.run(compare_counted, tmp_path / str(count), ranks=count)
+        found[count] = json.loads((tmp_path / str(count)).read_text())
+    assert None not in found[1]["figures"].values()
+    for count in (2, 3):
+        assert found[count]["figures"] == found[1]["figures"]  # to the last bit
+        assert sum(map(sum, found[count]["rows"])) == 2 * (620 + 430)  # no rank another's
+        assert max(map(len, found[count]["rows"])) <= len(found[1]["rows"][0]) / count + 4
 
 
 def test_kernel_distance(sets: tuple[np.ndarray, np.ndarray]) -> None:

@@ -7,8 +7,6 @@ import math
 import time
 from pathlib import Path
 
-import torch
-
 from tarflow_dist import config_file as configs
 from tarflow_dist import distributed
 from tarflow_dist.errors import run_command
@@ -35,7 +33,8 @@ def inject(what: str, engine: Engine) -> None:
         if what == "weights" and step == BAD_STEPS[0]:
             # the fp32 ones, as a broken memory would: they stay so
             for _, parameter in flow.blocks[BLOCK].named_parameters():
-                engine._zero_state.set_weights(parameter, torch.full(shape_of(parameter), math.nan))
+                engine._zero_state.share(parameter, None)[1].data.fill_(math.nan)
+            engine._zero_state.spread()
         if what == "hang" and here:
             time.sleep(600)
         return original(self, state)
@@ -53,10 +52,6 @@ def inject(what: str, engine: Engine) -> None:
     if what == "spike":
         loss = Flow.loss
         Flow.loss = lambda *a: loss(*a) + (9 if is_bad() else 0)  # type: ignore[method-assign]
-
-
-def shape_of(parameter: torch.nn.Parameter) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def main(argv: list[str]) -> int:

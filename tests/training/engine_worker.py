@@ -64,8 +64,21 @@ def train(engine: Engine, config: Config, steps: range) -> list[float]:
 
 def go_on_from(folder: Path, engine: Engine, config: Config) -> list[float]:
     saved = Checkpoint(folder)
-    engine.load(saved.read, saved.state.optimizer_steps)
+    engine.load(saved.read_part, saved.state.optimizer_steps)
     return train(engine, config, range(HALF, STEPS))
+
+
+def values_read(folder: Path, engine: Engine) -> int:
+    """By all ranks, of the parameters."""
+    saved, read = Checkpoint(folder), torch.zeros((), dtype=torch.int64)
+
+    def counted(key: str, start: int, stop: int) -> torch.Tensor:
+        if not key.startswith("buffers/"):
+            read.add_(stop - start)
+        return saved.read_part(key, start, stop)
+
+    engine.load(counted, saved.state.optimizer_steps)
+    return int(distributed.sum_over_ranks(read))
 
 
 def run_cell(config: Config, folder: Path, elsewhere: Path | None) -> dict:
@@ -73,7 +86,7 @@ def run_cell(config: Config, folder: Path, elsewhere: Path | None) -> dict:
     losses = train(engine, config, range(HALF))
     saver = Saver(folder, CheckpointConfig(every_images=1), engine.flow.config)
     saver.save(
-        engine.tensors(), RunState(images=HALF * BATCH, optimizer_steps=engine.optimizer_steps)
+        engine.pieces(), RunState(images=HALF * BATCH, optimizer_steps=engine.optimizer_steps)
     )
     losses += train(engine, config, range(HALF, STEPS))  # while it is written
     norm = float(engine.grad_norm())
@@ -87,6 +100,7 @@ def run_cell(config: Config, folder: Path, elsewhere: Path | None) -> dict:
         "resumed": go_on_from(checkpoint, new_engine(config), config),
         "rolled back": go_on_from(checkpoint, engine, config),
         "from elsewhere": elsewhere and go_on_from(elsewhere, engine, config),
+        "read": values_read(checkpoint, engine),
     }
 
 

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tarflow_dist.config import CheckpointConfig
 from tarflow_dist.errors import UserError
+from tarflow_dist.files import describe, write_sealed
 from tarflow_dist.flow.config import FlowConfig
-from tarflow_dist.training.checkpoint import Checkpoint, newest_whole
+from tarflow_dist.training.checkpoint import Checkpoint, Piece, newest_whole
 from tarflow_dist.training.pointer import give_up_after, newest
 from tarflow_dist.training.saver import Saver
 from tarflow_dist.training.state import RunState
@@ -20,13 +22,18 @@ MODEL = FlowConfig(
 TENSORS = {"weights/a": torch.randn(3, 4), "ema/a": torch.randn(3, 4), "buffers/v": torch.ones(2)}
 
 
+def pieces(tensors: dict[str, torch.Tensor]) -> list[Piece]:
+    """Whole, as one rank has them."""
+    split = [(*key.split("/"), tensor) for key, tensor in tensors.items()]
+    return [Piece(name, t.shape, 0, {kind: t.view(-1)}) for kind, name, t in split]
+
+
 def saver(folder: Path, **config: object) -> Saver:
     return Saver(folder, CheckpointConfig(every_images=1, **config), MODEL)
 
 
 def start(writing: Saver, images: int, val_loss: float | None = None) -> None:
-    entries = [(key, tensor.numel(), lambda t=tensor: t) for key, tensor in TENSORS.items()]
-    writing.save(entries, RunState(images=images, mean_loss=0.5, val_loss=val_loss))
+    writing.save(pieces(TENSORS), RunState(images=images, mean_loss=0.5, val_loss=val_loss))
 
 
 def write(folder: Path, images: int, **config: object) -> Path:
@@ -46,11 +53,49 @@ def test_what_is_saved_is_read(tmp_path: Path) -> None:
     assert saved.read_all("ema").keys() == {"a"}
 
 
+@pytest.fixture(params=[1, 2])
+def in_two_files(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, torch.Tensor]:
+    """A checkpoint as each version lays it down, and its one tensor's average."""
+    a, folder = torch.randn(5, 4), tmp_path / f"{128:011d}"
+    folder.mkdir()
+    flat = a.flatten()
+    files = [{"weights/a": -a}, {"ema/a": a}]
+    index = {}
+    if request.param == 2:
+        files = [{"weights/a": -part, "ema/a": part} for part in (flat[7:], flat[:7])]
+        index["shapes"] = {"weights/a": [5, 4], "ema/a": [5, 4]}
+        index["starts"] = {
+            "tensors-00000.safetensors": {"a": 7},
+            "tensors-00001.safetensors": {"a": 0},
+        }
+    content = {"state": {"images": 128}, "model": MODEL.to_json(), "files": {}}
+    for rank, tensors in enumerate(files):
+        file = folder / f"tensors-{rank:05d}.safetensors"
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
+        content["files"][file.name] = describe(file)
+    write_sealed(folder / "state.json", content | index, version=request.param)
+    return folder, a
+
+
+def test_parts_of_tensors_are_read_wherever_they_lie(
+    in_two_files: tuple[Path, torch.Tensor],
+) -> None:
+    folder, a = in_two_files
+    saved = Checkpoint(folder)
+    saved.verify()
+    assert torch.equal(saved.read("ema/a"), a)
+    assert saved.read_all("weights").keys() == {"a"}
+    for start in range(20):
+        for stop in range(start, 21):
+            assert torch.equal(saved.read_part("ema/a", start, stop), a.flatten()[start:stop])
+            assert torch.equal(saved.read_part("weights/a", start, stop), -a.flatten()[start:stop])
+
+
 def test_it_is_of_the_moment_it_was_asked_for(tmp_path: Path) -> None:
     """Training changes the weights while they are written."""
     weights = torch.zeros(1000)
     writing = saver(tmp_path)
-    writing.save([("weights/a", 1000, lambda: weights)], RunState(images=128))
+    writing.save(pieces({"weights/a": weights}), RunState(images=128))
     weights += 1
     assert newest(tmp_path) is None
     writing.publish()

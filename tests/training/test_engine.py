@@ -133,6 +133,12 @@ def test_a_checkpoint_goes_on_exactly(ranks: int, name: str, seen: Callable[[int
     assert cell["rolled back"] == cell["losses"][HALF:]
 
 
+@pytest.mark.parametrize(("ranks", "name"), ALL)
+def test_the_ranks_read_each_value_once(ranks: int, name: str, seen: Callable[[int], dict]) -> None:
+    parameters = new_flow(configs.load(DIGITS, SMALL)).parameters()
+    assert seen(ranks)[name]["read"] == 4 * sum(p.numel() for p in parameters)
+
+
 @pytest.mark.parametrize(("ranks", "name"), [cell for cell in ALL if cell[0] > 1])
 def test_a_checkpoint_goes_on_at_another_stage_and_world_size(
     ranks: int, name: str, seen: Callable[[int], dict], plain: dict
