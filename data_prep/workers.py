@@ -13,6 +13,8 @@ from typing import TypeVar
 
 from tarflow_dist.errors import UserError
 
+# what ends a command; it goes to all processes of a terminal, or of a rank of Slurm's
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR2}
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -39,7 +41,7 @@ def map_in_order(
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
     try:
-        with _interrupts_held():
+        with _signals_held():
             resource_tracker.ensure_running()  # or the first process does it, and lets them in
             futures = [pool.submit(function, task) for task in tasks]
         while futures:
@@ -51,7 +53,7 @@ def map_in_order(
         ) from error
     finally:
         for process in set(multiprocessing.active_children()) - before:
-            process.terminate()
+            process.kill()
         pool.shutdown(cancel_futures=True)
 
 
@@ -68,20 +70,20 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C, which goes to all processes of a terminal, waits until the body ends. Threads and
-    processes that start in it never get it: it is for the main thread to act on."""
+def _signals_held() -> Iterator[None]:
+    """SIGNALS wait until the body ends. Threads and processes that start in it never get them: they
+    are for the main thread to act on."""
     came: list[int] = []
-    # the mask is this thread's alone: one of a library's may take the signal, and Python would
+    # the mask is this thread's alone: one of a library's may take Ctrl-C, and Python would
     # interrupt the main thread for it
     handler = None
     if threading.current_thread() is threading.main_thread():
         handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         if handler is not None:
             signal.signal(signal.SIGINT, handler)
         if came:

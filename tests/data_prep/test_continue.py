@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from PIL import Image
 
 from data_prep import encode, pipeline
 from data_prep.__main__ import main
-from data_prep.pipeline import prepare
+from data_prep.pipeline import help_prepare, prepare
 from data_prep.records import Settings
 from data_prep.sources import Folder
 from tarflow_dist.errors import UserError, run_command
@@ -29,17 +30,23 @@ from tarflow_dist.errors import UserError, run_command
 COUNT = 1200
 
 
-def run_apart(src: Path, out: Path, workers: int, said: Path, env: dict[str, str]) -> None:
-    """A preparation as a command of its own, what it says in the file `said`."""
+def run_apart(
+    src: Path, out: Path, workers: int, said: Path, env: dict[str, str], ranks: tuple[int, int]
+) -> None:
+    """A rank of a preparation as a command of its own, what it says in the file `said`."""
     with said.open("w") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
     os.environ |= env
 
     def command(_: list[str]) -> None:
-        source = Folder(src, val_fraction=0.1, seed=0)
-        # shards of a few images, so that writing them takes a while, too
         settings = Settings(size=32, shard_bytes=40_000)
-        prepare(source, out, ["mds", "wds"], settings, workers=workers)
+        formats, (rank, world_size) = ["mds", "wds"], ranks
+        if rank:
+            share = {"rank": rank, "world_size": world_size}
+            help_prepare(src, out, formats, settings, workers=workers, **share)
+        else:
+            source = Folder(src, val_fraction=0.1, seed=0)
+            prepare(source, out, formats, settings, workers=workers, world_size=world_size)
 
     run_command(command)
 
@@ -82,8 +89,10 @@ def unbroken(src: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
 
 
 @contextmanager
-def started(src: Path, out: Path, workers: int, **env: str) -> Iterator[BaseProcess]:
-    arguments = (src, out, workers, out.with_suffix(".said"), env)
+def started(
+    src: Path, out: Path, workers: int, ranks: tuple[int, int] = (0, 1), **env: str
+) -> Iterator[BaseProcess]:
+    arguments = (src, out, workers, out.with_suffix(".said"), env, ranks)
     process = FRESH.Process(target=run_apart, args=arguments)
     process.start()
     yield process
@@ -116,7 +125,7 @@ def processes_with(marker: str) -> list[str]:
 def test_killed_at_fifteen_random_moments(
     src: Path, tmp_path: Path, unbroken: dict[str, bytes]
 ) -> None:
-    """Of one preparation, by one to four workers; other moments every time the test is run. A shard
+    """Of one preparation, on one to four nodes; other moments every time the test is run. A shard
     that is done is not done again, and no image is on the disk twice."""
     seed = random.SystemRandom().randrange(10**6)
     draw = random.Random(seed)
@@ -126,12 +135,16 @@ def test_killed_at_fifteen_random_moments(
     made: dict[str, int] = {}
     history = [0]
     for target in sorted(draw.sample(range(shard_count), 15)):
-        with started(src, out, draw.choice([1, 2, 4]), **{marker: "1"}) as process:
-            while progress(out) < target and process.is_alive():
+        nodes = draw.choice([1, 2, 4])
+        with ExitStack() as stack:
+            node = partial(started, src, out, draw.choice([1, 2]), **{marker: "1"})
+            ranks = [stack.enter_context(node(ranks=(rank, nodes))) for rank in range(nodes)]
+            while progress(out) < target and ranks[0].is_alive():
                 time.sleep(0.002)
             time.sleep(draw.uniform(0, 0.02))
-            process.kill()
-        assert process.exitcode == -signal.SIGKILL, f"seed {seed}: {history}"
+            for rank in draw.sample(ranks, nodes):
+                rank.kill()
+        assert ranks[0].exitcode == -signal.SIGKILL, f"seed {seed}: {history}"
         files = {f.name: f.stat().st_mtime_ns for f in (out / ".partial" / "done").glob("*.json")}
         assert made.items() <= files.items(), f"seed {seed}: {history}"
         made = files
@@ -169,10 +182,27 @@ def test_ctrl_c_is_one_sentence(there: str, src: Path, tmp_path: Path) -> None:
     assert all("img/s" in line for line in said[:-1]), said
 
 
-def test_workers_change_no_byte(src: Path, tmp_path: Path, unbroken: dict[str, bytes]) -> None:
-    with started(src, tmp_path / "out", 3):
+@pytest.mark.parametrize(("nodes", "workers"), [(1, 3), (2, 2), (4, 1)])
+def test_workers_and_nodes_change_no_byte(
+    nodes: int, workers: int, src: Path, tmp_path: Path, unbroken: dict[str, bytes]
+) -> None:
+    out = tmp_path / "out"
+    with ExitStack() as stack:
+        ranks = [
+            stack.enter_context(started(src, out, workers, (rank, nodes)))
+            for rank in reversed(range(nodes))
+        ]
+    assert [rank.exitcode for rank in ranks] == [0] * nodes
+    assert contents(out) == unbroken
+    assert [entry.name for entry in sorted(out.iterdir())] == ["mds", "wds"]
+
+
+def test_a_rank_of_another_preparation_is_refused(src: Path, few: Path, unfinished: Path) -> None:
+    """By the settings; the source is the first rank's to look at."""
+    with started(few, unfinished, 1, (1, 2)) as process:
         pass
-    assert contents(tmp_path / "out") == unbroken
+    assert process.exitcode == 2
+    assert "is an unfinished run's, with size 8" in last_words(unfinished)
 
 
 @pytest.fixture
