@@ -26,6 +26,9 @@ VERSION = 1
 PLAN, BEGUN = "plan.parquet", "begun.json"
 SAMPLED = 16  # images that tell how many fill a shard
 MAX_IMAGES = 2048  # of a shard, however small: a worker is at one for seconds, and not for hours
+SHARES = (
+    16  # shards that a split has if they can be an eighth full: as many workers have their share
+)
 ROWS = 1 << 16  # of the plan, turned into columns at a time
 COLUMNS = {
     "split": "int8",
@@ -152,8 +155,8 @@ def _write_plan(file: Path, source: Source, settings: Settings) -> dict[str, int
     blocks = _block_keys(table, settings.seed) if source.in_blocks else keys
     offsets = table["offset"].to_numpy()
     order = np.lexsort((offsets, blocks[:, 1], blocks[:, 0], splits))
-    fill = _images_a_shard(table, keys, source, settings)
-    sizes = {split: _cut(int((splits == i).sum()), fill) for i, split in enumerate(SPLITS)}
+    full = settings.shard_bytes / _mean_bytes(table, keys, source, settings)
+    sizes = {split: _cut(int((splits == i).sum()), full) for i, split in enumerate(SPLITS)}
     lengths = [size for of_split in sizes.values() for size in of_split]
     shards = np.empty(len(table), np.int64)
     shards[order] = np.repeat(np.arange(len(lengths)), lengths)
@@ -194,8 +197,8 @@ def _block_keys(table: Any, seed: int) -> np.ndarray:
     return np.frombuffer(b"".join(known[name] for name in names), ">u8").reshape(-1, 2)
 
 
-def _images_a_shard(table: Any, keys: np.ndarray, source: Source, settings: Settings) -> int:
-    """How many fill `settings.shard_bytes`, as a few of them tell."""
+def _mean_bytes(table: Any, keys: np.ndarray, source: Source, settings: Settings) -> float:
+    """What an image takes as it will be stored, as a few of them tell."""
     recipe = settings.recipe(source.channels)
     chosen = table.take(np.argsort(keys[:, 0], kind="stable")[:SAMPLED])
     results = [
@@ -203,11 +206,11 @@ def _images_a_shard(table: Any, keys: np.ndarray, source: Source, settings: Sett
         for row in chosen.to_pylist()
     ]
     sizes = [len(result.data) for result in results if isinstance(result, Encoded)]
-    mean = sum(sizes) / len(sizes) if sizes else 1
-    return max(1, min(MAX_IMAGES, int(settings.shard_bytes / mean)))
+    return sum(sizes) / len(sizes) if sizes else 1.0
 
 
-def _cut(images: int, fill: int) -> list[int]:
-    """As few shards as hold `fill` images at most, all of a size but for one image."""
-    count = -(-images // fill)
+def _cut(images: int, full: float) -> list[int]:
+    """The images of each shard of a split, alike but for one; `full` of them fill a shard."""
+    most = min(max(full / 8, min(full, images / SHARES)), MAX_IMAGES)
+    count = -(-images // max(1, int(most)))
     return [images // count + (i < images % count) for i in range(count)]

@@ -197,7 +197,7 @@ def test_both_formats_are_cut_at_the_same_images(tmp_path: Path) -> None:
     for row in rows:
         sizes[row["shard"]] += row["bytes"]
     assert max(lengths) - min(lengths) <= 1
-    assert 0.8 * 20_000 < max(sizes.values()) < 1.2 * 20_000
+    assert 20_000 / 8 < max(sizes.values()) < 1.2 * 20_000
     assert Counter(row["shard"] for row in rows) == {
         f"train/shard.{number:05d}.mds": length for number, length in enumerate(lengths)
     }

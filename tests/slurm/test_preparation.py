@@ -1,5 +1,6 @@
 """Data preparation as a job on a real Slurm cluster of two nodes."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -47,3 +48,4 @@ def test_two_nodes_prepare_a_set_and_one_of_them_is_lost(
     assert launch.end(job) == "COMPLETED"
     run_module("data_prep", "imagenet", src, alone, *options)
     assert contents(out) == contents(alone)
+    assert json.loads((out / "mds" / "timing.json").read_text())["ranks"] == 2
