@@ -6,12 +6,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_prep.making import Record, make_format, read_record
 from data_prep.plan import Plan, Planned
 from data_prep.records import (
     ERRORS,
     MANIFEST,
-    Counts,
     Settings,
     image_table,
     summarise,
@@ -31,13 +32,14 @@ def describe_sets(source: Source, settings: Settings, folder: Path, formats: Seq
     import pyarrow.compute as pc
 
     plan = Plan(folder)
-    stored, bad = Counts(len(source.classes)), Counts(len(source.classes))
+    stored, bad = ({s: np.zeros(len(source.classes), np.int64) for s in SPLITS} for _ in range(2))
     for planned, table in _tables(source, plan, folder):
         is_bad = pc.is_valid(table["reason"])
-        stored.add(planned.split, table["label"].filter(pc.invert(is_bad)).to_numpy())
-        bad.add(planned.split, table["label"].filter(is_bad).to_numpy())
+        for counts, chosen in ((stored, pc.invert(is_bad)), (bad, is_bad)):
+            labels = table["label"].filter(chosen).to_numpy()
+            counts[planned.split] += np.bincount(labels, minlength=len(source.classes))
     for split in SPLITS:
-        if not stored[split]:
+        if not stored[split].any():
             raise UserError(f"no image of {split} could be read")
     summary = summarise(source, settings, stored, bad)
     for form in formats:
@@ -46,12 +48,10 @@ def describe_sets(source: Source, settings: Settings, folder: Path, formats: Seq
             if form in record.shards:
                 shards[planned.split].append(record.shards[form])
         make_format(form, plan, settings).write_index(folder / form, shards)
-        write_table(
-            folder / form / "manifest.parquet", _manifest(source, plan, folder, form), MANIFEST
-        )
-        errors = (
-            table.filter(pc.is_valid(table["reason"])) for _, table in _tables(source, plan, folder)
-        )
+        manifest = _manifest(source, plan, folder, form)
+        write_table(folder / form / "manifest.parquet", manifest, MANIFEST)
+        tables = (table for _, table in _tables(source, plan, folder))
+        errors = (table.filter(pc.is_valid(table["reason"])) for table in tables)
         write_table(folder / form / "errors.parquet", errors, ERRORS)
         (folder / form / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
@@ -90,7 +90,6 @@ def _tables(source: Source, plan: Plan, folder: Path) -> Iterator[tuple[Planned,
 
 def _manifest(source: Source, plan: Plan, folder: Path, form: str) -> Iterator[Any]:
     """Those that are there, a table a shard."""
-    import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from data_prep.encode import Recipe
 from data_prep.images import HONEST_PIXELS
-from data_prep.sources import SPLITS, Source
+from data_prep.sources import Source
 
 ROWS_AT_A_TIME = 1 << 11
 VERSION = 2
@@ -83,23 +83,10 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
-class Counts:
-    """How many images there are of each split and class."""
-
-    def __init__(self, classes: int):
-        self._counts = {split: np.zeros(classes, np.int64) for split in SPLITS}
-
-    def add(self, split: str, labels: np.ndarray) -> None:
-        self._counts[split] += np.bincount(labels, minlength=len(self._counts[split]))
-
-    def __getitem__(self, split: str) -> int:
-        return int(self._counts[split].sum())
-
-    def per_class(self) -> dict[str, list[int]]:
-        return {split: counts.tolist() for split, counts in self._counts.items()}
-
-
-def summarise(source: Source, settings: Settings, stored: Counts, bad: Counts) -> dict[str, Any]:
+def summarise(
+    source: Source, settings: Settings, stored: dict[str, np.ndarray], bad: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """`stored` and `bad` are each split's images of each class: (num_classes,) int64."""
     return {
         "version": VERSION,
         "name": source.name,
@@ -108,10 +95,10 @@ def summarise(source: Source, settings: Settings, stored: Counts, bad: Counts) -
         "channels": source.channels,
         "classes": list(source.classes),
         "class_names": list(source.class_names) if source.class_names else None,
-        "images": {split: stored[split] for split in SPLITS},
-        "images_per_class": stored.per_class(),
-        "errors": sum(bad[split] for split in SPLITS),
-        "errors_per_class": bad.per_class(),
+        "images": {split: int(counts.sum()) for split, counts in stored.items()},
+        "images_per_class": {split: counts.tolist() for split, counts in stored.items()},
+        "errors": sum(int(counts.sum()) for counts in bad.values()),
+        "errors_per_class": {split: counts.tolist() for split, counts in bad.items()},
         "passed_over": dict(source.passed_over),
         "notes": [*source.notes, *([IN_BLOCKS] if source.in_blocks else ())],
         "settings": asdict(settings),
