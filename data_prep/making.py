@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,7 +68,7 @@ class ShardMaker:
         """
         if record := read_record(self.folder, number):
             return Made(record.images, record.bad, was_there=True)
-        plan = _plan(self.folder)
+        plan = Plan(self.folder)
         items = plan.items(number)
         results = self._encode(plan, items)
         stored = {i: result for i, result in enumerate(results) if isinstance(result, Encoded)}
@@ -156,11 +156,6 @@ def make_format(form: str, plan: Plan, settings: Settings) -> Format:
     size = settings.size
     shape = (size, size, plan.channels) if size else None
     return FORMATS[form](plan.name, settings.encode, shape)
-
-
-@lru_cache(maxsize=1)
-def _plan(folder: Path) -> Plan:
-    return Plan(folder)
 
 
 def _rows(columns: Mapping[str, list[Any]]) -> bytes:
