@@ -3,8 +3,8 @@ many processes, and its growth from one worker to two.
 
     python -m benchmarks.prepare [png webp jpeg]
 
-The bare loop decodes, resizes, crops and encodes, and throws the result away; ours also hashes,
-checks, spools and writes shards that survive a kill. Workers' starts count; imports do not.
+The bare loop decodes, resizes, crops and encodes, and throws the result away; ours also plans,
+hashes, checks and writes shards that survive a kill. Workers' starts and imports count.
 """
 
 import multiprocessing
@@ -77,8 +77,6 @@ def compare(photos: Path, files: list[Path], encode: str) -> None:
 
 
 def main() -> None:
-    import streaming  # noqa: F401 (takes seconds, which workers need not spend)
-
     with tempfile.TemporaryDirectory() as scratch:
         photos = Path(scratch, "photos")
         files = write_photos(photos, PHOTOS, different=200)

@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep import remote
 from data_prep.images import CROPS, ENCODINGS, HONEST_PIXELS
-from data_prep.pipeline import prepare
+from data_prep.pipeline import help_prepare, prepare
 from data_prep.records import Settings
 from data_prep.sources import LAYOUTS, Digits, Source, open_source
 from data_prep.sources.base import listed, say_passed_over
@@ -129,13 +129,26 @@ def _add_image_options(command: argparse.ArgumentParser) -> None:
 
 
 def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # what the job was given, where the system tells
+    """This process's, as far as Slurm or the system tells."""
+    if told := os.environ.get("SLURM_CPUS_PER_TASK"):
+        return int(told)
+    if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def run_digits(args: argparse.Namespace) -> int:
     settings = Settings(size=Digits.size, encode=args.encode, seed=args.seed)
+    if _rank():
+        return _help(Digits.path, args, settings)
     return _write(Digits(seed=args.seed), args, settings)
 
 
@@ -167,6 +180,8 @@ def run_images(args: argparse.Namespace) -> int:
         max_errors=args.max_errors,
         max_pixels=args.max_pixels,
     )
+    if _rank():
+        return _help(args.src, args, settings)
     source = open_source(
         args.src, layout=args.layout, val_fraction=args.val_fraction, seed=args.seed
     )
@@ -180,6 +195,19 @@ def run_images(args: argparse.Namespace) -> int:
     return _write(source, args, settings)
 
 
+def _help(path: Path, args: argparse.Namespace, settings: Settings) -> int:
+    help_prepare(
+        path,
+        Path(args.out),
+        FORMATS[args.format],
+        settings,
+        workers=args.workers or _cores(),
+        rank=_rank(),
+        world_size=_world_size(),
+    )
+    return 0
+
+
 def _write(source: Source, args: argparse.Namespace, settings: Settings) -> int:
     formats, workers = FORMATS[args.format], args.workers or _cores()
     try:
@@ -188,7 +216,14 @@ def _write(source: Source, args: argparse.Namespace, settings: Settings) -> int:
                 source, args.out, formats, settings, workers=workers
             )
         else:
-            summary = prepare(source, Path(args.out), formats, settings, workers=workers)
+            summary = prepare(
+                source,
+                Path(args.out),
+                formats,
+                settings,
+                workers=workers,
+                world_size=_world_size(),
+            )
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
@@ -231,6 +266,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--workers is {workers}: give a number from 1 to {MAX_WORKERS}")
     if "val_fraction" in args:
         _check_image_options(args)
+    if "seed" in args and remote.is_remote(args.out) and _world_size() > 1:
+        raise UserError(
+            f"{args.out} is in an object store, which one node alone can write to: leave out "
+            "--nodes, or give a folder that all nodes share"
+        )
     return args
 
 

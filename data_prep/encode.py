@@ -1,22 +1,15 @@
-"""Items → stored images, in this process or in many, in the same order."""
+"""Items → stored images: a function of the item alone, whichever process it runs in."""
 
 import hashlib
-from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
-from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 from xxhash import xxh3_64_hexdigest
 
 from data_prep.images import prepare_image
-from data_prep.sources.base import Content, FilePart, Item, read_content, readable
-from data_prep.workers import map_in_order
+from data_prep.sources.base import Content, readable
 from tarflow_dist.errors import UserError
-
-CHUNK = 8  # images sent to a worker at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +46,15 @@ class Recipe:
     max_pixels: int
 
 
-def encode_item(recipe: Recipe, content: Content) -> Result:
-    """The stored image, or why there is none: a function of its arguments alone.
+def encode_item(recipe: Recipe, read: Callable[[], Content]) -> Result:
+    """What `read` gives, as it will be stored, or why that can't be.
 
     Raises:
         UserError: the system refuses the file or the memory, which says nothing of the image.
     """
+    content = None
     try:
-        if isinstance(content, Path | FilePart):
-            content = read_content(content)
+        content = read()
         if content is None:
             return Rejected("not there")
         stored = prepare_image(content, **vars(recipe))
@@ -83,26 +76,3 @@ def encode_item(recipe: Recipe, content: Content) -> Result:
         return Rejected(readable(said))
     data, kind, *about = stored
     return Encoded(data, kind, hashlib.sha256(data).hexdigest(), xxh3_64_hexdigest(data), *about)
-
-
-def encode_items(
-    items: Iterator[Item], recipe: Recipe, workers: int
-) -> Generator[tuple[Item, Result], None, None]:
-    """Each item with its result, in the items' order.
-
-    Raises:
-        UserError: a worker was killed.
-    """
-    sent: deque[list[Item]] = deque()
-
-    def chunks() -> Iterator[list[Content]]:
-        while chunk := list(islice(items, CHUNK)):
-            sent.append(chunk)
-            yield [item.content for item in chunk]
-
-    for results in map_in_order(partial(_encode_chunk, recipe), chunks(), workers):
-        yield from zip(sent.popleft(), results, strict=True)
-
-
-def _encode_chunk(recipe: Recipe, contents: list[Content]) -> list[Result]:
-    return list(map(partial(encode_item, recipe), contents))

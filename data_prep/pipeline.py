@@ -1,65 +1,115 @@
-"""Source → decode, crop, encode → shards: the road every layout takes to every format.
+"""Source → plan → shards → sets: the road every layout takes to every format.
 
-The source is read once, front to back, and the stored images wait in a staging folder in the
-output folder. From there they are written in an order that depends on seed and names alone; every
-format gets the same images in the same order, cut into shards at the same places. All that was done
-stays in OUT/.partial until the sets are whole, so the same command goes on where a killed one was.
+First it is planned which images make which shard. Then processes, on as many nodes as there are,
+make the shards, each whole from the source: see making. What is done waits in OUT/.partial, so the
+same command goes on where a killed one was. Once all shards are there, the first rank writes
+what the sets say of themselves, and publishes them.
 """
 
 import hashlib
 import json
+import shutil
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from data_prep import staging
-from data_prep.encode import Recipe, encode_items
-from data_prep.placement import cut_shards, place_images
-from data_prep.records import Settings, summarise, versions, write_records
-from data_prep.shards import WRITERS, Sample
-from data_prep.sources import SPLITS, Source
-from data_prep.staging import Journal, Staging
+from data_prep.finishing import describe_sets, first_error
+from data_prep.making import DONE, ShardMaker
+from data_prep.plan import BEGUN, Plan, begin
+from data_prep.records import Settings, versions
+from data_prep.sources import Source
+from data_prep.workers import map_in_order
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import lock_folder, publish_folder, read_json
 from tarflow_dist.telemetry.progress import Progress
 
 PARTIAL = ".partial"
 ERRORS_ALWAYS_ALLOWED = 10
+SECONDS_BETWEEN_LOOKS = 1.0
 
 
 def prepare(
-    source: Source, out: Path, formats: Sequence[str], settings: Settings, *, workers: int = 1
+    source: Source,
+    out: Path,
+    formats: Sequence[str],
+    settings: Settings,
+    *,
+    workers: int = 1,
+    world_size: int = 1,
 ) -> dict[str, Any]:
-    """Writes `out`/FORMAT, a whole set, for each of `formats` (keys of WRITERS), and returns the
+    """Writes `out`/FORMAT, a whole set, for each of `formats` (keys of FORMATS), and returns the
     summary that lies in each. A set appears whole or not at all; an unfinished run's work is gone
     on with, and what this very preparation has finished stays as it is.
+
+    Args:
+        world_size: ranks that work on it together, on disks that they share. This is the first;
+            the others call `help_prepare`.
 
     Raises:
         UserError: another set is there already, or another run or another run's work; `out` can't
             be written to; too many images are bad.
     """
-    about = _about(source, formats, settings)
+    about = {
+        **_settings(formats, settings),
+        "name": source.name,
+        "layout": source.layout,
+        "source": source.fingerprint(),
+    }
+    partial = out / PARTIAL
     try:
-        if not _is_begun(out) and _is_finished(out, formats, about):
-            return _read_summary(out / formats[0])
-        out.mkdir(parents=True, exist_ok=True)
-        with lock_folder(out):
-            if _is_begun(out) or not _is_finished(out, formats, about):
-                staging.begin(out / PARTIAL, about)
+        if (partial / BEGUN).exists() or not _is_finished(out, formats, about):
+            out.mkdir(parents=True, exist_ok=True)
+            with lock_folder(out):
+                begin(partial, source, settings, about)
                 missing = [form for form in formats if not (out / form).exists()]
                 if missing:
-                    _write_sets(source, out, missing, settings, workers, about)
-                staging.remove(out / PARTIAL)
+                    _write_sets(source, out, missing, settings, workers, world_size, about)
+                (partial / BEGUN).unlink()  # the rest is known to be none without it
+        if partial.exists():
+            shutil.rmtree(partial)
         return _read_summary(out / formats[0])
     except OSError as error:
         raise UserError(f"can't write to {out}: {error.strerror or error}") from error
 
 
-def _is_begun(out: Path) -> bool:
-    return (out / PARTIAL / "begun.json").exists()
+def help_prepare(
+    path: Path,
+    out: Path,
+    formats: Sequence[str],
+    settings: Settings,
+    *,
+    workers: int,
+    rank: int,
+    world_size: int,
+) -> None:
+    """Makes a later rank's share of the shards of `prepare`, of the source at `path`.
+
+    Raises:
+        UserError: as `prepare`; another preparation has begun in `out`.
+    """
+    partial = out / PARTIAL
+    while not (partial / BEGUN).exists():
+        if all((out / form).exists() for form in formats):
+            return
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+    try:
+        Plan(partial).check(_settings(formats, settings))
+        maker = ShardMaker(partial, path, settings, formats)
+        _make_share(maker, workers, rank, world_size)
+    except (OSError, UserError) as error:
+        if not (partial / BEGUN).exists():  # all was done, and the first rank has published it
+            return
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"can't write to {out}: {error.strerror or error}") from error
+
+
+def _settings(formats: Sequence[str], settings: Settings) -> dict[str, Any]:
+    """What must not change between the starts of a run, and is alike on all ranks."""
+    about = {name: value for name, value in settings.identity().items() if name != "max_errors"}
+    return {**about, "formats": list(formats), "versions": versions()}
 
 
 def _is_finished(out: Path, formats: Sequence[str], about: dict[str, Any]) -> bool:
@@ -99,131 +149,72 @@ def _read_summary(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}/summary.json is damaged: remove the set") from error
 
 
-def _about(source: Source, formats: Sequence[str], settings: Settings) -> dict[str, Any]:
-    """What must not change between the starts of a run."""
-    about = {name: value for name, value in settings.identity().items() if name != "max_errors"}
-    return {
-        **about,
-        "formats": list(formats),
-        "name": source.name,
-        "layout": source.layout,
-        "source": source.fingerprint(),
-        "versions": versions(),
-    }
-
-
 def _write_sets(
     source: Source,
     out: Path,
     formats: Sequence[str],
     settings: Settings,
     workers: int,
+    world_size: int,
     about: dict[str, Any],
 ) -> None:
     began = time.monotonic()
     partial = out / PARTIAL
-    images = Staging(partial)
-    try:
-        before = images.done
-        _encode_all(source, settings, images, workers)
-        placed = place_images(images, settings.seed)
-        shards = {split: cut_shards(placed, split, settings.shard_bytes) for split in SPLITS}
-        summary = summarise(source, settings, placed)
-        for form in formats:
-            part = partial / form
-            part.mkdir(exist_ok=True)
-            journals = {split: Journal(partial / f"{form}-{split}.jsonl") for split in SPLITS}
-            for split, journal in journals.items():
-                _write_split(part, form, source, settings, images, placed, shards[split], journal)
-                journal.close()
-            write_records(part, source, images, placed, shards, journals, summary)
-            timing = {
-                "seconds": round(time.monotonic() - began, 1),
-                "workers": workers,
-                "images_before": before,
-                "preparation": _digest(about),
-            }
-            (part / "timing.json").write_text(json.dumps(timing) + "\n")
-        for form in formats:
-            publish_folder(partial / form, out / form)
-    finally:
-        images.close()
+    maker = ShardMaker(partial, source.path, settings, formats)
+    before = _make_share(maker, workers, 0, world_size)
+    if world_size > 1:
+        _wait_for_others(partial)
+        _make_share(maker, workers, 0, 1)  # finds them, or what a crash left of one
+    describe_sets(source, settings, partial, formats)
+    timing = {
+        "seconds": round(time.monotonic() - began, 1),
+        "workers": workers,
+        "ranks": world_size,
+        "images_before": before,
+        "preparation": _digest(about),
+    }
+    for form in formats:
+        (partial / form / "timing.json").write_text(json.dumps(timing) + "\n")
+    for form in formats:
+        publish_folder(partial / form, out / form)
 
 
-def _encode_all(source: Source, settings: Settings, images: Staging, workers: int) -> None:
-    """Spools what is not there yet; sets aside what can't be read.
+def _make_share(maker: ShardMaker, workers: int, rank: int, world_size: int) -> int:
+    """Makes every `world_size`-th shard that is planned, from the `rank`-th on, and returns how
+    many images of them were there before.
 
     Raises:
-        UserError: that is too much of it.
+        UserError: too many images can't be read.
     """
-    total = len(source)
-    allowed = min(max(int(settings.max_errors * total), ERRORS_ALWAYS_ALLOWED), total - 1)
-    recipe = Recipe(
-        settings.size, source.channels, settings.crop, settings.encode, settings.max_pixels
-    )
-    results = encode_items(source.items(images.done), recipe, workers)
+    plan = Plan(maker.folder)
+    total = sum(shard.images for shard in plan.shards)
+    allowed = min(max(int(maker.settings.max_errors * total), ERRORS_ALWAYS_ALLOWED), total - 1)
+    numbers = range(rank, len(plan.shards), world_size)
+    before = bad = 0
+    results = map_in_order(maker, numbers, workers)
     try:
-        with Progress("prepare", total, start=images.done) as progress:
-            _check_errors(images, allowed, total)
-            for item, result in results:
-                images.add(item, result)
-                _check_errors(images, allowed, total)
-                progress.update(1)
+        with Progress("prepare", sum(plan.shards[i].images for i in numbers)) as progress:
+            for made in results:
+                before += made.images if made.was_there else 0
+                bad += made.bad
+                if bad > allowed:
+                    name, reason = first_error(maker.folder)
+                    raise UserError(
+                        f"{bad} of {total} images can't be read, first {name} ({reason}): raise "
+                        "--max-errors to go on without them, or mend them and remove "
+                        f"{maker.folder} to start over"
+                    )
+                progress.update(made.images)
     finally:
         results.close()
-        images.commit()
+    return before
 
 
-def _check_errors(images: Staging, allowed: int, total: int) -> None:
-    if images.rejected > allowed:
-        images.commit()
-        first = next(row for row in images.journal if row["reason"])
-        raise UserError(
-            f"{images.rejected} of {total} images can't be read, first {first['source']} "
-            f"({first['reason']}): raise --max-errors to go on without them, or mend them and "
-            f"remove {images.journal.file.parent} to start over"
-        )
-
-
-def _write_split(
-    folder: Path,
-    form: str,
-    source: Source,
-    settings: Settings,
-    images: Staging,
-    placed: np.ndarray,
-    shards: list[np.ndarray],
-    journal: Journal,
-) -> None:
-    """Writes the shards that `journal` has not yet, and the index of all."""
-    split = journal.file.stem.rpartition("-")[2]
-    size = settings.size
-    writer = WRITERS[form](
-        folder / split,
-        name=source.name,
-        encode=settings.encode,
-        shape=(size, size, source.channels) if size else None,
-        done=journal,
-    )
-    done = journal.lines
-    index = sum(map(len, shards[:done]))
-    total = sum(map(len, shards))
-    with Progress(f"write {form} {split}", total, start=index) as progress:
-        for chosen in shards[done:]:
-            samples = _read_staged(index, source, images, placed[chosen])
-            journal.append(writer.write(samples))
-            index += len(chosen)
-            progress.update(len(chosen))
-    writer.finish()
-
-
-def _read_staged(
-    index: int, source: Source, images: Staging, placed: np.ndarray
-) -> Iterator[Sample]:
-    for row in images.rows(placed):
-        data = images.read(row["offset"], row["bytes"])
-        if hashlib.sha256(data).hexdigest() != row["sha256"]:
-            raise staging.damaged(images.journal.file.parent)
-        label = row["label"]
-        yield Sample(index, label, source.classes[label], row["source"], row["kind"], data)
-        index += 1
+def _wait_for_others(partial: Path) -> None:
+    """Until all shards are there. A rank that is lost ends the job, which is started anew."""
+    planned, said = len(Plan(partial).shards), False
+    while (there := sum(1 for _ in (partial / DONE).glob("*.json"))) < planned:
+        if not said:
+            print(f"{planned - there} shards are still with other ranks", file=sys.stderr)
+        said = True
+        time.sleep(SECONDS_BETWEEN_LOOKS)

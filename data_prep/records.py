@@ -1,8 +1,7 @@
 """What a set says of itself: manifest.parquet, errors.parquet, summary.json, timing.json."""
 
-import json
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -10,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.encode import Recipe
 from data_prep.images import HONEST_PIXELS
-from data_prep.sources import SPLITS, Source
-from data_prep.staging import RESULT_COLUMNS, Staging
+from data_prep.sources import Source
 
 ROWS_AT_A_TIME = 1 << 11
+VERSION = 2
+"""Of sets: since 2, shards hold as many images each, whatever their bytes."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Settings:
     max_pixels: int = HONEST_PIXELS
     """Of an image file; larger ones are set aside."""
     shard_bytes: int = 1 << 26
-    """A shard holds as many image files as fit in this, and at least one."""
+    """About what the image files in a shard have together, unless they are more than 2048."""
 
     def identity(self) -> dict[str, Any]:
         """What tells two preparations apart: a field that came later is left out at its default, so
@@ -41,25 +42,30 @@ class Settings:
             del own["max_pixels"]
         return own
 
+    def recipe(self, channels: int) -> Recipe:
+        return Recipe(self.size, channels, self.crop, self.encode, self.max_pixels)
 
-VERSIONS = ("tarflow_dist", "pillow", "mosaicml-streaming")
-IMAGE = {
-    "split": "string",
-    "label": "int64",
-    "source": "string",
-    "bytes": "int64",
+
+RESULT_COLUMNS = (
+    "kind",
+    "sha256",
+    "xxh3_64",
+    "original_bytes",
+    "original_width",
+    "original_height",
+)
+RESULT = {
     "reason": "string",
-    "kind": "string",
-    "sha256": "string",
-    "xxh3_64": "string",
-    "original_bytes": "int64",
-    "original_width": "int64",
-    "original_height": "int64",
+    "bytes": "int64",
+    **dict.fromkeys(RESULT_COLUMNS[:3], "string"),
+    **dict.fromkeys(RESULT_COLUMNS[3:], "int64"),
 }
+"""What became of an image. Those that could not be read have a reason, and nothing else."""
 ERRORS = ("split", "source", "class", "label", "reason")
 MANIFEST = (
     "split",
     "index",
+    "position",
     "source",
     "class",
     "class_name",
@@ -69,97 +75,68 @@ MANIFEST = (
     "bytes",
     *RESULT_COLUMNS,
 )
+"""`index` counts the images that are there; `position`, which the shards have, those planned."""
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: version(name) for name in VERSIONS}
+    names = ("tarflow_dist", "pillow")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
-def summarise(source: Source, settings: Settings, placed: np.ndarray) -> dict[str, Any]:
-    """`placed` as `place_images` gives it."""
-    bad = placed["bad"]
-
-    def per_class(which: np.ndarray) -> dict[str, list[int]]:
-        counts = {}
-        for number, name in enumerate(SPLITS):
-            labels = placed["label"][which & (placed["split"] == number)]
-            counts[name] = np.bincount(labels, minlength=len(source.classes)).tolist()
-        return counts
-
-    counts = per_class(~bad)
+def summarise(
+    source: Source, settings: Settings, stored: dict[str, np.ndarray], bad: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """`stored` and `bad` are each split's images of each class: (num_classes,) int64."""
     return {
+        "version": VERSION,
         "name": source.name,
         "layout": source.layout,
         "image_size": settings.size,
         "channels": source.channels,
         "classes": list(source.classes),
         "class_names": list(source.class_names) if source.class_names else None,
-        "images": {name: sum(count) for name, count in counts.items()},
-        "images_per_class": counts,
-        "errors": int(bad.sum()),
-        "errors_per_class": per_class(bad),
+        "images": {split: int(counts.sum()) for split, counts in stored.items()},
+        "images_per_class": {split: counts.tolist() for split, counts in stored.items()},
+        "errors": sum(int(counts.sum()) for counts in bad.values()),
+        "errors_per_class": {split: counts.tolist() for split, counts in bad.items()},
         "passed_over": dict(source.passed_over),
-        "notes": list(source.notes),
+        "notes": [*source.notes, *([IN_BLOCKS] if source.in_blocks else ())],
         "settings": asdict(settings),
         "versions": versions(),
     }
 
 
-def write_records(
-    folder: Path,
-    source: Source,
-    images: Staging,
-    placed: np.ndarray,
-    shards: dict[str, list[np.ndarray]],
-    entries: Mapping[str, Iterable[dict[str, Any]]],
-    summary: dict[str, Any],
-) -> None:
-    """`shards` holds each split's shards, the positions in `placed` of the images in them;
-    `entries` what the writer said of each."""
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    bad = placed[placed["bad"]]
-    parts = np.split(bad, range(ROWS_AT_A_TIME, len(bad), ROWS_AT_A_TIME))
-    errors = (_table(source, images, part) for part in parts)
-    _write_table(folder / "errors.parquet", errors, ERRORS)
-    manifest = _manifest(source, images, placed, shards, entries)
-    _write_table(folder / "manifest.parquet", manifest, MANIFEST)
+IN_BLOCKS = (
+    "shuffled in blocks, as the files must be read: images that lie together there stay within a "
+    "shard or two"
+)
 
 
-def _manifest(
-    source: Source,
-    images: Staging,
-    placed: np.ndarray,
-    shards: dict[str, list[np.ndarray]],
-    entries: Mapping[str, Iterable[dict[str, Any]]],
-) -> Iterator[Any]:
-    """A table a shard."""
+def image_table(source: Source, split: str, first: int, planned: Any, rows: Any) -> Any:
+    """What is known of a shard's images, those that could not be read among them, as an Arrow
+    table.
+
+    Args:
+        first: position of its first image.
+        planned: the plan's rows of them.
+        rows: RESULT, and offsets in the shards' files.
+    """
     import pyarrow as pa
 
-    for split in shards:
-        index = 0
-        for chosen, entry in zip(shards[split], entries[split], strict=True):
-            table = _table(source, images, placed[chosen])
-            table = table.append_column("index", pa.array(np.arange(index, index + len(chosen))))
-            table = table.append_column("offset", pa.array(entry["offsets"], pa.int64()))
-            shard = pa.array([f"{split}/{entry['file']}"] * len(chosen))
-            yield table.append_column("shard", shard)
-            index += len(chosen)
-
-
-def _table(source: Source, images: Staging, placed: np.ndarray) -> Any:
-    """What the staging folder says of these images, with their classes, as an Arrow table."""
-    import pyarrow as pa
-
-    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in IMAGE.items()])
-    table = pa.Table.from_pylist(list(images.rows(placed)), schema=schema)
-    labels = table["label"].combine_chunks()
+    labels = planned["label"].combine_chunks().cast("int64")
     nameless = [None] * len(source.classes)
-    for column, names in {"class": source.classes, "class_name": source.class_names}.items():
-        table = table.append_column(column, pa.array(names or nameless, pa.string()).take(labels))
-    return table
+    known = {
+        "split": pa.array([split] * len(labels)),
+        "position": pa.array(np.arange(first, first + len(labels))),
+        "source": planned["name"],
+        "label": labels,
+        "class": pa.array(source.classes, pa.string()).take(labels),
+        "class_name": pa.array(source.class_names or nameless, pa.string()).take(labels),
+    }
+    return pa.table({**known, **{name: rows[name] for name in rows.column_names}})
 
 
-def _write_table(file: Path, tables: Iterable[Any], columns: tuple[str, ...]) -> None:
+def write_table(file: Path, tables: Iterable[Any], columns: tuple[str, ...]) -> None:
     """Writes them in row groups of ROWS_AT_A_TIME or a shard more."""
     import pyarrow as pa
     import pyarrow.parquet as pq

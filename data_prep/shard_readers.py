@@ -25,7 +25,7 @@ BLOCK = 512  # of a tar
 class Stored:
     """An image as its shard has it."""
 
-    index: int
+    position: int
     label: int
     offset: int
     """Of its bytes in the shard."""

@@ -21,6 +21,8 @@ from tarflow_dist.telemetry.progress import Progress
 
 MAX_LINES = 1000
 HASHES = ("sha256", "xxh3_64")
+POSITION = "position"
+"""What shards count images by, where the manifest has it; before there was one, by `index`."""
 COLUMNS = READ_COLUMNS | {"source": "string", "class": "string", "sha256": "string"}
 
 
@@ -96,7 +98,8 @@ def _verify_set(folder: Path, workers: int) -> Iterator[str]:
         errors = pq.read_table(regular(folder / name), page_checksum_verification=True).num_rows
         name = "manifest.parquet"
         file = regular(folder / name)
-        rows = pq.read_table(file, columns=list(COLUMNS), page_checksum_verification=True)
+        columns = [*COLUMNS, *({POSITION} & set(pq.read_schema(file).names))]
+        rows = pq.read_table(file, columns=columns, page_checksum_verification=True)
         rows.validate(full=True)
         check_types(rows, COLUMNS)
         wrong = list(_check_records(summary, rows, errors))
@@ -136,6 +139,11 @@ def _check_records(summary: dict[str, Any], rows: Any, errors: int) -> Iterator[
             yield f"manifest.parquet: its counts of {split} images are not those of summary.json"
         if not np.array_equal(rows["index"].to_numpy()[here], np.arange(sum(counts))):
             yield f"manifest.parquet: the indexes of {split} do not count from 0 on"
+        if (
+            POSITION in rows.column_names
+            and (np.diff(rows[POSITION].to_numpy()[here], prepend=-1) < 1).any()
+        ):
+            yield f"manifest.parquet: the positions of {split} do not rise from 0 on"
 
 
 def _list_split(
@@ -214,7 +222,8 @@ def _check_image(
     for kind in HASHES:
         if digest(kind, image) != row[kind]:
             return f"has not the manifest's {kind}"
-    expected = Stored(row["index"], row["label"], row["offset"], row["bytes"])
+    position = row.get(POSITION, row["index"])
+    expected = Stored(position, row["label"], row["offset"], row["bytes"])
     if sample and sample != expected:
         return f"is stored as {sample} and listed as {expected}"
     try:

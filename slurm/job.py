@@ -65,13 +65,14 @@ class Job:
         except BaseException as error:
             self._note_crash(error)
             raise
-        self._note("interrupted" if interrupted else "finished")
+        if interrupted or os.environ["RANK"] == "0":  # others may be done long before the task is
+            self._note("interrupted" if interrupted else "finished")
 
     def _run(self) -> bool:
         """Whether the task was interrupted."""
         task, arguments = self.task, list(self.task.arguments)
         preflight.check_node(task.folder, self.bytes_to_write, task.shards, gpus=self.gpus)
-        if not task.one_rank:
+        if not task.apart:
             with preflight.ranks_together():
                 if task.of_run:
                     arguments = [*_newest_model(task), *arguments]

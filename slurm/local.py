@@ -72,7 +72,7 @@ def _run(task: Task, resources: Resources) -> str:
     python = shlex.quote(resources.python or sys.executable)
     executor = submitit.LocalExecutor(folder, python=f"{python} -P")
     executor.update_parameters(
-        tasks_per_node=1 if task.one_rank else resources.ranks_per_node,
+        tasks_per_node=task.ranks_a_node(resources),
         gpus_per_node=resources.gpus_per_node,
         timeout_min=resources.minutes,
         signal_delay_s=resources.signal_delay,

@@ -43,9 +43,8 @@ class Executor(submitit.SlurmExecutor):
 
 def make_executor(task: Task, resources: Resources, folder: Path) -> Executor:
     """The executor for `task`, whose job keeps its files in `folder`."""
-    ranks_per_node = 1 if task.one_rank else resources.ranks_per_node
     cpus = resources.cpus or task.workers + 2
-    gpus = 0 if task.one_rank else resources.gpus_per_node
+    gpus = 0 if task.apart else resources.gpus_per_node
     container = _container_arguments(task, resources)
     python = _python(resources.python or ("python3" if container else sys.executable), folder)
     executor = Executor(folder, python=python)
@@ -53,8 +52,8 @@ def make_executor(task: Task, resources: Resources, folder: Path) -> Executor:
         job_name=task.folder.name
         if task.folder.parent == JOBS
         else f"{task.name}-{task.folder.name}",
-        nodes=1 if task.one_rank else resources.nodes,
-        ntasks_per_node=ranks_per_node,
+        nodes=resources.nodes,
+        ntasks_per_node=task.ranks_a_node(resources),
         cpus_per_task=cpus,
         gpus_per_node=gpus or None,
         time=resources.minutes,

@@ -78,7 +78,7 @@ def prepare(task: Task, resources: Resources, folder: Path) -> Job:
         file = folder / "config.yaml"
         file.write_text(configs.dump(task.config))
         task = replace(task, arguments=(str(file),))
-    gpus = resources.gpus_per_node > 0 and not task.one_rank
+    gpus = resources.gpus_per_node > 0 and not task.apart
     return Job(folder, task, gpus, summary.bytes_to_write(task))
 
 

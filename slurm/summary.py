@@ -33,14 +33,9 @@ def describe(chain: Sequence[Task], resources: Resources) -> Summary:
     """
     task = chain[0]
     rows = {"task": " then ".join(t.name for t in chain), "folder": str(task.folder)}
-    one_rank = task.one_rank
-    kind = "GPUs" if resources.gpus_per_node else "CPU ranks"
-    if one_rank:
-        rows["nodes"] = "1, 1 process with its own workers"
-    else:
-        rows["nodes"] = (
-            f"{resources.nodes} x {resources.ranks_per_node} {kind}, {resources.world_size} ranks"
-        )
+    kind = "GPUs" if resources.gpus_per_node and not task.apart else "CPU ranks"
+    per_node = task.ranks_a_node(resources)
+    rows["nodes"] = f"{resources.nodes} x {per_node} {kind}, {resources.nodes * per_node} ranks"
     rows["cores"] = f"{resources.cpus or task.workers + 2} a rank"
     rows["time limit"] = f"{resources.time}, saved {resources.signal_delay} s before, then requeued"
     problem = ""

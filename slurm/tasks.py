@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from slurm.resources import Resources
 from tarflow_dist import config_file as configs
 from tarflow_dist.config import Config
 from tarflow_dist.errors import UserError
@@ -32,7 +33,7 @@ class Task:
         workers: processes of its own a rank.
         config: the run that is trained.
         of_run: it comes after the training of `folder`, and its model is converted from there.
-        one_rank: its processes are its own.
+        apart: its ranks need no GPU, and none waits for another to compute.
     """
 
     name: str
@@ -42,7 +43,10 @@ class Task:
     workers: int = 0
     config: Config | None = None
     of_run: bool = False
-    one_rank: bool = False
+    apart: bool = False
+
+    def ranks_a_node(self, resources: Resources) -> int:
+        return (resources.tasks_per_node or 1) if self.apart else resources.ranks_per_node
 
 
 def training(arguments: Sequence[str]) -> Task:
@@ -76,7 +80,7 @@ def evaluation(name: str, arguments: Sequence[str]) -> Task:
 
 
 def preparation(arguments: Sequence[str]) -> Task:
-    """data_prep, whose processes are its own: one rank.
+    """data_prep, whose ranks have workers of their own and share the shards.
 
     Raises:
         UserError: an option is wrong.
@@ -87,7 +91,7 @@ def preparation(arguments: Sequence[str]) -> Task:
     name = str(getattr(parsed, "out", parsed.command)).rstrip("/").rpartition("/")[2]
     workers = getattr(parsed, "workers", None) or PREPARATION_WORKERS
     folder = JOBS / f"data_prep-{name}"
-    return Task("data_prep", tuple(arguments), folder, workers=workers, one_rank=True)
+    return Task("data_prep", tuple(arguments), folder, workers=workers, apart=True)
 
 
 def after_training(words: Sequence[str], train: Task) -> Task:

@@ -27,10 +27,10 @@ LARGEST_JSON = 2**26  # bytes: a summary of a hundred thousand classes has a ten
 
 
 @contextmanager
-def write_whole(file: Path) -> Iterator[Path]:
-    """Yields a path beside `file` to write to; when the body ends well, it is synced to disk and
-    takes the name of `file`. If the body raises, `file` is as it was before."""
-    part = file.with_name(f".{file.name}.part")
+def write_whole(file: Path, part: Path | None = None) -> Iterator[Path]:
+    """Yields a path to write to, `part` or one beside `file`; when the body ends well, it is synced
+    to disk and takes the name of `file`. If the body raises, `file` is as it was before."""
+    part = part or file.with_name(f".{file.name}.part")
     try:
         yield part
         grant(part)

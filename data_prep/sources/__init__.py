@@ -1,12 +1,25 @@
 """Where images come from: one small class a layout, and which of them a folder has."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data_prep.sources import arrow, mds, npz, parquet
 from data_prep.sources.archives import Archives
 from data_prep.sources.arrow import Arrow
-from data_prep.sources.base import SPLITS, FilePart, Item, Source, shuffle_key
-from data_prep.sources.digits import Digits
+from data_prep.sources.base import (
+    SPLITS,
+    Content,
+    Item,
+    Place,
+    Source,
+    patiently,
+    read_file,
+    read_part,
+    shuffle_key,
+)
+from data_prep.sources.digits import Digits, read_digit
 from data_prep.sources.edm import EDM
 from data_prep.sources.folder import Folder
 from data_prep.sources.kaggle import Kaggle
@@ -16,6 +29,7 @@ from data_prep.sources.parquet import Parquet
 from data_prep.sources.walk import images_in, unreadable
 from data_prep.sources.wds import WebDataset
 from tarflow_dist.errors import UserError
+from tarflow_dist.files import inside
 
 __all__ = [
     "EDM",
@@ -25,15 +39,16 @@ __all__ = [
     "Archives",
     "Arrow",
     "Digits",
-    "FilePart",
     "Folder",
     "Item",
     "Kaggle",
     "Npz",
     "Parquet",
+    "Place",
     "Source",
     "WebDataset",
     "open_source",
+    "read_image",
     "shuffle_key",
 ]
 
@@ -52,6 +67,30 @@ SPLIT_HERE = ("wds", "mds", "edm", "arrow")
 ALL_IMAGES = ("kaggle", "edm")
 """Those of them that are folders of images themselves."""
 LAYOUTS = ("folder", *PACKED)
+READERS: dict[str, Callable[..., Content]] = {
+    "file": read_file,
+    "part": read_part,
+    "absent": lambda file, place: None,
+    "digits": read_digit,
+    "npz": npz.read_pixels,
+    "mds": mds.read_sample,
+    "parquet": parquet.read_row,
+    "arrow": arrow.read_row,
+}
+"""How an image is read from its file and place."""
+
+
+def read_image(path: Path, place: Place) -> Content:
+    """The image at `place` in the source at `path`.
+
+    Raises:
+        NotRegularError: it is no file.
+        UserError: the system refuses the file, again and again, or what many images lie in is
+            damaged.
+    """
+    kind, *arguments = place.reader.split(" ")
+    file = inside(path, place.file) if place.file else path
+    return patiently(partial(READERS[kind], file, place, *arguments), file)
 
 
 def open_source(path: Path, *, layout: str = "auto", val_fraction: float, seed: int) -> Source:

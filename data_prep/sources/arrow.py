@@ -1,12 +1,13 @@
 """Folders that save_to_disk of Hugging Face's datasets writes."""
 
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+from data_prep.sources.base import Place
 from data_prep.sources.splits import HoldOut, find_splits
-from data_prep.sources.tables import Part, Tables
+from data_prep.sources.tables import Part, Tables, image_in, table_columns
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import inside, read_json, regular
 
@@ -65,6 +66,26 @@ class Arrow(Tables):
             with pa.memory_map(str(regular(file))) as source, pa.ipc.open_stream(source) as batches:
                 for number, batch in enumerate(batches):
                     yield Part(split, file, number, batches.schema, partial(_read, batch))
+
+
+def read_row(file: Path, place: Place) -> bytes | None:
+    return image_in(_batches(file)[place.block], place.offset)
+
+
+@lru_cache(maxsize=1)
+def _batches(file: Path) -> list[Any]:
+    """The images of each record batch, in the mapped file."""
+    import pyarrow as pa
+
+    try:
+        with pa.ipc.open_stream(pa.memory_map(str(regular(file)))) as batches:
+            column = table_columns(batches.schema).image
+            return [_read(batch, [column])[column] for batch in batches]
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None):  # the system's, and not pyarrow's
+            raise
+        said = str(error).splitlines()[0]
+        raise UserError(f"{file} is damaged ({said}): fetch it again") from error
 
 
 def _read(batch: Any, columns: list[str]) -> Any:

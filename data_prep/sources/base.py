@@ -1,13 +1,15 @@
 """What a source of images is, and what the layouts have in common."""
 
 import re
+import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import IO, NamedTuple, Protocol, TypeVar
+from zipfile import ZIP_STORED, BadZipFile, ZipInfo
 
 import numpy as np
 
@@ -16,31 +18,47 @@ from tarflow_dist.errors import UserError
 from tarflow_dist.files import NotRegularError, open_regular, read_regular
 
 SPLITS = ("train", "val")
+LOCAL_HEADER = struct.Struct(
+    "<4s22xHH"
+)  # of a zip: signature, lengths of the name and what follows
+T = TypeVar("T")
 
 
-class FilePart(NamedTuple):
-    """An image inside an archive. Reading it is left to who needs it: mostly another process."""
-
-    file: Path
-    offset: int
-    size: int
-
-    def read(self) -> bytes:
-        with open(open_regular(self.file), "rb", buffering=0) as file:
-            file.seek(self.offset)
-            return file.read(self.size)
-
-
-Content = Path | FilePart | bytes | np.ndarray | None
-"""A file, a part of one, a file's bytes, or pixels: uint8, (H, W) or (H, W, 3). None is an image
-that the source names and has not."""
+Content = bytes | np.ndarray | None
+"""A file's bytes, or pixels: uint8, (H, W) or (H, W, 3). None is an image that the source names and
+has not."""
 WAITS = (0.5, 2.0, 8.0)
 """Seconds before something that the system refused is tried again."""
 
 
-def read_content(content: Path | FilePart) -> bytes:
-    """The bytes of a file or a part of one. What the system refuses may be there in a moment: it is
-    tried again after each of WAITS.
+class Place(NamedTuple):
+    """Where an image lies. Reading it is left to who needs it: mostly another process."""
+
+    reader: str
+    """How it is read: a key of `sources.READERS`, then its arguments, between spaces."""
+    file: str
+    """The image's file, or the one that it is in, from the source's `path` on."""
+    block: int = 0
+    """What of the file is read at once, where that is more than one image."""
+    offset: int = 0
+    """Of the image in that: in bytes, or rows."""
+    size: int = 0
+    """In bytes."""
+
+
+def read_file(file: Path, place: Place) -> bytes:
+    return read_regular(file)
+
+
+def read_part(file: Path, place: Place) -> bytes:
+    with open(open_regular(file), "rb", buffering=0) as stream:
+        stream.seek(place.offset)
+        return stream.read(place.size)
+
+
+def patiently(read: Callable[[], T], file: Path) -> T:
+    """What `read` gives. What the system refuses may be there in a moment: it is tried again after
+    each of WAITS.
 
     Raises:
         NotRegularError: it is no file.
@@ -48,12 +66,11 @@ def read_content(content: Path | FilePart) -> bytes:
     """
     for wait in (*WAITS, None):
         try:
-            return read_regular(content) if isinstance(content, Path) else content.read()
+            return read()
         except NotRegularError:
             raise
         except OSError as error:
             if wait is None:
-                file = content if isinstance(content, Path) else content.file
                 raise UserError(
                     f"can't read {readable(str(file))} ({error.strerror}), after "
                     f"{len(WAITS)} more attempts: once it can be read, the same command goes on"
@@ -62,21 +79,37 @@ def read_content(content: Path | FilePart) -> bytes:
     raise AssertionError
 
 
+def zip_part(stream: IO[bytes], member: ZipInfo) -> tuple[int, int]:
+    """Offset and size of a file in the zip `stream`, which the zip's index alone doesn't tell.
+
+    Raises:
+        ValueError: it is compressed or locked.
+        BadZipFile: it isn't there.
+    """
+    if member.compress_type != ZIP_STORED or member.flag_bits & 1:
+        raise ValueError(f"{member.filename} is compressed or locked: unpack it, give the folder")
+    stream.seek(member.header_offset)
+    signature, name, extra = LOCAL_HEADER.unpack(stream.read(LOCAL_HEADER.size))
+    if signature != b"PK\3\4":
+        raise BadZipFile(f"{member.filename} is not where the index says")
+    return member.header_offset + LOCAL_HEADER.size + name + extra, member.file_size
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image before it is decoded. It can be sent to another process."""
+    """One image before it is read."""
 
     split: str
     label: int
     name: str
     """Where it came from, such as train/n01440764/n01440764_18.JPEG; it also keys the image's
     place in the order, so an image has the same name in every layout."""
-    content: Content
+    place: Place
 
 
 class Source(Protocol):
-    """Images in a layout that users have. The order in which they are stored is made by the
-    pipeline, so a source may give them as they lie."""
+    """Images in a layout that users have. The order in which they are stored is made by the plan,
+    so a source may give them as they lie."""
 
     layout: str
     """A key of `sources.LAYOUTS`, or digits."""
@@ -84,6 +117,10 @@ class Source(Protocol):
     """For file names: letters, digits, - and _."""
     channels: int
     """Of the images once prepared: 1 for grey, 3 for RGB."""
+    path: Path
+    """The folder that places count from, or the one file."""
+    in_blocks: bool
+    """Whether many images must be read for one: the blocks of their places."""
 
     @property
     def passed_over(self) -> Mapping[str, int]:
@@ -103,9 +140,8 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def items(self, start: int = 0) -> Iterator[Item]:
-        """The images from the `start`-th on, always in the same order. Those before it are not
-        read."""
+    def items(self) -> Iterator[Item]:
+        """All images, always in the same order; they are not read here."""
 
     def fingerprint(self) -> str:
         """Another one for other images, as far as places, names and labels tell."""
@@ -136,15 +172,18 @@ class Group:
         parts = None if self.parts is None else self.parts[chosen]
         return replace(self, split=split, label=label, names=names, parts=parts)
 
-    def item(self, i: int) -> Item:
-        content: Content = None
-        if self.parts is None:
-            if self.names[i] not in self.absent:
-                content = self.where / self.names[i]
-        else:
-            content = FilePart(self.where, *self.parts[i].tolist())
-        label = self.label if isinstance(self.label, int) else int(self.label[i])
-        return Item(self.split, label, f"{self.prefix}{readable(self.names[i])}", content)
+    def items(self, path: Path) -> Iterator[Item]:
+        """Of a source at `path`."""
+        where = str(self.where.relative_to(path))
+        where = "" if where == "." else where
+        folder = f"{where}/" if where else ""
+        for i, name in enumerate(self.names):
+            if self.parts is not None:
+                place = Place("part", where, 0, *self.parts[i].tolist())
+            else:
+                place = Place("absent" if name in self.absent else "file", folder + name)
+            label = self.label if isinstance(self.label, int) else int(self.label[i])
+            yield Item(self.split, label, f"{self.prefix}{readable(name)}", place)
 
 
 class Grouped:
@@ -155,6 +194,7 @@ class Grouped:
     """
 
     channels = 3
+    in_blocks = False
 
     def __init__(
         self,
@@ -167,7 +207,7 @@ class Grouped:
         passed_over: Mapping[str, int],
         notes: Sequence[str] = (),
     ):
-        self.layout, self.name = layout, set_name(path, classes)
+        self.layout, self.path, self.name = layout, path, set_name(path, classes)
         self.classes, self.class_names = classes, class_names
         self.passed_over, self.notes = passed_over, notes
         self.groups = groups
@@ -178,10 +218,9 @@ class Grouped:
     def __len__(self) -> int:
         return sum(len(group.names) for group in self.groups)
 
-    def items(self, start: int = 0) -> Iterator[Item]:
+    def items(self) -> Iterator[Item]:
         for group in self.groups:
-            yield from (group.item(i) for i in range(start, len(group.names)))
-            start = max(0, start - len(group.names))
+            yield from group.items(self.path)
 
     def fingerprint(self) -> str:
         digest = blake2b(digest_size=16)

@@ -1,11 +1,10 @@
 """Sets as StyleGAN and EDM have them: images and dataset.json, in a zip or a folder."""
 
 import json
-import struct
 from collections import Counter
 from pathlib import Path
-from typing import IO, NamedTuple
-from zipfile import ZIP_STORED, BadZipFile, ZipFile, ZipInfo
+from typing import NamedTuple
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from data_prep.sources.base import (
     Grouped,
     is_image_name,
     kind_of,
+    zip_part,
 )
 from data_prep.sources.splits import HoldOut, find_splits
 from data_prep.sources.walk import images_in
@@ -24,7 +24,6 @@ from tarflow_dist.files import read_regular, regular
 
 LABELS = "dataset.json"
 LARGEST_LABELS = 1 << 28  # bytes: ImageNet's are 50 million
-LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of what follows it
 
 
 class Images(NamedTuple):
@@ -123,7 +122,7 @@ def _read_zip(file: Path) -> Images:
             about = archive.read(LABELS)
             for member in archive.infolist():
                 if is_image_name(member.filename):
-                    found.append((member.filename, *_part(stream, member)))
+                    found.append((member.filename, *zip_part(stream, member)))
                 elif not member.is_dir() and member.filename != LABELS:
                     passed_over[kind_of(member.filename)] += 1
     except PermissionError:
@@ -133,17 +132,6 @@ def _read_zip(file: Path) -> Images:
     found.sort()
     parts = np.array([part for _, *part in found], np.int64).reshape(-1, 2)
     return Images([name for name, *_ in found], parts, about, passed_over)
-
-
-def _part(stream: IO[bytes], member: ZipInfo) -> tuple[int, int]:
-    """Where a file lies in its zip, which can't be told from the zip's index alone."""
-    if member.compress_type != ZIP_STORED or member.flag_bits & 1:
-        raise ValueError(f"{member.filename} is compressed or locked: unpack it, give the folder")
-    stream.seek(member.header_offset)
-    signature, name, extra = LOCAL_HEADER.unpack(stream.read(LOCAL_HEADER.size))
-    if signature != b"PK\3\4":
-        raise BadZipFile(f"{member.filename} is not where the index says")
-    return member.header_offset + LOCAL_HEADER.size + name + extra, member.file_size
 
 
 def _labels(place: Path, images: Images) -> np.ndarray:

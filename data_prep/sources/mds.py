@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from itertools import pairwise
 from mmap import ACCESS_READ, mmap
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep.sources.base import MAX_CLASSES, Content, FilePart, Item, set_name
+from data_prep.sources.base import MAX_CLASSES, Item, Place, set_name
 from data_prep.sources.splits import HoldOut, find_splits
 from data_prep.sources.walk import folders_in
 from tarflow_dist.errors import UserError
@@ -42,17 +43,18 @@ class Shard:
     in_val: np.ndarray
     """(n,) bool."""
 
-    def items(self, start: int) -> Iterator[Item]:
-        is_file = self.compression is None and self.encoding in FILES
-        data: bytes | mmap = b"" if is_file else _read(self.file, self.compression)
-        for i in range(start, len(self.labels)):
-            offset, size = self.parts[i].tolist()
-            content: Content = FilePart(self.file, offset, size)
-            if not is_file:
-                content = _content(self.encoding, data[offset : offset + size])
-            split = "val" if self.in_val[i] else "train"
+    def items(self, path: Path) -> Iterator[Item]:
+        """Of a source at `path`."""
+        file = str(self.file.relative_to(path))
+        reader = "part"
+        if self.compression is not None or self.encoding not in FILES:
+            reader = " ".join(filter(None, ["mds", self.encoding, self.compression]))
+        for label, (offset, size), in_val in zip(
+            self.labels.tolist(), self.parts.tolist(), self.in_val.tolist(), strict=True
+        ):
             name = f"{self.prefix}{self.file.name}/{offset:010d}"
-            yield Item(split, int(self.labels[i]), name, content)
+            place = Place(reader, file, 0, offset, size)
+            yield Item("val" if in_val else "train", label, name, place)
 
 
 class MDS:
@@ -82,12 +84,14 @@ class MDS:
             splits, others = {"train": [""]}, [name for name in folders if name]
         if "train" not in splits:
             raise UserError(f"{path} has no train/index.json")
+        self.path = path
         self._shards = [
             shard
             for split, names in splits.items()
             for name in names
             for shard in _scan_folder(path / name, f"{name}/" if name else "", split == "val")
         ]
+        self.in_blocks = any(shard.compression is not None for shard in self._shards)
         labels = np.concatenate([shard.labels for shard in self._shards])
         if not len(labels):
             raise UserError(f"no image in {path} has a label from 0 on")
@@ -110,11 +114,9 @@ class MDS:
     def __len__(self) -> int:
         return sum(len(shard.labels) for shard in self._shards)
 
-    def items(self, start: int = 0) -> Iterator[Item]:
+    def items(self) -> Iterator[Item]:
         for shard in self._shards:
-            if start < len(shard.labels):
-                yield from shard.items(start)
-            start = max(0, start - len(shard.labels))
+            yield from shard.items(self.path)
 
     def fingerprint(self) -> str:
         digest = blake2b(digest_size=16)
@@ -187,6 +189,11 @@ def _scan(folder: Path, entry: dict[str, Any], prefix: str, in_val: bool) -> Sha
     )
 
 
+@lru_cache(maxsize=1)
+def _shard(file: Path, compression: str | None) -> bytes | mmap:
+    return _read(file, compression)
+
+
 def _read(file: Path, compression: str | None) -> bytes | mmap:
     """The bytes of a shard."""
     if compression is None:
@@ -234,8 +241,11 @@ def _label(encoding: str, data: bytes) -> int:
     return int(np.frombuffer(data, kind, 1)[0])
 
 
-def _content(encoding: str, data: bytes) -> bytes | np.ndarray:
+def read_sample(
+    file: Path, place: Place, encoding: str, compression: str | None = None
+) -> bytes | np.ndarray:
     """An image file, or pixels. What is no image comes back as it is, to be set aside."""
+    data = _shard(file, compression)[place.offset : place.offset + place.size]
     if encoding in FILES:
         return data
     if match := PIXELS.fullmatch(encoding):

@@ -1,7 +1,9 @@
 """The downsampled ImageNet of Chrabaszcz, Loshchilov and Hutter, 64x64 or 32x32, as .npz."""
 
 import re
+import zlib
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from hashlib import blake2b
 from math import isqrt
 from pathlib import Path
@@ -11,11 +13,20 @@ from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
-from data_prep.sources.base import MAX_CLASSES, SPLITS, Item, set_name
+from data_prep.sources.base import (
+    MAX_CLASSES,
+    SPLITS,
+    Item,
+    Place,
+    read_part,
+    set_name,
+    zip_part,
+)
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import regular
 
 NAME = re.compile(r"(train|val)_data(?:_batch_(\d+))?\.npz")
+CHUNK = 1 << 20
 NOTE = (
     "labels are the source's own less one, in the order of its map_clsloc.txt: not that of sorted "
     "wnids"
@@ -25,7 +36,7 @@ NOTE = (
 class Npz:
     """A folder with train_data_batch_1.npz … and val_data.npz, in itself or in folders in it:
     `data`, uint8 (n, 3 S S), a channel after the other, and `labels`, from 1 on. Pixels are read a
-    row at a time, and nothing is unpickled.
+    row at a time, in compressed files from the front on, and nothing is unpickled.
 
     Raises:
         UserError: `path` is no such folder, or a file is damaged.
@@ -38,6 +49,7 @@ class Npz:
     class_names = None
 
     def __init__(self, path: Path):
+        self.path = path
         self._files = _find(path)
         if missing := _missing(self._files):
             raise UserError(f"{path} has no {missing}, here or in its folders: fetch it again")
@@ -45,6 +57,7 @@ class Npz:
         count = max(int(labels.max()) for labels in self._labels)
         self.classes = [str(number) for number in range(1, count + 1)]
         self.name = set_name(path, self.classes)
+        self.in_blocks = any(_first_byte(file, n) is None for file, n in self._counts())
 
     @staticmethod
     def recognises(path: Path) -> bool:
@@ -53,13 +66,21 @@ class Npz:
     def __len__(self) -> int:
         return sum(map(len, self._labels))
 
-    def items(self, start: int = 0) -> Iterator[Item]:
+    def _counts(self) -> Iterator[tuple[Path, int]]:
+        """Each file, and its images."""
+        for (_, file), labels in zip(self._files, self._labels, strict=True):
+            yield file, len(labels)
+
+    def items(self) -> Iterator[Item]:
+        """Holds all pixels against the files' checksums first."""
         for (split, file), labels in zip(self._files, self._labels, strict=True):
-            if start < len(labels):
-                for row, pixels in enumerate(_pixels(file, start, len(labels)), start):
-                    name = f"{split}/{file.stem}/{row:06d}"
-                    yield Item(split, int(labels[row]) - 1, name, pixels)
-            start = max(0, start - len(labels))
+            size = _check(file, len(labels))
+            start = _first_byte(file, len(labels))
+            reader = "npz" if start is not None else "npz compressed"
+            within = str(file.relative_to(self.path))
+            for row, label in enumerate(labels.tolist()):
+                place = Place(reader, within, 0, (start or 0) + row * size, size)
+                yield Item(split, label - 1, f"{split}/{file.stem}/{row:06d}", place)
 
     def fingerprint(self) -> str:
         digest = blake2b(digest_size=16)
@@ -102,23 +123,55 @@ def _read_labels(file: Path) -> np.ndarray:
         raise _damaged(file, error) from error
 
 
-def _pixels(file: Path, start: int, count: int) -> Iterator[np.ndarray]:
-    """Of the images from `start` on: (S, S, 3)."""
+def _check(file: Path, count: int) -> int:
+    """Reads all pixels of a file of `count` images, and returns the bytes of one."""
     try:
         with ZipFile(regular(file)) as archive, archive.open("data.npy") as stream:
-            size = _row_size(stream, count)
-            side = isqrt(size // 3)
-            stream.seek(start * size, 1)
-            for _ in range(start, count):
-                row = stream.read(size)
-                if len(row) < size:
-                    raise ValueError("it ends too early")
-                yield np.frombuffer(row, np.uint8).reshape(3, side, side).transpose(1, 2, 0)
+            size, length = _row_size(stream, count), 0
+            while chunk := stream.read(CHUNK):
+                length += len(chunk)
+            if length < size * count:
+                raise ValueError("it ends too early")
+            return size
+    except (OSError, ValueError, LookupError, BadZipFile, zlib.error) as error:
+        raise _damaged(file, error) from error
+
+
+def _first_byte(file: Path, count: int) -> int | None:
+    """Where the pixels begin in a file of `count` images; None if they are compressed."""
+    try:
+        with open(regular(file), "rb") as raw, ZipFile(raw) as archive:
+            member = archive.getinfo("data.npy")
+            with archive.open(member) as stream:
+                _row_size(stream, count)
+                header = stream.tell()
+            return zip_part(raw, member)[0] + header if not member.compress_type else None
     except (OSError, ValueError, LookupError, BadZipFile) as error:
         raise _damaged(file, error) from error
 
 
-def _row_size(stream: IO[bytes], count: int) -> int:
+def read_pixels(file: Path, place: Place, compressed: str = "") -> np.ndarray:
+    """(S, S, 3)."""
+    row = _inflated(file, place) if compressed else read_part(file, place)
+    side = isqrt(place.size // 3)
+    return np.frombuffer(row, np.uint8).reshape(3, side, side).transpose(1, 2, 0)
+
+
+def _inflated(file: Path, place: Place) -> bytes:
+    stream, first = _open_member(file)
+    stream.seek(first + place.offset)  # backwards it begins anew
+    return stream.read(place.size)
+
+
+@lru_cache(maxsize=1)
+def _open_member(file: Path) -> tuple[IO[bytes], int]:
+    """The file's pixels, and where they begin."""
+    stream = ZipFile(regular(file)).open("data.npy")  # noqa: SIM115  (it stays open)
+    _row_size(stream, None)
+    return stream, stream.tell()
+
+
+def _row_size(stream: IO[bytes], count: int | None) -> int:
     """The bytes of an image; `stream` is left where the first begins.
 
     Raises:
@@ -130,7 +183,8 @@ def _row_size(stream: IO[bytes], count: int) -> int:
     }[np.lib.format.read_magic(stream)]
     shape, is_fortran, dtype = read_header(stream)
     side = isqrt(shape[-1] // 3) if shape else 0
-    if dtype != np.uint8 or is_fortran or shape != (count, 3 * side * side) or not side:
+    expected = (shape[0] if count is None and shape else count, 3 * side * side)
+    if dtype != np.uint8 or is_fortran or shape != expected or not side:
         raise ValueError(f"its data are {dtype} {shape}, and not uint8 ({count}, 3 S S)")
     return shape[1]
 

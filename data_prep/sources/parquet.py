@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
-from data_prep.sources.base import SPLITS
-from data_prep.sources.tables import Part, Tables
+from data_prep.sources.base import SPLITS, Place
+from data_prep.sources.tables import Part, Tables, image_in, table_columns
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import regular
 
@@ -23,6 +24,7 @@ class Parquet(Tables):
     """
 
     layout = "parquet"
+    in_blocks = True
 
     def __init__(self, path: Path):
         self._files = _find(path)
@@ -53,3 +55,23 @@ def _find(path: Path) -> dict[str, list[Path]]:
         split: [file for file in files if re.split(r"[-.]", file.name)[0] in PREFIXES[split]]
         for split in SPLITS
     }
+
+
+def read_row(file: Path, place: Place) -> bytes | None:
+    return image_in(_row_group(file, place.block), place.offset)
+
+
+@lru_cache(maxsize=1)
+def _row_group(file: Path, number: int) -> Any:
+    """The images in it."""
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(regular(file), pre_buffer=False) as parquet:
+            column = table_columns(parquet.schema_arrow).image
+            return parquet.read_row_group(number, [column])[column]
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None):  # the system's, and not pyarrow's
+            raise
+        said = str(error).splitlines()[0]
+        raise UserError(f"{file} is damaged ({said}): fetch it again") from error

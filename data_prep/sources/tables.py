@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.sources.base import MAX_CLASSES, Item, set_name, wnids_by_label
+from data_prep.sources.base import MAX_CLASSES, Item, Place, set_name, wnids_by_label
 from data_prep.sources.splits import HoldOut
 from tarflow_dist.errors import UserError
 
@@ -45,8 +45,8 @@ class Tables:
     the wnids in the paths, where each label has its own in sorted order (as in imagenet-1k), or
     else ClassLabel's names, or else the numbers.
 
-    Paths and labels are read here; images later, a part at a time. A subclass sets `layout`, and
-    what `parts` needs before it calls this constructor.
+    Paths and labels are read here. A subclass sets `layout`, and what `parts` needs before it calls
+    this constructor.
 
     Args:
         hold_out: how val is drawn, where no part is of it.
@@ -57,9 +57,11 @@ class Tables:
 
     layout: str
     channels = 3
+    in_blocks = False
     notes: tuple[str, ...] = ()
 
     def __init__(self, path: Path, hold_out: HoldOut | None = None):
+        self.path = path
         try:
             labels = self._read_labels()
         except PermissionError:
@@ -84,24 +86,18 @@ class Tables:
         digest = blake2b(digest_size=16)
         rows = 0
         for part in self.parts():
-            columns = _columns(part.schema)
-            names = names or _class_names(part.schema, columns.label)
-            wanted = [f"{columns.image}.path", columns.label]
-            table = part.read(wanted if columns.has_path else wanted[1:])
-            labels = _labels(table, columns)
+            names = names or _class_names(part.schema, table_columns(part.schema).label)
+            labels, paths = _labels_and_paths(part)
             found.append(labels[labels >= 0])
             rows += len(labels)
-            paths = [None] * len(labels)
-            if columns.has_path:
-                paths = table[columns.image].combine_chunks().field("path").to_pylist()
             digest.update(repr((str(part.file.absolute()), paths, labels.tolist())).encode())
             for label, path in zip(labels.tolist(), paths, strict=True):
                 match = WNID_PATH.match(path or "")
                 seen.setdefault(label, set()).add(match[2] if match else "")
         seen.pop(-1, None)
-        self._labelled = list(map(len, found))  # rows of each part that have a label
+        self._labelled = sum(map(len, found))  # rows that have a label
         self._fingerprint = digest.hexdigest()
-        unlabelled = rows - sum(self._labelled)
+        unlabelled = rows - self._labelled
         self.passed_over = {"without a label": unlabelled} if unlabelled else {}
         if not seen:
             raise ValueError("no row has a label")
@@ -115,35 +111,20 @@ class Tables:
         return np.concatenate(found)
 
     def __len__(self) -> int:
-        return sum(self._labelled)
+        return self._labelled
 
-    def items(self, start: int = 0) -> Iterator[Item]:
-        before = 0  # rows with a label, in the parts before
-        for part, count in zip(self.parts(), self._labelled, strict=True):
-            if start < before + count:
-                skipped = max(0, start - before)
-                yield from self._items(part, skipped, before + skipped)
-            before += count
-
-    def _items(self, part: Part, skipped: int, position: int) -> Iterator[Item]:
-        """Those of a part but for the first `skipped`; `position` is the next one's in all."""
-        columns = _columns(part.schema)
-        try:
-            table = part.read([columns.image, columns.label])
-        except (OSError, ValueError) as error:
-            said = str(error).splitlines()[0]
-            raise UserError(f"{part.file} is damaged ({said}): fetch it again") from error
-        labels = _labels(table, columns)
-        for row in np.flatnonzero(labels >= 0)[skipped:].tolist():
-            image = table[columns.image][row].as_py()
-            path = None
-            if isinstance(image, dict):
-                image, path = image["bytes"], image.get("path")
-            label = int(labels[row])
-            name = self._name(path, label) or f"{part.file.name}/{part.number}/{row}"
-            in_val = self._in_val is not None and self._in_val[position]
-            yield Item("val" if in_val else part.split, label, f"{part.split}/{name}", image)
-            position += 1
+    def items(self) -> Iterator[Item]:
+        position = 0  # in all rows that have a label
+        for part in self.parts():
+            labels, paths = _labels_and_paths(part)
+            file = str(part.file.relative_to(self.path))
+            for row in np.flatnonzero(labels >= 0).tolist():
+                label = int(labels[row])
+                name = self._name(paths[row], label) or f"{part.file.name}/{part.number}/{row}"
+                in_val = self._in_val is not None and self._in_val[position]
+                place = Place(self.layout, file, part.number, row)
+                yield Item("val" if in_val else part.split, label, f"{part.split}/{name}", place)
+                position += 1
 
     def fingerprint(self) -> str:
         return self._fingerprint
@@ -155,7 +136,24 @@ class Tables:
         return f"{self.classes[label]}/{path}" if path else None
 
 
-def _columns(schema: Any) -> Columns:
+def _labels_and_paths(part: Part) -> tuple[np.ndarray, list[str | None]]:
+    """Of each row: int64, -1 without a label; and what the image's file was called, if known."""
+    columns = table_columns(part.schema)
+    wanted = [f"{columns.image}.path", columns.label]
+    table = part.read(wanted if columns.has_path else wanted[1:])
+    labels = table[columns.label].cast("int64").fill_null(-1).to_numpy()
+    if not columns.has_path:
+        return labels, [None] * len(labels)
+    return labels, table[columns.image].combine_chunks().field("path").to_pylist()
+
+
+def image_in(column: Any, row: int) -> bytes | None:
+    """The file in that row of a column of images."""
+    image = column[row].as_py()
+    return image["bytes"] if isinstance(image, dict) else image
+
+
+def table_columns(schema: Any) -> Columns:
     """Raises `ValueError` if the columns are not those of labelled images."""
     import pyarrow.types as types
 
@@ -172,11 +170,6 @@ def _columns(schema: Any) -> Columns:
     if not (types.is_binary(content) or types.is_large_binary(content)):
         raise ValueError(f"the column {image_name} is {image}, and not the files' bytes")
     return Columns(image_name, label_name, "path" in fields)
-
-
-def _labels(table: Any, columns: Columns) -> np.ndarray:
-    """int64; rows without a label have -1."""
-    return table[columns.label].cast("int64").fill_null(-1).to_numpy()
 
 
 def _class_names(schema: Any, label: str) -> list[str] | None:

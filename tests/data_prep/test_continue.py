@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -19,9 +20,9 @@ import pytest
 from commands import FRESH
 from PIL import Image
 
-from data_prep import encode, pipeline, staging
+from data_prep import encode, pipeline
 from data_prep.__main__ import main
-from data_prep.pipeline import prepare
+from data_prep.pipeline import help_prepare, prepare
 from data_prep.records import Settings
 from data_prep.sources import Folder
 from tarflow_dist.errors import UserError, run_command
@@ -29,17 +30,23 @@ from tarflow_dist.errors import UserError, run_command
 COUNT = 1200
 
 
-def run_apart(src: Path, out: Path, workers: int, said: Path, env: dict[str, str]) -> None:
-    """A preparation as a command of its own, what it says in the file `said`."""
+def run_apart(
+    src: Path, out: Path, workers: int, said: Path, env: dict[str, str], ranks: tuple[int, int]
+) -> None:
+    """A rank of a preparation as a command of its own, what it says in the file `said`."""
     with said.open("w") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
     os.environ |= env
 
     def command(_: list[str]) -> None:
-        source = Folder(src, val_fraction=0.1, seed=0)
-        # shards of a few images, so that writing them takes a while, too
         settings = Settings(size=32, shard_bytes=40_000)
-        prepare(source, out, ["mds", "wds"], settings, workers=workers)
+        formats, (rank, world_size) = ["mds", "wds"], ranks
+        if rank:
+            share = {"rank": rank, "world_size": world_size}
+            help_prepare(src, out, formats, settings, workers=workers, **share)
+        else:
+            source = Folder(src, val_fraction=0.1, seed=0)
+            prepare(source, out, formats, settings, workers=workers, world_size=world_size)
 
     run_command(command)
 
@@ -82,8 +89,10 @@ def unbroken(src: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
 
 
 @contextmanager
-def started(src: Path, out: Path, workers: int, **env: str) -> Iterator[BaseProcess]:
-    arguments = (src, out, workers, out.with_suffix(".said"), env)
+def started(
+    src: Path, out: Path, workers: int, ranks: tuple[int, int] = (0, 1), **env: str
+) -> Iterator[BaseProcess]:
+    arguments = (src, out, workers, out.with_suffix(".said"), env, ranks)
     process = FRESH.Process(target=run_apart, args=arguments)
     process.start()
     yield process
@@ -96,12 +105,9 @@ def last_words(out: Path) -> str:
     return out.with_suffix(".said").read_text().splitlines()[-1]
 
 
-def progress(out: Path) -> tuple[int, int]:
-    """Images and shards that are journaled."""
-    lines = {
-        file.stem: file.read_bytes().count(b"\n") for file in (out / ".partial").glob("*.jsonl")
-    }
-    return lines.pop("images", 0), sum(lines.values())
+def progress(out: Path) -> int:
+    """Shards that are done."""
+    return len(list((out / ".partial" / "done").glob("[0-9]*.json")))
 
 
 def processes_with(marker: str) -> list[str]:
@@ -116,28 +122,35 @@ def processes_with(marker: str) -> list[str]:
 
 
 @pytest.mark.e2e
-def test_killed_at_ten_random_moments(
+def test_killed_at_fifteen_random_moments(
     src: Path, tmp_path: Path, unbroken: dict[str, bytes]
 ) -> None:
-    """Of one preparation, while images are spooled as well as while shards are written; other
-    moments every time the test is run."""
+    """Of one preparation, on one to four nodes; other moments every time the test is run. A shard
+    that is done is not done again, and no image is on the disk twice."""
     seed = random.SystemRandom().randrange(10**6)
     draw = random.Random(seed)
-    shard_count = sum(name.endswith((".mds", ".tar")) for name in unbroken)
-    moments = draw.sample(range(COUNT), 5), draw.sample(range(shard_count - 10), 5)
-    targets = [(m, 0) for m in sorted(moments[0])] + [(COUNT, m) for m in sorted(moments[1])]
+    shard_count = sum(name.endswith(".mds") for name in unbroken)
     marker = f"KILL_TEST_{os.getpid()}"
     out = tmp_path / "out"
-    history = [(0, 0)]
-    for target in targets:
-        with started(src, out, 2, **{marker: "1"}) as process:
-            while progress(out) < target and process.is_alive():
+    made: dict[str, int] = {}
+    history = [0]
+    for target in sorted(draw.sample(range(shard_count), 15)):
+        nodes = draw.choice([1, 2, 4])
+        with ExitStack() as stack:
+            node = partial(started, src, out, draw.choice([1, 2]), **{marker: "1"})
+            ranks = [stack.enter_context(node(ranks=(rank, nodes))) for rank in range(nodes)]
+            while progress(out) < target and ranks[0].is_alive():
                 time.sleep(0.002)
             time.sleep(draw.uniform(0, 0.02))
-            process.kill()
-        assert process.exitcode == -signal.SIGKILL, f"seed {seed}: {history}"
-        history.append(progress(out))
-    assert history == sorted(history), f"seed {seed}"  # nothing is done again
+            for rank in draw.sample(ranks, nodes):
+                rank.kill()
+        assert ranks[0].exitcode == -signal.SIGKILL, f"seed {seed}: {history}"
+        files = {f.name: f.stat().st_mtime_ns for f in (out / ".partial" / "done").glob("*.json")}
+        assert made.items() <= files.items(), f"seed {seed}: {history}"
+        made = files
+        history.append(len(files))
+    size = sum(file.stat().st_size for file in out.rglob("*.*") if file.is_file())
+    assert size < 1.1 * sum(map(len, unbroken.values()))
     with started(src, out, 2, **{marker: "1"}):
         pass
     assert contents(out) == unbroken, f"seed {seed}: {history}"
@@ -147,7 +160,7 @@ def test_killed_at_ten_random_moments(
     assert not processes_with(marker)  # the killed ones' workers ended, too
 
 
-@pytest.mark.parametrize("there", ["begun.json", "images.jsonl"])
+@pytest.mark.parametrize("there", ["begun.json", "done/000001.json"])
 def test_ctrl_c_is_one_sentence(there: str, src: Path, tmp_path: Path) -> None:
     """In all processes of the terminal, as the run begins and with its workers at work."""
     args = command(src, tmp_path / "out", "--workers", "2", "--encode", "webp")
@@ -169,10 +182,27 @@ def test_ctrl_c_is_one_sentence(there: str, src: Path, tmp_path: Path) -> None:
     assert all("img/s" in line for line in said[:-1]), said
 
 
-def test_workers_change_no_byte(src: Path, tmp_path: Path, unbroken: dict[str, bytes]) -> None:
-    with started(src, tmp_path / "out", 3):
+@pytest.mark.parametrize(("nodes", "workers"), [(1, 3), (2, 2), (4, 1)])
+def test_workers_and_nodes_change_no_byte(
+    nodes: int, workers: int, src: Path, tmp_path: Path, unbroken: dict[str, bytes]
+) -> None:
+    out = tmp_path / "out"
+    with ExitStack() as stack:
+        ranks = [
+            stack.enter_context(started(src, out, workers, (rank, nodes)))
+            for rank in reversed(range(nodes))
+        ]
+    assert [rank.exitcode for rank in ranks] == [0] * nodes
+    assert contents(out) == unbroken
+    assert [entry.name for entry in sorted(out.iterdir())] == ["mds", "wds"]
+
+
+def test_a_rank_of_another_preparation_is_refused(src: Path, few: Path, unfinished: Path) -> None:
+    """By the settings; the source is the first rank's to look at."""
+    with started(few, unfinished, 1, (1, 2)) as process:
         pass
-    assert contents(tmp_path / "out") == unbroken
+    assert process.exitcode == 2
+    assert "is an unfinished run's, with size 8" in last_words(unfinished)
 
 
 @pytest.fixture
@@ -199,13 +229,13 @@ def refused(src: Path, out: Path, *more: str) -> str:
 
 @pytest.fixture
 def unfinished(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An output folder where a run was interrupted with its images done."""
+    """An output folder where a run was interrupted with its shards done."""
 
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "cut_shards", interrupt)
+        patch.setattr(pipeline, "describe_sets", interrupt)
         assert main(command(few, tmp_path / "out")) == 130
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == [".partial"]
     return tmp_path / "out"
@@ -215,10 +245,7 @@ def test_what_is_done_is_not_done_again(
     few: Path, unfinished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encode, "prepare_image", None)  # decodes nothing
-    with (unfinished / ".partial" / "images.bin").open("ab") as images:
-        images.write(b"what a kill left of an image")
-    with (unfinished / ".partial" / "images.jsonl").open("ab") as journal:
-        journal.write(b'{"split": "tra')
+    (unfinished / ".partial" / "parts" / "n1-99").write_bytes(b"what a kill left of a shard")
     main(command(few, unfinished))
     monkeypatch.undo()
     main(command(few, tmp_path / "again"))
@@ -243,49 +270,61 @@ def test_an_unfinished_run_with_other_settings_is_refused(few: Path, unfinished:
     main(command(few, unfinished, "--max-errors", "0.5"))
 
 
-@pytest.mark.parametrize("name", ["images.bin", "images.jsonl", "begun.json"])
-@pytest.mark.parametrize("damage", ["cut", "flip"])
-def test_a_damaged_unfinished_run_is_refused(
-    few: Path, unfinished: Path, name: str, damage: str
+def cut(content: bytearray) -> bytearray:
+    return content[:-3]
+
+
+def flip(content: bytearray) -> bytearray:
+    content[40] ^= 0x81  # is no UTF-8
+    return content
+
+
+@pytest.mark.parametrize("name", ["plan.parquet", "begun.json"])
+@pytest.mark.parametrize("damage", [cut, flip])
+def test_a_damaged_plan_is_refused(
+    few: Path, unfinished: Path, name: str, damage: Callable[[bytearray], bytearray]
 ) -> None:
     file = unfinished / ".partial" / name
-    content = bytearray(file.read_bytes())
-    content[40] ^= 0x81  # is no UTF-8
-    end = b"\n" if name == "images.jsonl" else b""  # a line without its end was never written
-    file.write_bytes(content[:-3] + end if damage == "cut" else content)
+    file.write_bytes(damage(bytearray(file.read_bytes())))
     with pytest.raises(UserError, match="is damaged: remove it to start over"):
         main(command(few, unfinished))
     assert not (unfinished / "mds").exists()
 
 
-def lose_a_line(lines: list[bytes]) -> list[bytes]:
-    return lines[:3] + lines[4:]
-
-
-def swap_lines(lines: list[bytes]) -> list[bytes]:
-    return [*lines[:3], lines[4], lines[3], *lines[5:]]
-
-
-def repeat_a_line(lines: list[bytes]) -> list[bytes]:
-    return lines[:4] + lines[3:]
-
-
-def change_a_label(lines: list[bytes]) -> list[bytes]:
-    return [lines[0].replace(b'"label": 0', b'"label": 1'), *lines[1:]]
-
-
-@pytest.mark.parametrize("change", [lose_a_line, swap_lines, repeat_a_line, change_a_label])
-def test_a_journal_that_says_something_else_is_refused(
-    few: Path, unfinished: Path, change: Callable[[list[bytes]], list[bytes]]
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("done/000000.json", cut),
+        ("done/000000.json", flip),
+        ("done/000000.parquet", cut),
+        ("done/000000.parquet", flip),
+        ("mds/train/shard.00000.mds", cut),
+    ],
+)
+def test_a_shard_that_is_not_whole_is_made_again(
+    few: Path,
+    unfinished: Path,
+    name: str,
+    damage: Callable[[bytearray], bytearray],
+    tmp_path: Path,
 ) -> None:
-    """Each line is as it was written, but not the journal: it would make another set."""
-    journal = unfinished / ".partial" / "images.jsonl"
-    lines = journal.read_bytes().splitlines(keepends=True)
-    changed = change(lines)
-    assert changed != lines
-    journal.write_bytes(b"".join(changed))
-    with pytest.raises(UserError, match="is damaged: remove it to start over"):
-        main(command(few, unfinished))
+    file = unfinished / ".partial" / name
+    file.write_bytes(damage(bytearray(file.read_bytes())))
+    main(command(few, unfinished))
+    main(command(few, tmp_path / "again"))
+    assert contents(unfinished) == contents(tmp_path / "again")
+    assert json.loads((unfinished / "mds" / "timing.json").read_text())["images_before"] == 2
+
+
+def test_what_is_said_of_another_shard_does_not_count(
+    few: Path, unfinished: Path, tmp_path: Path
+) -> None:
+    done = unfinished / ".partial" / "done"
+    for suffix in (".json", ".parquet"):
+        shutil.copy(done / f"000001{suffix}", done / f"000000{suffix}")
+    main(command(few, unfinished))
+    main(command(few, tmp_path / "again"))
+    assert contents(unfinished) == contents(tmp_path / "again")
 
 
 def test_a_finished_preparation_is_finished(
@@ -323,7 +362,8 @@ def test_a_kill_between_two_formats(few: Path, tmp_path: Path) -> None:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pipeline, "publish_folder", once)
-            patch.setattr(staging, "remove", kill)
+            if count == 2:
+                patch.setattr(pipeline.shutil, "rmtree", kill)
             with pytest.raises(Killed):
                 main(command(few, out, "--format", "both"))
         assert len(list(out.glob("[mw]ds"))) == count
@@ -346,7 +386,7 @@ def test_a_second_run_is_refused(few: Path, unfinished: Path) -> None:
 def test_two_runs_at_once(src: Path, tmp_path: Path, unbroken: dict[str, bytes]) -> None:
     out = tmp_path / "out"
     with started(src, out, 1) as first:
-        while not progress(out)[0]:
+        while not progress(out):
             assert first.is_alive()
             time.sleep(0.01)
         with started(src, out, 1) as second:
@@ -362,7 +402,7 @@ def test_a_killed_worker_is_one_sentence(
 ) -> None:
     out = tmp_path / "out"
     with started(src, out, 2) as process:
-        while not progress(out)[0]:
+        while not progress(out):
             time.sleep(0.01)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         workers = [child for child in children if "spawn_main" in cmdline(child)]
@@ -378,7 +418,7 @@ def cmdline(process: str) -> str:
     return Path(f"/proc/{process}/cmdline").read_text()
 
 
-@pytest.mark.parametrize("fill", [3.9, 2.8, 1.6])
+@pytest.mark.parametrize("fill", [3.9, 3.2, 2.6])
 def test_a_full_disk(small_disk: Path, tmp_path: Path, fill: float) -> None:
     """It is met early, later, or while shards are written; with room made, the run goes on."""
     rng = np.random.default_rng(0)

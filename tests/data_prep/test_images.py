@@ -376,10 +376,10 @@ def test_decompression_bombs_are_refused(side: int, encode: str) -> None:
 def test_a_giant_is_taken_once_it_is_said_to_be_honest(encode: str) -> None:
     content = file_of(Image.new("L", (30, 40)), "PNG")
     recipe = Recipe(None if encode == "keep" else 8, 3, "adm", encode, max_pixels=1199)
-    refused = encode_item(recipe, content)
+    refused = encode_item(recipe, lambda: content)
     assert isinstance(refused, Rejected)
     assert refused.reason.startswith("more than 1199 pixels")
-    taken = encode_item(replace(recipe, max_pixels=1200), content)
+    taken = encode_item(replace(recipe, max_pixels=1200), lambda: content)
     assert isinstance(taken, Encoded)
     assert (taken.original_width, taken.original_height) == (30, 40)
 

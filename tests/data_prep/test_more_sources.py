@@ -5,7 +5,6 @@ import pickle
 import zipfile
 from collections.abc import Callable, Iterator
 from io import BytesIO
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from streaming import LocalDataset, MDSWriter
 
 from data_prep.__main__ import main
 from data_prep.images import prepare_image
-from data_prep.sources import Source, open_source
+from data_prep.sources import Source, open_source, read_image
 from tarflow_dist.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -34,21 +33,15 @@ def pixels(found: Source) -> dict[str, list[tuple[int, bytes]]]:
     """By split: label and RGB pixels of each image, in the source's order."""
     prepared: dict[str, list[tuple[int, bytes]]] = {"train": [], "val": []}
     for item in found.items():
-        content = item.content
-        if hasattr(content, "read"):
-            content = content.read()
-        elif isinstance(content, Path):
-            content = content.read_bytes()
+        content = read_image(found.path, item.place)
         stored = prepare_image(content, size=8, channels=3, crop="adm", encode="raw")
         prepared[item.split].append((item.label, stored.data))
     return prepared
 
 
-def check_starts(found: Source) -> None:
+def check_names(found: Source) -> None:
     names = [item.name for item in found.items()]
     assert len(names) == len(found) == len(set(names))
-    for start in range(len(names) + 1):
-        assert [item.name for item in islice(found.items(start), 3)] == names[start : start + 3]
 
 
 class Trap:
@@ -87,7 +80,7 @@ def test_downsampled_imagenet(save: object, tmp_path: Path) -> None:
     found = source(tmp_path)
     assert found.layout == "npz"
     assert pixels(found) == expected
-    check_starts(found)
+    check_names(found)
 
 
 def test_a_batch_that_is_missing(tmp_path: Path) -> None:
@@ -175,7 +168,7 @@ def test_webdataset_tars(labelled: str, kind: str, tmp_path: Path) -> None:
     found = source(tmp_path)
     assert (found.layout, found.classes) == ("wds", ["0", "1", "2"])
     assert pixels(found) == expected
-    check_starts(found)
+    check_names(found)
 
 
 def test_tars_without_val_give_a_share_of_each_class(tmp_path: Path) -> None:
@@ -275,7 +268,7 @@ def test_mds_shards(
         theirs[split] = list(LocalDataset(str(tmp_path / "plain" / split)))
     found = source(tmp_path / "set")
     assert (found.layout, found.classes) == ("mds", ["0", "1", "2"])
-    check_starts(found)
+    check_names(found)
     monkeypatch.setattr(pickle, "loads", pytest.fail)
     assert pixels(found) == {
         split: [
@@ -315,7 +308,7 @@ def test_a_split_alone_gives_a_share_of_each_class(tmp_path: Path) -> None:
         assert found.passed_over == {"without a label": 1}
         assert sorted(label for label, _ in pixels(found)["val"]) == [0, 1]
         assert len(found) == 8
-        check_starts(found)
+        check_names(found)
 
 
 def cut_shard(index: dict, shard: Path) -> None:
@@ -395,7 +388,7 @@ def test_edms_zips(labels: list | None, unpacked: bool, tmp_path: Path) -> None:
     ours = pixels(found)
     assert sorted(ours["train"] + ours["val"]) == sorted(expected)
     assert sorted({label for label, _ in ours["val"]}) == ([0, 1, 2] if labels else [0])
-    check_starts(found)
+    check_names(found)
     if not unpacked:
         assert source(tmp_path).fingerprint() == found.fingerprint()
 
@@ -452,7 +445,7 @@ def test_a_saved_split_alone(tmp_path: Path) -> None:
     assert sorted(ours["train"] + ours["val"]) == sorted(
         (label, decoded(image["bytes"])) for label, image in zip([0, 1] * 4, images, strict=True)
     )
-    check_starts(found)
+    check_names(found)
 
 
 def test_images_beside_a_packed_set_are_counted(tmp_path: Path) -> None:

@@ -140,7 +140,10 @@ def test_the_plan_is_of_what_will_run(tmp_path: Path) -> None:
     shown = launch("--local", "configs/digits.yaml", "--dry-run")
     assert "--local: on the CPU" in shown
     assert re.search(r"nodes +1 x 1 CPU ranks, 1 ranks", shown)
-    shown = launch("--task=data_prep", "--dry-run", "--", "digits", "b", "--workers=32")
+    options = ["--nodes=8", "--task=data_prep", "--dry-run"]
+    shown = launch(*options, "--", "digits", "b", "--workers=32")
+    assert re.search(r"nodes +8 x 1 CPU ranks, 8 ranks", shown)
+    assert sbatch_options(shown) >= {"--nodes=8", "--ntasks-per-node=1"}
     assert re.search(r"cores +34 a rank", shown)
     assert "--cpus-per-task=34" in shown
     shown = launch("--cluster=a100-pyxis", "in64_tune", f"init={tmp_path / 'model'}", "--dry-run")

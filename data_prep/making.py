@@ -1,0 +1,169 @@
+"""A shard made whole from the source: the unit of work, for any process on any node.
+
+It is encoded once for all formats. A shard is done when OUT/.partial/done has its two files: what
+became of each image, and a sealed description of that and of the shards' files, written last.
+"""
+
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from xxhash import xxh3_128_hexdigest
+
+from data_prep.encode import Encoded, Result, encode_item
+from data_prep.plan import Plan
+from data_prep.records import RESULT, RESULT_COLUMNS, Settings
+from data_prep.shards import FORMATS, Format, Sample, Shard
+from data_prep.sources import Item, read_image
+from tarflow_dist.files import from_saved, read_regular, read_sealed, write_sealed, write_whole
+
+VERSION = 1
+DONE, PARTS = "done", "parts"
+
+
+class Made(NamedTuple):
+    """How a shard came out."""
+
+    images: int
+    bad: int
+    """Of them, those that could not be read."""
+    was_there: bool
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a shard that is done."""
+
+    images: int
+    bad: int
+    rows: bytes
+    """A Parquet file of RESULT, a row an image of the plan."""
+    shards: Mapping[str, Shard]
+    """By format; empty if no image could be read."""
+
+
+@dataclass(frozen=True)
+class ShardMaker:
+    """Makes any of the shards that are planned in OUT/.partial, or finds them there.
+
+    Attributes:
+        folder: OUT/.partial.
+        path: the source's.
+    """
+
+    folder: Path
+    path: Path
+    settings: Settings
+    formats: Sequence[str]
+
+    def __call__(self, number: int) -> Made:
+        """Raises:
+        UserError: the system refuses files or memory.
+        OSError: it can't be written.
+        """
+        if record := read_record(self.folder, number):
+            return Made(record.images, record.bad, was_there=True)
+        plan = Plan(self.folder)
+        items = plan.items(number)
+        results = self._encode(plan, items)
+        stored = {i: result for i, result in enumerate(results) if isinstance(result, Encoded)}
+        columns: dict[str, list[Any]] = {
+            "reason": [getattr(result, "reason", None) for result in results],
+            "bytes": [len(stored[i].data) if i in stored else 0 for i in range(len(items))],
+        }
+        for name in RESULT_COLUMNS:
+            columns[name] = [getattr(result, name, None) for result in results]
+        planned = plan.shards[number]
+        samples = [
+            Sample(
+                planned.first + i,
+                items[i].label,
+                plan.classes[items[i].label],
+                items[i].name,
+                result.kind,
+                result.data,
+            )
+            for i, result in stored.items()
+        ]
+        shards = {}
+        for form in self.formats if samples else ():
+            writer = make_format(form, plan, self.settings)
+            file = writer.file(planned.split, planned.number)
+            data, offsets = writer.pack(samples)
+            self._put(self.folder / form / file, data)
+            shards[form] = Shard(file, len(samples), len(data), writer.hashes(data))
+            begins = dict(zip(stored, offsets, strict=True))
+            columns[f"{form}_offset"] = [begins.get(i) for i in range(len(items))]
+        rows = _rows(columns)
+        done = self.folder / DONE / f"{number:06d}"
+        self._put(done.with_suffix(".parquet"), rows)
+        bad = len(items) - len(stored)
+        about = {
+            "number": number,
+            "images": len(items),
+            "bad": bad,
+            "rows": xxh3_128_hexdigest(rows),
+            "shards": {form: asdict(shard) for form, shard in shards.items()},
+        }
+        write_sealed(done.with_suffix(".json"), about, version=VERSION)
+        return Made(len(items), bad, was_there=False)
+
+    def _encode(self, plan: Plan, items: Sequence[Item]) -> list[Result]:
+        """In the items' order. They are read as they lie, so that a block is read once."""
+        recipe = self.settings.recipe(plan.channels)
+        results = {
+            i: encode_item(recipe, partial(read_image, self.path, items[i].place))
+            for i in sorted(range(len(items)), key=lambda i: items[i].place[1:])
+        }
+        return [results[i] for i in range(len(items))]
+
+    def _put(self, file: Path, data: bytes) -> None:
+        # a name that no process of another node has; what a kill leaves of it is in no set
+        part = self.folder / PARTS / f"{socket.gethostname()}-{os.getpid()}"
+        for folder in (part.parent, file.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        with write_whole(file, part) as part:
+            part.write_bytes(data)
+
+
+def read_record(folder: Path, number: int) -> Record | None:
+    """What is known of a shard; None if it is not there, or not whole."""
+    done = folder / DONE / f"{number:06d}"
+    try:
+        about = read_sealed(done.with_suffix(".json"), version=VERSION)
+        rows = read_regular(done.with_suffix(".parquet"))
+        shards = {form: from_saved(Shard, shard) for form, shard in about["shards"].items()}
+        whole = (about["number"], about["rows"]) == (number, xxh3_128_hexdigest(rows)) and all(
+            _size(folder, form, shard.file) == shard.bytes for form, shard in shards.items()
+        )
+        return Record(about["images"], about["bad"], rows, shards) if whole else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def _size(folder: Path, form: str, file: str) -> int:
+    """Of a shard, whose set may be published already."""
+    place = folder / form / file
+    return (place if place.exists() else folder.parent / form / file).stat().st_size
+
+
+def make_format(form: str, plan: Plan, settings: Settings) -> Format:
+    size = settings.size
+    shape = (size, size, plan.channels) if size else None
+    return FORMATS[form](plan.name, settings.encode, shape)
+
+
+def _rows(columns: Mapping[str, list[Any]]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = {name: pa.type_for_alias(RESULT.get(name, "int64")) for name in columns}
+    arrays = {name: pa.array(values, kinds[name]) for name, values in columns.items()}
+    file = BytesIO()
+    pq.write_table(pa.table(arrays), file)
+    return file.getvalue()
