@@ -11,11 +11,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import xxhash
 
 from tarflow_dist.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 T = TypeVar("T")
 UMASK = os.umask(0o022)  # can only be read by setting it
@@ -219,6 +222,22 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_npy_header(stream: IO[bytes]) -> "tuple[tuple[int, ...], bool, np.dtype]":
+    """Shape, whether it is in Fortran's order, and type of the array that `stream`, a .npy, holds
+    from here on.
+
+    Raises:
+        ValueError: it is no .npy.
+    """
+    from numpy.lib import format
+
+    readers = {(1, 0): format.read_array_header_1_0, (2, 0): format.read_array_header_2_0}
+    version = format.read_magic(stream)
+    if version not in readers:
+        raise ValueError(f"its .npy version {version} is unknown")
+    return readers[version](stream)
 
 
 @contextmanager

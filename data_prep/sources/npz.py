@@ -23,7 +23,7 @@ from data_prep.sources.base import (
     zip_part,
 )
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import regular
+from tarflow_dist.files import read_npy_header, regular
 
 NAME = re.compile(r"(train|val)_data(?:_batch_(\d+))?\.npz")
 CHUNK = 1 << 20
@@ -177,11 +177,7 @@ def _row_size(stream: IO[bytes], count: int | None) -> int:
     Raises:
         ValueError: this is no array of `count` square images.
     """
-    read_header = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }[np.lib.format.read_magic(stream)]
-    shape, is_fortran, dtype = read_header(stream)
+    shape, is_fortran, dtype = read_npy_header(stream)
     side = isqrt(shape[-1] // 3) if shape else 0
     expected = (shape[0] if count is None and shape else count, 3 * side * side)
     if dtype != np.uint8 or is_fortran or shape != expected or not side:

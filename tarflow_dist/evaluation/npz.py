@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import regular
+from tarflow_dist.files import read_npy_header, regular
 
 IMAGES = "arr_0"
 """ADM's name for images in an .npz, uint8 (N, H, W, C)."""
@@ -57,7 +57,7 @@ def _check_sizes(file: Path) -> None:
     with zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
             with archive.open(member) as stream:
-                shape, _, dtype = _read_header(stream)
+                shape, _, dtype = read_npy_header(stream)
                 if dtype.hasobject:
                     raise ValueError(f"{member.filename} is pickled")
                 if math.prod(shape) * dtype.itemsize != member.file_size - stream.tell():
@@ -68,7 +68,7 @@ def shape_of_images(file: Path) -> tuple[int, ...] | None:
     """(N, H, W, C) of the images that an .npz of ADM's holds, or None where it holds none."""
     try:
         with zipfile.ZipFile(file) as archive, archive.open(f"{IMAGES}.npy") as stream:
-            shape, fortran_order, dtype = _read_header(stream)
+            shape, fortran_order, dtype = read_npy_header(stream)
     except KeyError:
         return None
     if fortran_order or dtype != np.uint8 or len(shape) != 4:
@@ -84,7 +84,7 @@ def image_batches(
     """Rank's share of the images that an .npz of ADM's holds: their places (B,) and the images
     uint8 (B, H, W, C). Holds one batch in memory at a time."""
     with zipfile.ZipFile(file) as archive, archive.open(f"{IMAGES}.npy") as stream:
-        shape, _, dtype = _read_header(stream)
+        shape, _, dtype = read_npy_header(stream)
         size = int(np.prod(shape[1:]))
         for number, start in enumerate(range(0, shape[0], batch_size)):
             count = min(batch_size, shape[0] - start)
@@ -92,11 +92,3 @@ def image_batches(
             if number % world_size == rank:
                 images = np.frombuffer(data, dtype).reshape(count, *shape[1:])
                 yield np.arange(start, start + count), images
-
-
-def _read_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether it is in Fortran's order, and type of the array that follows."""
-    version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(stream)
-    return np.lib.format.read_array_header_2_0(stream)

@@ -59,14 +59,15 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 def test_a_step_mixes_no_devices_and_seldom_waits(
     case: tuple, losses: list[float], tmp_path: Path
 ) -> None:
-    """Nor does a checkpoint, which waits once a tensor and no more, a preview, or a step after the
-    checkpoint was read."""
+    """Nor does a checkpoint, which waits once for a tensor on the card and no more, a preview, or a
+    step after the checkpoint was read."""
     on_card = train(tmp_path, "cuda", *case)
     near = 1e-6 if case[1] == "fp32" else 1e-2
     assert on_card["losses"] == pytest.approx(losses, abs=near)
     check_waits(on_card, CASES[case])
     copies = [times for line, times in on_card["to_save"].items() if "saver.py" in line]
-    assert copies == [on_card["tensors"]], on_card["to_save"]
+    offloaded = "train.offload=true" in case  # but for the prior's variance
+    assert copies == [1 if offloaded else on_card["tensors"]], on_card["to_save"]
 
 
 def check_waits(on_card: dict, limit: int) -> None:
