@@ -87,6 +87,7 @@ def told(what: str) -> Iterator[None]:
 
 
 def _why(error: Exception) -> str:
+    import requests  # huggingface_hub's
     from huggingface_hub import constants, errors
 
     here = constants.ENDPOINT
@@ -100,6 +101,8 @@ def _why(error: Exception) -> str:
             return f"{here} has it, but not in this revision"
         case errors.LocalEntryNotFoundError():
             return f"{here} can't be reached, and the cache {constants.HF_HUB_CACHE} lacks it"
+        case requests.ConnectionError() | requests.Timeout() | errors.OfflineModeIsEnabled():
+            return f"{here} can't be reached"
         case errors.HfHubHTTPError() if error.response.status_code in (401, 403):
             return f"{here} refuses: {log_in}, as someone who may do that"
         case errors.HfHubHTTPError():

@@ -46,8 +46,9 @@ def model_card(
             )
         ],
     )
-    labels = "[0]" if config.num_classes else ""
-    guidance = f"guidance={result['guidance']:g}" if result and config.num_classes else ""
+    call = ["[0]"] if config.num_classes else []
+    if result and result["guidance"]:
+        call += [f"{name}={result[name]}" for name in ("guidance", "annealed", "attn_temp")]
     card = ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_suffix(".md.jinja")),
@@ -55,7 +56,7 @@ def model_card(
         config=config,
         kind="An iTARFlow" if config.sigma_range else "A TARFlow",
         grid=result is not None,
-        call=", ".join(filter(None, (labels, guidance))),
+        call=", ".join(call),
         parameters=FlowCost(config).num_parameters,
         noise=_noise(config),
         images=provenance.get("images"),
