@@ -16,7 +16,7 @@ from benchmarks.gpu.models import Problem, attempt, problems
 
 @pytest.mark.e2e
 def test_all_of_it_runs(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path), "--budget", "1500"]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path), "--budget", "3000"]
     done = subprocess.run(
         [*command, "--device", "cpu", "--tiny"],
         cwd=ROOT,

@@ -154,15 +154,19 @@ def cuda_tests(bench: Bench) -> Iterator[dict[str, Any]]:
     command += ["--tb=line", "-p", "no:cacheprovider", "tests/cuda"]
     if bench.tiny:
         command += ["-k", "device or curve and 1 and not compile"]
-    with subprocess.Popen(
+    pytest = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
-    ) as pytest:
-        assert pytest.stdout is not None
-        said: deque[str] = deque(maxlen=12)
+    )
+    assert pytest.stdout is not None
+    said: deque[str] = deque(maxlen=12)
+    try:
         for line in pytest.stdout:
             said.append(line.rstrip())
             if ended := re.match(r".*::(.+?) (PASSED|SKIPPED|FAILED|ERROR)", line):
                 test, how = ended.groups()
                 yield {test: how if how in ("PASSED", "SKIPPED") else Problem(how)}
-    if pytest.returncode:
+        code = pytest.wait()
+    finally:
+        pytest.kill()  # when its time is over
+    if code:
         raise AssertionError(" / ".join(said))
