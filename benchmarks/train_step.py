@@ -40,7 +40,7 @@ from tarflow_dist.training.maximum_likelihood import MaximumLikelihood
 from tarflow_dist.training.saver import Saver
 from tarflow_dist.training.start import build_engine, start_throughput
 from tarflow_dist.training.state import RunState
-from tarflow_dist.training.step import Stepper
+from tarflow_dist.training.step import Stepper, StepResult
 
 GIB = 2**30
 
@@ -69,9 +69,10 @@ class Ours:
         objective = MaximumLikelihood(self.engine, config, device)
         self._stepper = Stepper(self.engine, objective, batches, config, device, throughput)
 
-    def step(self) -> None:
-        self._stepper.step(self.state)
+    def step(self) -> StepResult:
+        result = self._stepper.step(self.state)
         self.state.images += self._batch_size
+        return result
 
 
 class Published:

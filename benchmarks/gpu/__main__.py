@@ -33,6 +33,7 @@ SECTIONS: dict[str, tuple[Section, float]] = {
     "sampling": (sampling.against_the_published, 130),
     "steps": (training.steps, 110),
     "cuda-tests": (correctness.cuda_tests, 100),
+    "overlap": (training.overlap, 60),
     "memory": (training.memory, 60),
     "profiles": (training.profiles, 50),
     "command": (pipeline.commands, 80),

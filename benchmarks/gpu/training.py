@@ -11,6 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.models import GIB, RECIPES, Bench, attempt, device_name
+from benchmarks.slow_network import buckets
 from benchmarks.train_step import Ours, Published
 from tarflow_dist import distributed
 from tarflow_dist.config import Config
@@ -18,6 +19,7 @@ from tarflow_dist.cost.cards import find_card
 from tarflow_dist.cost.memory import training_memory
 from tarflow_dist.flow.flops import FlowCost
 from tarflow_dist.flow.guidance import Guidance
+from tarflow_dist.training import engine
 from tarflow_dist.training.saver import Saver
 
 VARIANTS = {
@@ -106,6 +108,35 @@ def peak_and_plan(bench: Bench, config: Config) -> dict[str, float]:
     )
     measured = bench.peak_gib() - before
     return {"gib": round(measured, 3), "planned": round(planned.peak / GIB, 3)}
+
+
+def overlap(bench: Bench) -> Iterator[dict[str, Any]]:
+    """ZeRO 1 and 2, whose buckets travel beside the computing: the losses of ZeRO 0, and steps that
+    wait for each bucket at once."""
+    if bench.tiny:
+        engine.BUCKET = 20_000  # several, of so small a model
+    losses: list[float] = []
+    for stage in (0, 1, 2):
+        bench.free()
+        settings = [f"train.zero_stage={stage}", "train.precision=fp32"]
+        config = bench.config("in64", *settings, "optimizer.lr=1e-4")
+        yield {f"ZeRO {stage}": attempt(partial(overlapped, bench, config, losses))}
+
+
+def overlapped(bench: Bench, config: Config, losses: list[float]) -> dict[str, Any]:
+    """`losses` are those of ZeRO 0, which comes first."""
+    step = started(bench, config).step
+    own = [step().figures()["loss"] for _ in range(4 if bench.tiny else 10)]
+    losses += [] if losses else own
+    difference = max(abs(a - b) for a, b in zip(own, losses, strict=True))
+    found: dict[str, Any] = {"difference": difference, "within": difference < 1e-5}
+    for name, at_once in (("beside", False), ("at once", True)):
+        with buckets(at_once=at_once) as waits:
+            took = [bench.seconds(step) for _ in range(2 if bench.tiny else 7)]
+        found |= {f"{name}, milliseconds": round(1e3 * statistics.median(took), 2)}
+        found |= {f"{name}, waits": waits.count // len(took)}
+        found |= {f"{name}, host waits": round(1e3 * waits.seconds / len(took), 3)}
+    return found
 
 
 def profiles(bench: Bench) -> Iterator[dict[str, Any]]:
