@@ -1,4 +1,4 @@
-"""A training step behind a slow link: its messages beside the computing, and after it.
+"""A training step behind a slow link: each bucket waited for at once, and beside the computing.
 
     python -m benchmarks.slow_network [--rates 50 100 200 400] [--steps 3] [key=value …]
 
@@ -119,7 +119,7 @@ def measure(rates: list[int], steps: int, overrides: list[str]) -> None:
     config = configs.load(
         CONFIG,
         [
-            *(*MODEL, "train.zero_stage=1", "train.batch_size=128", "optimizer.warmup_images=0"),
+            *(*MODEL, "train.zero_stage=1", "train.batch_size=128", "optimizer.lr=1e-4"),
             *("train.micro_batch_size=64", "log.wandb=disabled", *overrides),
         ],
     )
@@ -148,7 +148,7 @@ def measure(rates: list[int], steps: int, overrides: list[str]) -> None:
         rows.append((rate, sent, waited, beside, *expected(config, rate, sent, alone)))
     if distributed.is_main():
         print(f"{alone:.2f} s a step without a limit\n")
-        print("| Mbit/s | MB sent | after the computing, s | `plan` | beside it, s | `plan` |")
+        print("| Mbit/s | MB sent | at once, s | `plan` | beside, s | `plan` |")
         print("|---|---|---|---|---|---|")
         for rate, sent, waited, beside, all_of_it, rest in rows:
             print(
