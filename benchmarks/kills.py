@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from tarflow_dist.telemetry.metrics import read_metrics
+from tarflow_dist.telemetry.metrics_log import read_metrics
 from tarflow_dist.training.checkpoint import Checkpoint
 from tarflow_dist.training.pointer import newest
 

@@ -12,7 +12,7 @@ import sys
 from itertools import combinations
 from pathlib import Path
 
-from tarflow_dist.telemetry.metrics import read_metrics
+from tarflow_dist.telemetry.metrics_log import read_metrics
 
 STEPS, BATCH = 100, 32
 # ZeRO stage, ranks, passes a step, recompute activations, compile

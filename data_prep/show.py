@@ -13,10 +13,10 @@ from data_prep.shard_readers import decode
 from data_prep.sources import SPLITS
 from data_prep.sources.base import say_passed_over
 from data_prep.verify import find_sets, on_disk
-from tarflow_dist.classes import some
 from tarflow_dist.data.shards import Summary
 from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError
 from tarflow_dist.files import inside, open_regular, read_json, regular, write_whole
+from tarflow_dist.models.classes import some
 from tarflow_dist.telemetry.pictures import fitted, font
 
 ROWS, COLUMNS = 10, 10

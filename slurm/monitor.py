@@ -9,7 +9,7 @@ from slurm import job_states
 from slurm.records import STOP, Record, last_error, records
 from tarflow_dist import config_file as configs
 from tarflow_dist.errors import UserError
-from tarflow_dist.telemetry.metrics import METRICS_FILE, read_metrics
+from tarflow_dist.telemetry.metrics_log import METRICS_FILE, read_metrics
 from tarflow_dist.training import pointer, run_folder
 
 SHOWN = 4  # submissions

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from slurm.resources import Resources
 from slurm.tasks import Task
-from tarflow_dist import hub
 from tarflow_dist.config import Config
 from tarflow_dist.cost.cards import card
 from tarflow_dist.cost.estimate import CHECKPOINT_COPIES, estimate, fitting_micro_batch
 from tarflow_dist.cost.network import advised, network, network_estimate, waiting
 from tarflow_dist.flow.flops import FlowCost
+from tarflow_dist.models import hub
 from tarflow_dist.training import pointer
 
 MFU = 0.4  # assumed for the images an hour

@@ -19,8 +19,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from tarflow_dist import hub
 from tarflow_dist.errors import UserError, enough_memory, run_command
+from tarflow_dist.models import hub
 from tarflow_dist.options import (
     MODEL_HELP,
     add_dtype_option,
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from tarflow_dist.flow.block import FlowBlock
     from tarflow_dist.flow.guidance import Guidance
     from tarflow_dist.flow.inverse import Solver
-    from tarflow_dist.pretrained import TarFlow
-    from tarflow_dist.sampling_policy import Calibration
+    from tarflow_dist.models.sampling_policy import Calibration
+    from tarflow_dist.models.tarflow import TarFlow
 
 TOLERANCES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
 FIRST_WINDOW = 16
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     if not os.access(args.model, os.W_OK):
         raise UserError(f"{args.model}/sampling.json can't be written")
 
-    from tarflow_dist.sampling_policy import read_policy
+    from tarflow_dist.models.sampling_policy import read_policy
 
     flow = load_model(args.model, args.device, args.dtype, calibrated=False)
     assert flow.policy is not None
@@ -107,7 +107,7 @@ def calibrate(
 ) -> "Calibration":
     """The fastest solver of each block for `batch` samples, proved on whole images in the end."""
     from tarflow_dist.flow.inverse import SEQUENTIAL
-    from tarflow_dist.sampling_policy import Calibration, dtype_name, machine_name
+    from tarflow_dist.models.sampling_policy import Calibration, dtype_name, machine_name
 
     z, y = inputs(flow, batch, seed=seed)
     sequential = [SEQUENTIAL] * len(flow.blocks)

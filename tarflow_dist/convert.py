@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tarflow_dist.classes import NAMELESS, Classes
 from tarflow_dist.errors import UserError, run_command
+from tarflow_dist.models.classes import NAMELESS, Classes
 from tarflow_dist.training import pointer
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def convert(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from tarflow_dist.pretrained import TarFlow
+    from tarflow_dist.models.tarflow import TarFlow
 
     if arguments.dtype:
         dtype = getattr(torch, arguments.dtype)
@@ -134,7 +134,7 @@ def _read_run(source: Path, arguments: argparse.Namespace) -> Source:
 
 
 def _read_foreign(source: Path, arguments: argparse.Namespace) -> Source:
-    from tarflow_dist import import_checkpoint
+    from tarflow_dist.models import import_checkpoint
 
     if source.is_dir() and not (source / "latest").is_file():
         raise UserError(

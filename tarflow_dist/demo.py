@@ -156,7 +156,7 @@ def _held_out_loss() -> float:
     from tarflow_dist.data.loader import eval_batches
     from tarflow_dist.data.shards import open_shards
     from tarflow_dist.flow.bits_per_dim import loss_of
-    from tarflow_dist.likelihood import mean_log_prob
+    from tarflow_dist.models.likelihood import mean_log_prob
 
     shards = open_shards(SHARDS / "mds", "val")
     batches = eval_batches(shards, batch_size=100, rank=0, world_size=1, num_workers=0)

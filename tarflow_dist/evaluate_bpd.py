@@ -38,13 +38,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
 
-    from tarflow_dist import distributed, hub
+    from tarflow_dist import distributed
     from tarflow_dist.data.loader import eval_batches
     from tarflow_dist.data.shards import open_shards
     from tarflow_dist.evaluation.image_sets import check_image_shape
     from tarflow_dist.flow.bits_per_dim import bits_per_dim, loss_of
-    from tarflow_dist.likelihood import mean_log_prob
-    from tarflow_dist.pretrained import TarFlow
+    from tarflow_dist.models import hub
+    from tarflow_dist.models.likelihood import mean_log_prob
+    from tarflow_dist.models.tarflow import TarFlow
 
     device = distributed.init()
     # a bf16 model's likelihood would be off in the third digit

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tarflow_dist.flow.denoise import Denoising
     from tarflow_dist.flow.guidance import Guidance
     from tarflow_dist.flow.model import Flow
-    from tarflow_dist.pretrained import TarFlow
+    from tarflow_dist.models.tarflow import TarFlow
 
 
 T = TypeVar("T")
@@ -185,7 +185,7 @@ def load_model(
     """
     import torch
 
-    from tarflow_dist.pretrained import TarFlow
+    from tarflow_dist.models.tarflow import TarFlow
 
     flow = TarFlow.from_pretrained(model, calibrated=calibrated).requires_grad_(False)
     try:

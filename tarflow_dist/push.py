@@ -9,11 +9,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from tarflow_dist import hub
 from tarflow_dist.errors import UserError, run_command
 from tarflow_dist.files import read_json, sha256
-from tarflow_dist.model_card import model_card
-from tarflow_dist.model_folder import (
+from tarflow_dist.models import hub
+from tarflow_dist.models.card import model_card
+from tarflow_dist.models.folder import (
     CONFIG_FILE,
     POLICY_FILE,
     WEIGHTS_FILE,

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from tarflow_dist.flow.denoise import Denoising
     from tarflow_dist.flow.guidance import Guidance
-    from tarflow_dist.pretrained import TarFlow
+    from tarflow_dist.models.tarflow import TarFlow
 
 STATIONS = 4
 """Images of a denoising that are shown, the last one among them."""

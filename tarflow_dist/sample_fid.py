@@ -23,9 +23,9 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tarflow_dist import hub
 from tarflow_dist.errors import UserError, run_command
 from tarflow_dist.evaluation.features import EXTRACTORS, check_features
+from tarflow_dist.models import hub
 from tarflow_dist.options import (
     MODEL_HELP,
     add_denoising_options,
@@ -41,7 +41,7 @@ from tarflow_dist.options import (
 if TYPE_CHECKING:
     from tarflow_dist.evaluation.settings import SampleSettings
     from tarflow_dist.flow.denoise import Denoising
-    from tarflow_dist.pretrained import TarFlow
+    from tarflow_dist.models.tarflow import TarFlow
 
 FORMATS = ("npz", "folder", "tar")
 # files that say whose folder it is
@@ -175,7 +175,7 @@ def sweep_settings(
     """
     from tarflow_dist.evaluation.settings import UINT8_RULES, SampleSettings
     from tarflow_dist.flow.guidance import Guidance
-    from tarflow_dist.sampling_policy import dtype_name
+    from tarflow_dist.models.sampling_policy import dtype_name
 
     config = json.dumps(flow.config.to_json()).encode()
     labels = label_rule(args, flow)

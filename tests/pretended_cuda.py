@@ -47,7 +47,7 @@ class Card:
             raise RuntimeError(f"{what} at {_line()} is not allowed in a recording")
 
     def record(self, work: Callable[[], None], changes: Sequence[Tensor]) -> Callable[[], None]:
-        """Stands in for `tarflow_dist.flow.graphs.record`."""
+        """Stands in for `tarflow_dist.flow.cuda_graphs.record`."""
         before = [tensor.clone() for tensor in changes]
         self.recording = []
         try:
@@ -173,7 +173,7 @@ def pretended_cuda() -> Iterator[Card]:
     with (
         mock.patch.multiple(torch.cuda, **there),
         mock.patch.object(nn.Module, "to", _module_to),
-        mock.patch("tarflow_dist.flow.graphs.record", lambda *given: _card.record(*given)),
+        mock.patch("tarflow_dist.flow.cuda_graphs.record", lambda *given: _card.record(*given)),
         _Pretending(),
     ):
         try:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tarflow_dist.evaluation.store import SampleStore
+from tarflow_dist.evaluation.sample_store import SampleStore
 from tarflow_dist.files import inside, lock_folder, open_regular, read_json
-from tarflow_dist.pretrained import TarFlow
-from tarflow_dist.sampling_policy import read_policy
+from tarflow_dist.models.sampling_policy import read_policy
+from tarflow_dist.models.tarflow import TarFlow
 
 NESTED = "[" * 100_000 + "]" * 100_000
 

@@ -12,12 +12,12 @@ from tarflow_dist import TarFlow
 from tarflow_dist import config_file as configs
 from tarflow_dist.config import CheckpointConfig, Config
 from tarflow_dist.errors import UserError
-from tarflow_dist.evaluation.store import SampleStore
+from tarflow_dist.evaluation.sample_store import SampleStore
 from tarflow_dist.files import from_saved, read_sealed, write_sealed
 from tarflow_dist.flow.config import FlowConfig
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.flow.inverse import SEQUENTIAL
-from tarflow_dist.sampling_policy import Calibration, Policy, read_policy
+from tarflow_dist.models.sampling_policy import Calibration, Policy, read_policy
 from tarflow_dist.training import checkpoint
 from tarflow_dist.training.checkpoint import Piece
 from tarflow_dist.training.run_folder import changes_since_start, read_status, write_status

@@ -82,7 +82,7 @@ def recorded_and_not(bench: Bench, flow: Flow, arguments: dict[str, Any]) -> dic
             mock.patch.object(native, "can_run", return_value=False),
             nullcontext()
             if recorded and bench.cuda
-            else mock.patch("tarflow_dist.flow.graphs.record", lambda work, changes: work),
+            else mock.patch("tarflow_dist.flow.cuda_graphs.record", lambda work, changes: work),
         ):
             return flow.decode(z, y, **arguments)
 

@@ -8,11 +8,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from xxhash import xxh3_64_hexdigest, xxh3_128
 
-from tarflow_dist.classes import Classes
 from tarflow_dist.data.images import decode_image
 from tarflow_dist.data.store import Folder, ObjectStore, Store, open_store
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import inside, read_json, regular
+from tarflow_dist.models.classes import Classes
 
 COLUMNS = {
     "split": "string",

@@ -17,10 +17,10 @@ from torch import Tensor
 from tarflow_dist import rng
 from tarflow_dist.distributed import Counter, from_main, gather, is_main
 from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError, enough_memory
+from tarflow_dist.evaluation.sample_store import NO_LABEL, SampleStore
 from tarflow_dist.evaluation.settings import SampleSettings
-from tarflow_dist.evaluation.store import NO_LABEL, SampleStore
-from tarflow_dist.pretrained import TarFlow
-from tarflow_dist.redraw import Draws
+from tarflow_dist.models.redraw import Draws
+from tarflow_dist.models.tarflow import TarFlow
 from tarflow_dist.telemetry.progress import Progress
 
 LOOK_EVERY_SECONDS = 0.2

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tarflow_dist.evaluation.store import NO_LABEL, SampleStore
+from tarflow_dist.evaluation.sample_store import NO_LABEL, SampleStore
 from tarflow_dist.files import publish_folder, write_whole
 
 IMAGES_A_TAR = 10_000

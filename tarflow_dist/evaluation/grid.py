@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tarflow_dist.evaluation.image_sets import Samples
-from tarflow_dist.evaluation.store import NO_LABEL
+from tarflow_dist.evaluation.sample_store import NO_LABEL
 from tarflow_dist.files import write_whole
 from tarflow_dist.telemetry.pictures import picture_grid
 

@@ -17,7 +17,7 @@ from tarflow_dist.data.shards import Shards
 from tarflow_dist.distributed import rank, world_size
 from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation import npz
-from tarflow_dist.evaluation.store import NO_LABEL, SETTINGS_FILE, Pixels, SampleStore
+from tarflow_dist.evaluation.sample_store import NO_LABEL, SETTINGS_FILE, Pixels, SampleStore
 from tarflow_dist.files import sha256
 
 NUM_WORKERS = 2

@@ -8,7 +8,7 @@ from torch import Tensor
 from tarflow_dist.distributed import gather
 from tarflow_dist.evaluation.features import FeatureExtractor
 from tarflow_dist.evaluation.image_sets import ImageSet
-from tarflow_dist.evaluation.store import Pixels
+from tarflow_dist.evaluation.sample_store import Pixels
 
 
 class Neighbours:

@@ -22,9 +22,9 @@ from tarflow_dist.evaluation.neighbours import Neighbours, NeighboursOf, show_ne
 from tarflow_dist.evaluation.reference_set import Reference
 from tarflow_dist.evaluation.report import write_report
 from tarflow_dist.evaluation.result import Stages
+from tarflow_dist.evaluation.sample_store import SampleStore
 from tarflow_dist.evaluation.settings import SampleSettings
-from tarflow_dist.evaluation.store import SampleStore
-from tarflow_dist.pretrained import TarFlow
+from tarflow_dist.models.tarflow import TarFlow
 from tarflow_dist.telemetry.environment import describe_environment
 
 SHOWN_NEIGHBOURS = (8, 6)  # samples, and training images for each

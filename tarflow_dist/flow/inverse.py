@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tarflow_dist.flow.block import FlowBlock
-from tarflow_dist.flow.graphs import Replay, has_graphs
+from tarflow_dist.flow.cuda_graphs import Replay, has_graphs
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.flow.kv_cache import cached_transformer
 from tarflow_dist.flow.transformer import accurate_dtype

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from tarflow_dist.files import write_whole
-from tarflow_dist.telemetry.metrics import read_metrics
+from tarflow_dist.telemetry.metrics_log import read_metrics
 
 
 def plot_loss(run: Path, out: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from tarflow_dist import rng
 from tarflow_dist.config import Config
 from tarflow_dist.data.loader import Batch
-from tarflow_dist.likelihood import with_noise
+from tarflow_dist.models.likelihood import with_noise
 
 
 def augment(

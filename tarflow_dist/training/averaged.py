@@ -2,7 +2,7 @@
 
 import torch
 
-from tarflow_dist.pretrained import TarFlow
+from tarflow_dist.models.tarflow import TarFlow
 from tarflow_dist.training.engine import Engine
 
 

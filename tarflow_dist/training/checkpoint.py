@@ -24,10 +24,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tarflow_dist import distributed
-from tarflow_dist.classes import Classes
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import describe, from_saved, inside, read_sealed
 from tarflow_dist.flow.config import FlowConfig
+from tarflow_dist.models.classes import Classes
 from tarflow_dist.training import pointer
 from tarflow_dist.training.state import RunState
 

@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tarflow_dist import hub, rng
-from tarflow_dist.classes import Classes, some
+from tarflow_dist import rng
 from tarflow_dist.config import Config
 from tarflow_dist.errors import UserError
 from tarflow_dist.flow.condition import EMBEDDING_STD
 from tarflow_dist.flow.config import FlowConfig
-from tarflow_dist.pretrained import TarFlow
+from tarflow_dist.models import hub
+from tarflow_dist.models.classes import Classes, some
+from tarflow_dist.models.tarflow import TarFlow
 from tarflow_dist.training import pointer
 from tarflow_dist.training.checkpoint import open_run
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tarflow_dist import distributed
 from tarflow_dist.config import Config
-from tarflow_dist.telemetry.metrics import Metrics
+from tarflow_dist.telemetry.metrics_log import Metrics
 from tarflow_dist.telemetry.plots import plot_loss
 from tarflow_dist.telemetry.progress import Progress
 from tarflow_dist.telemetry.throughput import Throughput

@@ -6,10 +6,10 @@ import time
 import torch
 
 from tarflow_dist import distributed
-from tarflow_dist.classes import NAMELESS
 from tarflow_dist.config import Config
 from tarflow_dist.data.loader import train_batches
 from tarflow_dist.data.shards import Shards
+from tarflow_dist.models.classes import NAMELESS
 from tarflow_dist.training import pointer, run_folder
 from tarflow_dist.training.first_weights import first_state
 from tarflow_dist.training.health import Health

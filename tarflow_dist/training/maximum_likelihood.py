@@ -11,8 +11,8 @@ from tarflow_dist import distributed
 from tarflow_dist.config import Config, LossWeight
 from tarflow_dist.data.loader import Batch
 from tarflow_dist.flow.bits_per_dim import loss_of
-from tarflow_dist.likelihood import mean_log_prob
-from tarflow_dist.pretrained import TarFlow
+from tarflow_dist.models.likelihood import mean_log_prob
+from tarflow_dist.models.tarflow import TarFlow
 from tarflow_dist.training.augment import augment
 from tarflow_dist.training.block_monitor import BlockMonitor
 from tarflow_dist.training.engine import Engine

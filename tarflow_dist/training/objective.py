@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tarflow_dist.data.loader import Batch
-from tarflow_dist.pretrained import TarFlow
+from tarflow_dist.models.tarflow import TarFlow
 
 
 class Objective(Protocol):

@@ -11,7 +11,7 @@ from tarflow_dist.errors import UserError
 from tarflow_dist.files import read_sealed, write_sealed, write_whole
 from tarflow_dist.telemetry.dashboards import TENSORBOARD
 from tarflow_dist.telemetry.environment import describe_environment
-from tarflow_dist.telemetry.metrics import METRICS_FILE
+from tarflow_dist.telemetry.metrics_log import METRICS_FILE
 from tarflow_dist.training import pointer
 
 ENVIRONMENT_FILE = "environment.json"

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tarflow_dist import distributed
-from tarflow_dist.classes import NAMELESS, Classes
 from tarflow_dist.config import CheckpointConfig
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import describe, grant, publish_folder, sync, write_sealed
 from tarflow_dist.flow.config import FlowConfig
+from tarflow_dist.models.classes import NAMELESS, Classes
 from tarflow_dist.training import pointer
 from tarflow_dist.training.checkpoint import STATE_FILE, VERSION, Piece, least_val_loss
 from tarflow_dist.training.state import RunState

@@ -16,7 +16,7 @@ from tarflow_dist import config_file as configs
 from tarflow_dist.data.loader import train_batches
 from tarflow_dist.data.order import ImageOrder
 from tarflow_dist.data.shards import open_shards
-from tarflow_dist.telemetry.metrics import read_metrics
+from tarflow_dist.telemetry.metrics_log import read_metrics
 from tarflow_dist.training.augment import augment
 
 pytestmark = pytest.mark.cuda

@@ -17,12 +17,12 @@ from tarflow_dist.evaluation.draw import (
     one_thread,
     sample_labels,
 )
+from tarflow_dist.evaluation.sample_store import SampleStore
 from tarflow_dist.evaluation.settings import SampleSettings
-from tarflow_dist.evaluation.store import SampleStore
 from tarflow_dist.flow.denoise import Denoising
 from tarflow_dist.flow.guidance import Guidance
-from tarflow_dist.pretrained import TarFlow
-from tarflow_dist.redraw import Draws
+from tarflow_dist.models.redraw import Draws
+from tarflow_dist.models.tarflow import TarFlow
 
 SETTINGS = {"num_samples": 10, "chunk_size": 4}
 

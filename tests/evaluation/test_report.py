@@ -15,7 +15,7 @@ from PIL import Image
 from tarflow_dist.evaluation import sweep
 from tarflow_dist.evaluation.neighbours import NeighboursOf
 from tarflow_dist.evaluation.report import write_report
-from tarflow_dist.evaluation.store import SampleStore
+from tarflow_dist.evaluation.sample_store import SampleStore
 
 MAGENTA, ORANGE = (255, 0, 255), (255, 128, 0)
 BROWSER = next(

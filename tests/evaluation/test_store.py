@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tarflow_dist.errors import UserError
-from tarflow_dist.evaluation.store import SampleStore, decode_png, encode_png
+from tarflow_dist.evaluation.sample_store import SampleStore, decode_png, encode_png
 
 SETTINGS = {"num_samples": 10, "chunk_size": 4, "seed": 0, "guidance": 1.5}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tarflow_dist.flow import native
 from tarflow_dist.flow.inverse import Solver
-from tarflow_dist.pretrained import TarFlow
+from tarflow_dist.models.tarflow import TarFlow
 
 LABELS = [1, 2, -1, 4, 9]
 GUIDANCES = {

@@ -10,7 +10,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributions import Normal
 
-from tarflow_dist.flow import graphs, inverse
+from tarflow_dist.flow import cuda_graphs as graphs
+from tarflow_dist.flow import inverse
 from tarflow_dist.flow.block import FlowBlock
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.flow.inverse import Solver

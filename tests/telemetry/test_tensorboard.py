@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tarflow_dist.config import LogConfig
 from tarflow_dist.errors import UserError
-from tarflow_dist.telemetry.metrics import Metrics, read_metrics
+from tarflow_dist.telemetry.metrics_log import Metrics, read_metrics
 
 LOG = LogConfig(every_images=10, wandb="disabled", tensorboard=True)
 

@@ -10,10 +10,10 @@ from sklearn.datasets import load_digits
 
 from tarflow_dist import TarFlow
 from tarflow_dist import config_file as configs
-from tarflow_dist.classes import Classes
 from tarflow_dist.config import Config
 from tarflow_dist.errors import UserError
 from tarflow_dist.flow.model import Flow
+from tarflow_dist.models.classes import Classes
 from tarflow_dist.training.checkpoint import Checkpoint
 from tarflow_dist.training.first_weights import first_state
 from tarflow_dist.training.pointer import newest

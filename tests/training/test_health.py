@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from commands import ROOT, run
 
-from tarflow_dist.telemetry.metrics import read_metrics
+from tarflow_dist.telemetry.metrics_log import read_metrics
 from tarflow_dist.training.checkpoint import Checkpoint
 from tarflow_dist.training.pointer import newest
 

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tarflow_dist import hub, rng
-from tarflow_dist.classes import NAMELESS, Classes
+from tarflow_dist import rng
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import describe, from_saved, write_sealed, write_whole
 from tarflow_dist.flow.config import FlowConfig
@@ -19,15 +18,17 @@ from tarflow_dist.flow.denoise import Denoising
 from tarflow_dist.flow.guidance import Guidance, Guide, Rule
 from tarflow_dist.flow.inverse import Solver
 from tarflow_dist.flow.model import Flow, Labels
-from tarflow_dist.model_folder import (
+from tarflow_dist.models import hub
+from tarflow_dist.models.classes import NAMELESS, Classes
+from tarflow_dist.models.folder import (
     CONFIG_FILE,
     VERSION,
     WEIGHTS_FILE,
     read_config,
     read_weights,
 )
-from tarflow_dist.redraw import Draws, draw_until_finite
-from tarflow_dist.sampling_policy import Policy, dtype_name, fingerprint_of, read_policy
+from tarflow_dist.models.redraw import Draws, draw_until_finite
+from tarflow_dist.models.sampling_policy import Policy, dtype_name, fingerprint_of, read_policy
 from tarflow_dist.telemetry.progress import Progress
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tarflow_dist.errors import UserError
-from tarflow_dist.model_folder import CONFIG_FILE, POLICY_FILE, WEIGHTS_FILE, read_config
+from tarflow_dist.models.folder import CONFIG_FILE, POLICY_FILE, WEIGHTS_FILE, read_config
 
 NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>.+))?", re.ASCII)
 

@@ -7,8 +7,8 @@ import pytest
 from test_pretrained import small_flow
 
 from tarflow_dist import TarFlow
-from tarflow_dist.classes import Classes
 from tarflow_dist.errors import UserError
+from tarflow_dist.models.classes import Classes
 from tarflow_dist.options import class_numbers
 
 PETS = Classes(["cats", "cats, big", '12" dogs', "7", "random"])

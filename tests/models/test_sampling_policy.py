@@ -15,7 +15,7 @@ from tarflow_dist.errors import UserError
 from tarflow_dist.flow.block import FlowBlock
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.flow.inverse import SEQUENTIAL, Solver
-from tarflow_dist.sampling_policy import Calibration, Policy, fingerprint_of, read_policy
+from tarflow_dist.models.sampling_policy import Calibration, Policy, fingerprint_of, read_policy
 from tarflow_dist.telemetry.pictures import NAME_WIDTH
 
 GUIDED = Guidance(1.0, annealed=True)

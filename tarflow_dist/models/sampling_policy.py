@@ -15,7 +15,7 @@ from tarflow_dist.errors import UserError
 from tarflow_dist.files import read_sealed, write_sealed
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.flow.inverse import Solver
-from tarflow_dist.model_folder import POLICY_FILE
+from tarflow_dist.models.folder import POLICY_FILE
 
 VERSION = 1
 

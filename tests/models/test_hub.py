@@ -15,11 +15,12 @@ from huggingface_hub import constants, file_download
 from PIL import Image
 from test_pretrained import small_flow
 
-from tarflow_dist import TarFlow, hub, push, sample
-from tarflow_dist.classes import Classes
+from tarflow_dist import TarFlow, push, sample
 from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation.metrics import FIGURES
 from tarflow_dist.files import sha256
+from tarflow_dist.models import hub
+from tarflow_dist.models.classes import Classes
 
 NAME = "someone/small"
 

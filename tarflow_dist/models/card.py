@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from tarflow_dist.classes import Classes, some
 from tarflow_dist.files import from_saved
 from tarflow_dist.flow.config import FlowConfig
 from tarflow_dist.flow.flops import FlowCost
+from tarflow_dist.models.classes import Classes, some
 
 TASK = "unconditional-image-generation"
 """The hub's name of it; it has none for images of classes."""

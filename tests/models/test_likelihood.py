@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tarflow_dist import TarFlow
 from tarflow_dist.data.loader import Batch
 from tarflow_dist.flow.bits_per_dim import bits_per_dim, loss_of
-from tarflow_dist.likelihood import mean_log_prob
+from tarflow_dist.models.likelihood import mean_log_prob
 
 SIZES = {
     "image_size": 8,
@@ -81,7 +81,7 @@ def test_bits_are_the_entropy_where_model_and_data_agree() -> None:
 def test_bits_are_the_published_models() -> None:
     """What its evaluate_bpd.py prints for the golden images, from the latents it computed: each
     dimension's −log2 of the unit normal and of 1/128, less log2 of the determinant."""
-    golden = Path(__file__).parent / "golden"
+    golden = Path(__file__).parents[1] / "golden"
     vectors = load_file(golden / "uncond.vectors.safetensors")
     z, logdet = vectors["forward.z"], vectors["forward.logdet_per_dim"]
     prior = -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).mean(dim=1) - math.log(128)
