@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_pretrained import small_flow
+from test_tarflow import small_flow
 
 from tarflow_dist import TarFlow
 from tarflow_dist.errors import UserError

@@ -13,7 +13,7 @@ import yaml
 from hub_server import TOKEN, Hub
 from huggingface_hub import constants, file_download
 from PIL import Image
-from test_pretrained import small_flow
+from test_tarflow import small_flow
 
 from tarflow_dist import TarFlow, push, sample
 from tarflow_dist.errors import UserError
