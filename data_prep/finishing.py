@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.making import Record, make_format, read_record
 from data_prep.plan import Plan, Planned
 from data_prep.records import (
     ERRORS,
@@ -18,6 +17,7 @@ from data_prep.records import (
     summarise,
     write_table,
 )
+from data_prep.shard_maker import Record, make_format, read_record
 from data_prep.shards import Shard
 from data_prep.sources import SPLITS, Source
 from tarflow_dist.errors import UserError

@@ -1,9 +1,9 @@
 """Source → plan → shards → sets: the road every layout takes to every format.
 
 First it is planned which images make which shard. Then processes, on as many nodes as there are,
-make the shards, each whole from the source: see making. What is done waits in OUT/.partial, so the
-same command goes on where a killed one was. Once all shards are there, the first rank writes
-what the sets say of themselves, and publishes them.
+make the shards, each whole from the source: see shard_maker. What is done waits in OUT/.partial,
+so the same command goes on where a killed one was. Once all shards are there, the first rank
+writes what the sets say of themselves, and publishes them.
 """
 
 import hashlib
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.finishing import describe_sets, first_error
-from data_prep.making import DONE, ShardMaker
 from data_prep.plan import BEGUN, Plan, begin
 from data_prep.records import Settings, versions
+from data_prep.shard_maker import DONE, ShardMaker
 from data_prep.sources import Source
 from data_prep.workers import map_in_order
 from tarflow_dist.errors import UserError

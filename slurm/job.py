@@ -104,10 +104,10 @@ def _newest_model(task: Task) -> list[str]:
     """Converts the run's newest checkpoint, if that has not been done, and returns the options that
     name the model and a place for what is made with it. Collective."""
     from tarflow_dist import convert, distributed
-    from tarflow_dist.training import pointer
+    from tarflow_dist.training import latest_checkpoint
 
     run = task.folder
-    newest = distributed.from_main(pointer.newest(run / pointer.FOLDER))
+    newest = distributed.from_main(latest_checkpoint.newest(run / latest_checkpoint.FOLDER))
     if newest is None:
         raise UserError(f"the run {run} has no checkpoint yet")
     model = run / "models" / newest.name

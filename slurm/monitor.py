@@ -10,7 +10,7 @@ from slurm.records import STOP, Record, last_error, records
 from tarflow_dist import config_file as configs
 from tarflow_dist.errors import UserError
 from tarflow_dist.telemetry.metrics_log import METRICS_FILE, read_metrics
-from tarflow_dist.training import pointer, run_folder
+from tarflow_dist.training import latest_checkpoint, run_folder
 
 SHOWN = 4  # submissions
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -104,6 +104,6 @@ def _progress(run: Path) -> list[tuple[str, str]]:
         end = datetime.datetime.now() + left
         rows.append(("rate", f"{rate:,.1f} images/s"))
         rows.append(("ETA", f"{left}, {end:%a %d %b %H:%M}"))
-    if newest := pointer.newest(run / pointer.FOLDER):
+    if newest := latest_checkpoint.newest(run / latest_checkpoint.FOLDER):
         rows.append(("checkpoint", str(newest)))
     return rows

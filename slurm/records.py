@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import from_saved, read_sealed, write_sealed
-from tarflow_dist.training import pointer
+from tarflow_dist.training import latest_checkpoint
 
 FOLDER = "slurm"
 FILE = "job.json"
@@ -45,7 +45,11 @@ class Record:
 
     def newest_checkpoint(self) -> str:
         """The name of the run's newest checkpoint; empty for none, and for tasks without."""
-        newest = pointer.newest(self.run / pointer.FOLDER) if self.is_training else None
+        newest = (
+            latest_checkpoint.newest(self.run / latest_checkpoint.FOLDER)
+            if self.is_training
+            else None
+        )
         return newest.name if newest else ""
 
     def write(self) -> None:

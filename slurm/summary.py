@@ -12,7 +12,7 @@ from tarflow_dist.cost.estimate import CHECKPOINT_COPIES, estimate, fitting_micr
 from tarflow_dist.cost.network import advised, network, network_estimate, waiting
 from tarflow_dist.flow.flops import FlowCost
 from tarflow_dist.models import hub
-from tarflow_dist.training import pointer
+from tarflow_dist.training import latest_checkpoint
 
 MFU = 0.4  # assumed for the images an hour
 
@@ -54,7 +54,7 @@ def _new(config: Config) -> str:
 
 
 def _missing_model(config: Config) -> str:
-    if config.init is None or pointer.newest(config.run / pointer.FOLDER):
+    if config.init is None or latest_checkpoint.newest(config.run / latest_checkpoint.FOLDER):
         return ""
     if config.init.exists() or hub.is_name(config.init):
         return ""
@@ -76,7 +76,7 @@ def _training_rows(config: Config, resources: Resources) -> tuple[dict[str, str]
     if resources.gpus_per_node:
         micro = fitting_micro_batch(config, gpu.memory, world_size)
     passes = batch // (world_size * micro)
-    newest = pointer.newest(config.run / pointer.FOLDER)
+    newest = latest_checkpoint.newest(config.run / latest_checkpoint.FOLDER)
     start = int(newest.name) if newest else 0
     steps = -(-config.train.images // batch)
     rows = {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tarflow_dist.errors import UserError, run_command
 from tarflow_dist.models.classes import NAMELESS, Classes
-from tarflow_dist.training import pointer
+from tarflow_dist.training import latest_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +84,7 @@ def convert(arguments: argparse.Namespace) -> None:
         raise UserError(f"{source} is a model already, as TarFlow.from_pretrained loads it")
     if (out / "model.safetensors").exists():
         raise UserError(f"{out} holds a model already: choose another folder, or remove it")
-    is_run = pointer.is_run(source)
+    is_run = latest_checkpoint.is_run(source)
     idle = FOREIGN_OPTIONS if is_run else RUN_OPTIONS
     if given := [name for name in idle if getattr(arguments, name) not in (None, False)]:
         kind = "a run of ours" if is_run else "no run of ours"

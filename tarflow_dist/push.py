@@ -12,7 +12,6 @@ from typing import Any
 from tarflow_dist.errors import UserError, run_command
 from tarflow_dist.files import read_json, sha256
 from tarflow_dist.models import hub
-from tarflow_dist.models.card import model_card
 from tarflow_dist.models.folder import (
     CONFIG_FILE,
     POLICY_FILE,
@@ -20,6 +19,7 @@ from tarflow_dist.models.folder import (
     check_weights,
     read_config,
 )
+from tarflow_dist.models.model_card import model_card
 
 CARD, RESULT, GRID = "README.md", "result.json", "grid.png"
 

@@ -14,7 +14,7 @@ from commands import ROOT, command, processes_of, run
 from tarflow_dist.files import lock_folder
 from tarflow_dist.telemetry.metrics_log import read_metrics
 from tarflow_dist.training.checkpoint import Checkpoint
-from tarflow_dist.training.pointer import newest
+from tarflow_dist.training.latest_checkpoint import newest
 
 BATCH = 32
 # 50 steps at a constant learning rate, a row of metrics for each

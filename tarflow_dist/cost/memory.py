@@ -16,9 +16,9 @@ Precision = Literal["fp32", "bf16", "bf16_autocast"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 FP32 = 4
-# Stages 1 and 2, see training/overlap.py: values that travel between the ranks at once, enough for
-# a network's full rate, few enough that the last ones, which nothing hides, are a small part of
-# all; and how many such buckets are on their way while another fills.
+# Stages 1 and 2, see training/overlapped_zero.py: values that travel between the ranks at once,
+# enough for a network's full rate, few enough that the last ones, which nothing hides, are a small
+# part of all; and how many such buckets are on their way while another fills.
 BUCKET = 32_000_000
 IN_FLIGHT = 2
 # DeepSpeed's own sizes at stage 3, in values: of the buffer that gradients are reduced through, how

@@ -9,7 +9,7 @@ from tarflow_dist.config import LogConfig
 from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation.metrics import FIGURES
 from tarflow_dist.telemetry.dashboards import open_dashboards
-from tarflow_dist.training import checkpoint, pointer
+from tarflow_dist.training import checkpoint, latest_checkpoint
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def find_training_run(folder: Path, provenance: dict[str, Any]) -> TrainingRun:
     log = configs.load_saved(folder)[0].log
     if log.wandb == "disabled" and not log.tensorboard:
         raise UserError(f"--wandb {folder}: this run was trained with log.wandb=disabled")
-    newest = pointer.newest(folder / pointer.FOLDER)
+    newest = latest_checkpoint.newest(folder / latest_checkpoint.FOLDER)
     if newest is None:
         raise UserError(f"--wandb {folder}: this run has no checkpoint yet")
     state = checkpoint.Checkpoint(newest).state

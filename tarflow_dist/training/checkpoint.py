@@ -6,7 +6,7 @@ checkpoints/00012800000/    named by the images seen
     state.json                RunState, the model's config, the names of its classes; the shape of
                               every tensor, and where the pieces in each file begin, by NAME; the
                               files with sizes and hashes; with a hash of its own
-checkpoints/latest          the name of the newest, written last (`pointer`)
+checkpoints/latest          the name of the newest, written last (`latest_checkpoint`)
 
 In version 1 every tensor lay whole, and in its shape, in one of the files.
 """
@@ -28,7 +28,7 @@ from tarflow_dist.errors import UserError
 from tarflow_dist.files import describe, from_saved, inside, read_sealed
 from tarflow_dist.flow.config import FlowConfig
 from tarflow_dist.models.classes import Classes
-from tarflow_dist.training import pointer
+from tarflow_dist.training import latest_checkpoint
 from tarflow_dist.training.state import RunState
 
 STATE_FILE = "state.json"
@@ -161,11 +161,11 @@ def open_run(path: Path) -> Checkpoint:
     Raises:
         UserError: there is none yet, or none is whole.
     """
-    if not (path / pointer.FOLDER).is_dir():
+    if not (path / latest_checkpoint.FOLDER).is_dir():
         saved = Checkpoint(path)
         saved.verify()
         return saved
-    newest = newest_whole(path / pointer.FOLDER)
+    newest = newest_whole(path / latest_checkpoint.FOLDER)
     if newest is None:
         raise UserError(f"the run {path} has no checkpoint yet")
     return newest
@@ -191,11 +191,11 @@ def newest_whole(folder: Path) -> Checkpoint | None:
     Raises:
         UserError: on every rank, if all of them are damaged.
     """
-    if distributed.is_main() and (problem := pointer.problem(folder)):
+    if distributed.is_main() and (problem := latest_checkpoint.problem(folder)):
         print(problem, file=sys.stderr)
     problems = []
     # rank 0 chooses: over a network folder, ranks can see different ones as the newest
-    for path in distributed.from_main(pointer.candidates(folder)):
+    for path in distributed.from_main(latest_checkpoint.candidates(folder)):
         saved, problem = _open(path)
         problem = next(filter(None, distributed.gather(problem)), None)
         if problem is None:

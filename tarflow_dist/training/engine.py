@@ -24,7 +24,7 @@ from tarflow_dist.flow.model import Flow
 from tarflow_dist.training.checkpoint import Piece
 from tarflow_dist.training.ema import DECAY, EMA, track_ema
 from tarflow_dist.training.layers import owners, prepare_layers
-from tarflow_dist.training.overlap import OverlappedZero, buckets
+from tarflow_dist.training.overlapped_zero import OverlappedZero, buckets
 from tarflow_dist.training.zero import ZeroState
 
 # DeepSpeed has no setting for the class it takes at stages 1 and 2.

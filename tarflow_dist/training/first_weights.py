@@ -20,7 +20,7 @@ from tarflow_dist.flow.config import FlowConfig
 from tarflow_dist.models import hub
 from tarflow_dist.models.classes import Classes, some
 from tarflow_dist.models.tarflow import TarFlow
-from tarflow_dist.training import pointer
+from tarflow_dist.training import latest_checkpoint
 from tarflow_dist.training.checkpoint import open_run
 
 FREE = ("num_classes", "noise", "sigma", "sigma_range")
@@ -42,7 +42,7 @@ class Model:
     def read(cls, path: Path) -> "Model":
         """Raises `UserError` if there is none at `path` or of that name, or it is damaged.
         Collective."""
-        if pointer.is_run(path):
+        if latest_checkpoint.is_run(path):
             saved = open_run(path)
             weights = saved.read_all("ema") | saved.read_all("buffers")
             return cls(str(path), saved.model, saved.classes, weights)

@@ -7,7 +7,7 @@ from tarflow_dist.config import Config
 from tarflow_dist.errors import UserError
 from tarflow_dist.training.checkpoint import newest_whole
 from tarflow_dist.training.engine import Engine
-from tarflow_dist.training.pointer import FOLDER
+from tarflow_dist.training.latest_checkpoint import FOLDER
 from tarflow_dist.training.state import RunState
 
 

@@ -10,7 +10,7 @@ from tarflow_dist.config import Config
 from tarflow_dist.data.loader import train_batches
 from tarflow_dist.data.shards import Shards
 from tarflow_dist.models.classes import NAMELESS
-from tarflow_dist.training import pointer, run_folder
+from tarflow_dist.training import latest_checkpoint, run_folder
 from tarflow_dist.training.first_weights import first_state
 from tarflow_dist.training.health import Health
 from tarflow_dist.training.held_out import held_out_loss
@@ -85,7 +85,9 @@ def _train(
     throughput = start_throughput(config, device, state.images)
     objective = MaximumLikelihood(engine, config, device)
     stepper = Stepper(engine, objective, batches, config, device, throughput)
-    saver = Saver(config.run / pointer.FOLDER, config.checkpoint, engine.flow.config, classes)
+    saver = Saver(
+        config.run / latest_checkpoint.FOLDER, config.checkpoint, engine.flow.config, classes
+    )
     health = Health(config, engine)
     anyone = distributed.AnyRank(device)
     with Journal(config, state, changes, throughput) as journal:

@@ -12,7 +12,7 @@ from tarflow_dist.files import read_sealed, write_sealed, write_whole
 from tarflow_dist.telemetry.dashboards import TENSORBOARD
 from tarflow_dist.telemetry.environment import describe_environment
 from tarflow_dist.telemetry.metrics_log import METRICS_FILE
-from tarflow_dist.training import pointer
+from tarflow_dist.training import latest_checkpoint
 
 ENVIRONMENT_FILE = "environment.json"
 STATUS_FILE = "status.json"
@@ -51,7 +51,7 @@ def check_kinds(run: Path) -> None:
     for name in (configs.SAVED_FILE, ENVIRONMENT_FILE, STATUS_FILE, METRICS_FILE):
         if (run / name).exists() and not (run / name).is_file():
             raise UserError(f"{run / name} is no file: remove it, or choose another run=…")
-    for name in (pointer.FOLDER, "previews", "wandb", TENSORBOARD):
+    for name in (latest_checkpoint.FOLDER, "previews", "wandb", TENSORBOARD):
         if (run / name).exists() and not (run / name).is_dir():
             raise UserError(f"{run / name} is no folder: remove it, or choose another run=…")
 

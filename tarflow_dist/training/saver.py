@@ -19,7 +19,7 @@ from tarflow_dist.errors import UserError
 from tarflow_dist.files import describe, grant, publish_folder, sync, write_sealed
 from tarflow_dist.flow.config import FlowConfig
 from tarflow_dist.models.classes import NAMELESS, Classes
-from tarflow_dist.training import pointer
+from tarflow_dist.training import latest_checkpoint
 from tarflow_dist.training.checkpoint import STATE_FILE, VERSION, Piece, least_val_loss
 from tarflow_dist.training.state import RunState
 
@@ -172,14 +172,14 @@ def _prepare(folder: Path, part: Path) -> None:
 def _make_visible(part: Path, checkpoint: Path, content: dict[str, Any]) -> None:
     write_sealed(part / STATE_FILE, content, version=VERSION)
     publish_folder(part, checkpoint)
-    pointer.point_to(checkpoint)
+    latest_checkpoint.point_to(checkpoint)
 
 
 def _prune(newest: Path, config: CheckpointConfig) -> None:
     """Deletes all but the last ones up to `newest`, the permanent ones and the best, and those that
     were given up and the run has passed. Later ones are nobody's to delete here."""
     folder = newest.parent
-    past = [name for name in pointer.names(folder) if name <= newest.name]
+    past = [name for name in latest_checkpoint.names(folder) if name <= newest.name]
     kept = set(past[-config.keep :])
     if every := config.permanent_every_images:
         first = {int(name) // every: name for name in reversed(past)}
@@ -187,5 +187,5 @@ def _prune(newest: Path, config: CheckpointConfig) -> None:
     if config.keep_best and (best := least_val_loss(folder, past)):
         kept.add(best)
     old = [folder / name for name in past if name not in kept]
-    for checkpoint in old + pointer.given_up_before(newest):
+    for checkpoint in old + latest_checkpoint.given_up_before(newest):
         shutil.rmtree(checkpoint, ignore_errors=True)

@@ -16,7 +16,7 @@ from tarflow_dist.errors import UserError
 from tarflow_dist.flow.flops import FlowCost
 from tarflow_dist.flow.model import Flow
 from tarflow_dist.telemetry.throughput import Throughput
-from tarflow_dist.training import pointer
+from tarflow_dist.training import latest_checkpoint
 from tarflow_dist.training.checkpoint import newest_whole
 from tarflow_dist.training.engine import Engine
 from tarflow_dist.training.state import RunState
@@ -116,7 +116,7 @@ def restore(config: Config, engine: Engine) -> RunState:
     Raises:
         UserError: no checkpoint is whole, or it is of another model.
     """
-    saved = newest_whole(config.run / pointer.FOLDER)
+    saved = newest_whole(config.run / latest_checkpoint.FOLDER)
     if saved is None:
         return RunState()
     for field in fields(saved.model):
@@ -127,7 +127,7 @@ def restore(config: Config, engine: Engine) -> RunState:
             )
     engine.load(saved.read_part, saved.state.optimizer_steps)
     if distributed.is_main():
-        pointer.give_up_after(saved.folder)
+        latest_checkpoint.give_up_after(saved.folder)
     return saved.state
 
 

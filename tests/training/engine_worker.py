@@ -19,7 +19,7 @@ from tarflow_dist.flow.model import Flow
 from tarflow_dist.training import engine as engines
 from tarflow_dist.training.checkpoint import Checkpoint
 from tarflow_dist.training.engine import Engine
-from tarflow_dist.training.pointer import newest
+from tarflow_dist.training.latest_checkpoint import newest
 from tarflow_dist.training.saver import Saver
 from tarflow_dist.training.state import RunState
 

@@ -35,8 +35,8 @@ def main(config_file: str, out: str, device: str, *overrides: str) -> None:
 
 
 def train(config: Config, device: torch.device, waits: dict[str, int]) -> dict[str, Any]:
+    from tarflow_dist.training.latest_checkpoint import FOLDER
     from tarflow_dist.training.maximum_likelihood import MaximumLikelihood
-    from tarflow_dist.training.pointer import FOLDER
     from tarflow_dist.training.preview import draw_preview
     from tarflow_dist.training.saver import Saver
     from tarflow_dist.training.start import build_engine, restore, start_throughput

@@ -12,7 +12,7 @@ from tarflow_dist.errors import UserError
 from tarflow_dist.files import describe, write_sealed
 from tarflow_dist.flow.config import FlowConfig
 from tarflow_dist.training.checkpoint import Checkpoint, Piece, newest_whole
-from tarflow_dist.training.pointer import give_up_after, newest
+from tarflow_dist.training.latest_checkpoint import give_up_after, newest
 from tarflow_dist.training.saver import Saver
 from tarflow_dist.training.state import RunState
 

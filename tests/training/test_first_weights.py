@@ -16,7 +16,7 @@ from tarflow_dist.flow.model import Flow
 from tarflow_dist.models.classes import Classes
 from tarflow_dist.training.checkpoint import Checkpoint
 from tarflow_dist.training.first_weights import first_state
-from tarflow_dist.training.pointer import newest
+from tarflow_dist.training.latest_checkpoint import newest
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 SMALL = ["model.num_blocks=2", "model.layers_per_block=1", "model.width=32", "model.head_dim=16"]

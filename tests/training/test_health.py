@@ -14,7 +14,7 @@ from commands import ROOT, run
 
 from tarflow_dist.telemetry.metrics_log import read_metrics
 from tarflow_dist.training.checkpoint import Checkpoint
-from tarflow_dist.training.pointer import newest
+from tarflow_dist.training.latest_checkpoint import newest
 
 BATCH, STEPS = 32, 12
 SHORT = [
