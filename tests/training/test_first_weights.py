@@ -46,12 +46,20 @@ def start(config: Config, classes: Classes) -> tuple[Flow, str]:
     """The flow of the run before its first step, and what the run says of it."""
     read, said = first_state(config, classes)
     flow = Flow(**config.model.to_json())
-    names = [name for name, _ in flow.named_parameters()]
-    flow.load_state_dict(
-        {name: read(f"weights/{name}") for name in names} | {"var": read("buffers/var")}
-    )
-    assert all(torch.equal(read(f"ema/{name}"), read(f"weights/{name}")) for name in names)
-    assert not any(read(f"exp_avg/{name}").any() for name in names)
+    shapes = {name: tensor.shape for name, tensor in flow.state_dict().items()}
+
+    def whole(kind: str, name: str) -> torch.Tensor:
+        """Of two parts."""
+        count = shapes[name].numel()
+        key, middle = f"{kind}/{name}", count // 3
+        parts = read(key, 0, middle), read(key, middle, count)
+        return torch.cat(parts).view(shapes[name])
+
+    weights = {name: whole("weights", name) for name in shapes if name != "var"}
+    flow.load_state_dict(weights | {"var": whole("buffers", "var")})
+    for name, values in weights.items():
+        assert torch.equal(whole("ema", name), values)
+        assert not whole("exp_avg", name).any()
     return flow, "; ".join(said)
 
 
