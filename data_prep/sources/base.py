@@ -18,9 +18,8 @@ from tarflow_dist.errors import UserError
 from tarflow_dist.files import NotRegularError, open_regular, read_regular
 
 SPLITS = ("train", "val")
-LOCAL_HEADER = struct.Struct(
-    "<4s22xHH"
-)  # of a zip: signature, lengths of the name and what follows
+LOCAL_HEADER = struct.Struct("<4s22xHH")
+"""Of a file in a zip: signature, lengths of its name and of what follows that."""
 T = TypeVar("T")
 
 

@@ -14,6 +14,7 @@ In version 1 every tensor lay whole, and in its shape, in one of the files.
 import sys
 from bisect import bisect_right
 from collections import defaultdict
+from collections.abc import Callable
 from math import prod
 from operator import itemgetter
 from pathlib import Path
@@ -37,6 +38,8 @@ DAMAGED = (OSError, LookupError, AttributeError, TypeError, ValueError, Safetens
 """What comes of reading damaged files."""
 Pieces = dict[str, list[tuple[int, str]]]
 """Where each begins in its flattened tensor, and its file: in order, one after another."""
+Read = Callable[[str, int, int], Tensor]
+"""Gives of a KIND/NAME, flattened, the values from one index up to another."""
 
 
 class Piece(NamedTuple):

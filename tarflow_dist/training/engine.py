@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from io import StringIO
@@ -21,7 +21,7 @@ from tarflow_dist import distributed
 from tarflow_dist.config import Config
 from tarflow_dist.cost.memory import BUCKET
 from tarflow_dist.flow.model import Flow
-from tarflow_dist.training.checkpoint import Piece
+from tarflow_dist.training.checkpoint import Piece, Read
 from tarflow_dist.training.ema import DECAY, EMA, track_ema
 from tarflow_dist.training.layers import owners, prepare_layers
 from tarflow_dist.training.overlapped_zero import OverlappedZero, buckets
@@ -36,8 +36,6 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 BUFFERS = "buffers"
 KINDS = {"weights": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", EMA: EMA}
 """What a checkpoint has of each parameter, and its key in the optimiser's state."""
-Read = Callable[[str, int, int], Tensor]
-"""Gives of a KIND/NAME, flattened, the values from one index up to another."""
 
 
 class Engine:

@@ -5,7 +5,6 @@ embeddings, where the model puts an image without a label, plus the noise that a
 with; so does the unlabelled pass of a run without classes.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from tarflow_dist.models import hub
 from tarflow_dist.models.classes import Classes, some
 from tarflow_dist.models.tarflow import TarFlow
 from tarflow_dist.training import latest_checkpoint
-from tarflow_dist.training.checkpoint import open_run
+from tarflow_dist.training.checkpoint import Read, open_run
 
 FREE = ("num_classes", "noise", "sigma", "sigma_range")
 """Fields in which a run may differ from the model it starts from."""
@@ -51,9 +50,7 @@ class Model:
         return cls(found.name, flow.config, flow.classes, flow.state_dict())
 
 
-def first_state(
-    config: Config, classes: Classes
-) -> tuple[Callable[[str, int, int], Tensor], list[str]]:
+def first_state(config: Config, classes: Classes) -> tuple[Read, list[str]]:
     """What a run of `config`, whose data have these `classes`, starts with. Collective.
 
     Returns:

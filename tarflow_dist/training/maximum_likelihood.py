@@ -36,9 +36,13 @@ class MaximumLikelihood:
         flow = self._engine.flow
         x, y, sigma = augment(batch, self._config, self._device)
         z, logdets = self._engine(x, y, sigma)
-        weight = None if sigma is None else loss_weight(self._config.train.loss_weight, sigma)
-        loss = flow.loss(z, logdets, weight)
-        self._metrics.add(loss, z, logdets, sigma)
+        if sigma is None:
+            loss = flow.loss(z, logdets)
+        else:
+            losses = flow.losses(z, logdets)
+            loss = (loss_weight(self._config.train.loss_weight, sigma) * losses).mean()
+            self._metrics.add_by_noise_level(sigma, losses)
+        self._metrics.add(loss, z, logdets)
         if flow.volume_preserving:
             self._mean_squares.append(z.detach().square().mean(dim=0))
         return loss

@@ -21,21 +21,23 @@ class StepMetrics:
         self._bands = None if flow.sigma_range is None else NoiseBands(flow.sigma_range, device)
 
     @torch.no_grad()
-    def add(self, loss: Tensor, z: Tensor, logdets: Tensor, sigma: Tensor | None) -> None:
+    def add(self, loss: Tensor, z: Tensor, logdets: Tensor) -> None:
         """Takes in a pass.
 
         Args:
             loss: what was gone backward from.
             z: (B, N, D) latents.
             logdets: (T, B) of each block, in nats.
-            sigma: (B,) noise levels, of an iTARFlow.
         """
         self._passes += 1
         seen = [torch.stack([loss, z.square().mean()]), logdets.mean(dim=1) / self._flow.num_dims]
         self._sums += torch.cat(seen)
-        if self._bands is not None:
-            assert sigma is not None
-            self._bands.add(sigma, self._flow.losses(z, logdets))
+
+    def add_by_noise_level(self, sigma: Tensor, losses: Tensor) -> None:
+        """Takes in the unweighted `losses` (B,) of a pass at the noise levels `sigma` (B,), of an
+        iTARFlow."""
+        assert self._bands is not None
+        self._bands.add(sigma, losses.detach())
 
     def figures(self, block_z2: Tensor) -> dict[str, float]:
         """In nats a dimension. `block_z2` (T,) are each block's mean z², summed over the passes.
