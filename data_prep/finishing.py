@@ -33,7 +33,11 @@ def describe_sets(source: Source, settings: Settings, folder: Path, formats: Seq
 
     plan = Plan(folder)
     stored, bad = ({s: np.zeros(len(source.classes), np.int64) for s in SPLITS} for _ in range(2))
-    for planned, table in _tables(source, plan, folder):
+    shards: dict[str, dict[str, list[Shard]]]
+    shards = {form: {split: [] for split in SPLITS} for form in formats}
+    for planned, record, table in _tables(source, plan, folder):
+        for form in record.shards.keys() & shards.keys():
+            shards[form][planned.split].append(record.shards[form])
         is_bad = pc.is_valid(table["reason"])
         for counts, chosen in ((stored, pc.invert(is_bad)), (bad, is_bad)):
             labels = table["label"].filter(chosen).to_numpy()
@@ -43,14 +47,10 @@ def describe_sets(source: Source, settings: Settings, folder: Path, formats: Seq
             raise UserError(f"no image of {split} could be read")
     summary = summarise(source, settings, stored, bad)
     for form in formats:
-        shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
-        for planned, record in _records(plan, folder):
-            if form in record.shards:
-                shards[planned.split].append(record.shards[form])
-        make_format(form, plan, settings).write_index(folder / form, shards)
+        make_format(form, plan, settings).write_index(folder / form, shards[form])
         manifest = _manifest(source, plan, folder, form)
         write_table(folder / form / "manifest.parquet", manifest, MANIFEST)
-        tables = (table for _, table in _tables(source, plan, folder))
+        tables = (table for *_, table in _tables(source, plan, folder))
         errors = (table.filter(pc.is_valid(table["reason"])) for table in tables)
         write_table(folder / form / "errors.parquet", errors, ERRORS)
         (folder / form / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -68,24 +68,20 @@ def first_error(folder: Path) -> tuple[str, str]:
     raise AssertionError
 
 
-def _records(plan: Plan, folder: Path) -> Iterator[tuple[Planned, Record]]:
-    for number, planned in enumerate(plan.shards):
-        record = read_record(folder, number)
-        assert record is not None, "all shards are there"
-        yield planned, record
-
-
 def _rows(record: Record) -> Any:
     import pyarrow.parquet as pq
 
     return pq.read_table(BytesIO(record.rows), use_threads=False)
 
 
-def _tables(source: Source, plan: Plan, folder: Path) -> Iterator[tuple[Planned, Any]]:
+def _tables(source: Source, plan: Plan, folder: Path) -> Iterator[tuple[Planned, Record, Any]]:
     """What became of all images, a table a shard."""
-    for number, (planned, record) in enumerate(_records(plan, folder)):
+    for number, planned in enumerate(plan.shards):
+        record = read_record(folder, number)
+        assert record is not None, "all shards are there"
         split, first = planned.split, planned.first
-        yield planned, image_table(source, split, first, plan.table(number), _rows(record))
+        table = image_table(source, split, first, plan.table(number), _rows(record))
+        yield planned, record, table
 
 
 def _manifest(source: Source, plan: Plan, folder: Path, form: str) -> Iterator[Any]:
@@ -94,8 +90,7 @@ def _manifest(source: Source, plan: Plan, folder: Path, form: str) -> Iterator[A
     import pyarrow.compute as pc
 
     index = dict.fromkeys(SPLITS, 0)
-    records = _records(plan, folder)
-    for (planned, table), (_, record) in zip(_tables(source, plan, folder), records, strict=True):
+    for planned, record, table in _tables(source, plan, folder):
         if form not in record.shards:
             continue
         table = table.filter(pc.is_null(table["reason"]))
