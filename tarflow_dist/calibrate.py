@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from tarflow_dist.flow.block import FlowBlock
     from tarflow_dist.flow.guidance import Guidance
     from tarflow_dist.flow.inverse import Solver
+    from tarflow_dist.flow.recordings import Recordings
     from tarflow_dist.models.sampling_policy import Calibration
     from tarflow_dist.models.tarflow import TarFlow
 
@@ -152,21 +153,30 @@ def fastest_solvers(
             flow.blocks, latents[-2::-1], guidance.per_block(len(flow.blocks)), strict=True
         ):
             assert isinstance(block, FlowBlock)
-            solvers.append(fastest_solver(block, latent, y, guided))
+            solvers.append(fastest_solver(block, latent, y, guided, flow.recordings))
             progress.update(1)
     return solvers
 
 
 def fastest_solver(
-    block: "FlowBlock", z: "Tensor", y: "Tensor | None", guidance: "Guidance"
+    block: "FlowBlock",
+    z: "Tensor",
+    y: "Tensor | None",
+    guidance: "Guidance",
+    recordings: "Recordings",
 ) -> "Solver":
     """The best window that a search finds, if it then beats the sequential way once more."""
     from tarflow_dist.flow.inverse import SEQUENTIAL, Solver, invert_block
 
     def inversion(solver: Solver) -> Callable[[], object]:
-        return lambda: invert_block(block, z, y, guidance, solver)
+        return lambda: invert_block(block, z, y, guidance, solver, recordings=recordings)
 
-    sequential_once = timed(inversion(SEQUENTIAL), z.device)
+    def seconds_of(solver: Solver) -> float:
+        if z.device.type == "cuda":
+            inversion(solver)()  # a first call loads kernels and records
+        return timed(inversion(solver), z.device)
+
+    sequential_once = seconds_of(SEQUENTIAL)
     times: dict[Solver, float] = {}
 
     def climb(windows: Iterable[int]) -> None:
@@ -175,9 +185,7 @@ def fastest_solver(
         for window in windows:
             solver = Solver(window, TOLERANCES[0])
             if solver not in times:
-                if z.device.type == "cuda":
-                    inversion(solver)()  # a first call loads kernels
-                times[solver] = timed(inversion(solver), z.device)
+                times[solver] = seconds_of(solver)
             if times[solver] > before:
                 return
             before = times[solver]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import plain_kernels
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -174,6 +175,8 @@ def pretended_cuda() -> Iterator[Card]:
         mock.patch.multiple(torch.cuda, **there),
         mock.patch.object(nn.Module, "to", _module_to),
         mock.patch("tarflow_dist.flow.cuda_graphs.record", lambda *given: _card.record(*given)),
+        mock.patch("tarflow_dist.flow.triton_kernels.attend", plain_kernels.attend),
+        mock.patch("tarflow_dist.flow.triton_kernels.add_norm", plain_kernels.add_norm),
         _Pretending(),
     ):
         try:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -19,6 +19,7 @@ from benchmarks.gpu.models import ROOT, Bench, Problem, attempt
 from tarflow_dist.config import Config
 from tarflow_dist.flow import inverse, native
 from tarflow_dist.flow.model import Flow
+from tarflow_dist.flow.recordings import Recordings
 
 WAYS: dict[str, dict[str, Any]] = {
     "sequential": {},
@@ -65,7 +66,7 @@ def largest_errors(
 
 def graphs(bench: Bench) -> Iterator[dict[str, Any]]:
     """Decoding as it is recorded: whether it has the bits of the same operations one by one, and
-    how far it is from patch after patch without stretches and masks."""
+    how far it is from patch after patch by PyTorch's own kernels."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         flow = bench.flow("in64", blocks=2, dtype=dtype, patch_size=8)
         for way, arguments in WAYS.items():
@@ -80,6 +81,8 @@ def recorded_and_not(bench: Bench, flow: Flow, arguments: dict[str, Any]) -> dic
         with (
             mock.patch.object(inverse, "has_graphs", return_value=graphs),
             mock.patch.object(native, "can_run", return_value=False),
+            mock.patch.object(flow, "recordings", Recordings()),
+            nullcontext() if bench.cuda else kernels_of_pytorch(),
             nullcontext()
             if recorded and bench.cuda
             else mock.patch("tarflow_dist.flow.cuda_graphs.record", lambda work, changes: work),
@@ -92,6 +95,15 @@ def recorded_and_not(bench: Bench, flow: Flow, arguments: dict[str, Any]) -> dic
         "equal": torch.equal(recorded, decode(graphs=True, recorded=False)),
         "to plain": float((recorded - plain).abs().max()),
     }
+
+
+def kernels_of_pytorch() -> AbstractContextManager:
+    """Instead of Triton's, which a CPU can only interpret, at a thousandth of the speed."""
+    sys.path.append(str(ROOT / "tests"))
+    import plain_kernels
+
+    kernels = {"attend": plain_kernels.attend, "add_norm": plain_kernels.add_norm}
+    return mock.patch.multiple("tarflow_dist.flow.triton_kernels", **kernels)
 
 
 def latents(flow: Flow, batch: int) -> tuple[Tensor, Tensor]:

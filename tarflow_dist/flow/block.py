@@ -10,7 +10,7 @@ from tarflow_dist.flow.condition import (
     condition,
     new_class_embed,
 )
-from tarflow_dist.flow.permutation import permute
+from tarflow_dist.flow.permutation import image_place, permute
 from tarflow_dist.flow.transformer import KVCache, TransformerLayer, accurate_dtype
 
 
@@ -83,6 +83,11 @@ class FlowBlock(nn.Module):
     def permuted_positions(self) -> Tensor:
         """Position embeddings (N, width) in the block's own order."""
         return permute(self.pos_embed, reverse=self.reverse, dim=0)
+
+    def positions_at(self, places: Tensor) -> Tensor:
+        """Position embeddings (S, width) at `places` (S,) of the block's own order."""
+        places = image_place(places, len(self.pos_embed), reverse=self.reverse)
+        return self.pos_embed.index_select(0, places)
 
     def condition(self, y: Tensor | None, sigma: Tensor | None = None) -> Tensor | None:
         """Class ids (B,), −1 for none, and noise levels (B,) → what is added to every token:

@@ -17,8 +17,8 @@ from torch import Tensor
 from tarflow_dist.flow.block import FlowBlock
 from tarflow_dist.flow.cuda_graphs import Replay, has_graphs
 from tarflow_dist.flow.guidance import Guidance
-from tarflow_dist.flow.kv_cache import cached_transformer
-from tarflow_dist.flow.transformer import accurate_dtype
+from tarflow_dist.flow.predictor import Predictor, guided_condition
+from tarflow_dist.flow.recordings import Recordings
 
 SWEEPS_BETWEEN_CHECKS = 3
 """On a GPU, where a check waits for all that is queued."""
@@ -58,6 +58,7 @@ def invert_block(
     guidance: Guidance,
     solver: Solver = SEQUENTIAL,
     sigma: Tensor | None = None,
+    recordings: Recordings | None = None,
 ) -> Tensor:
     """Latent to data through one block.
 
@@ -68,6 +69,8 @@ def invert_block(
         z: (B, N, D) in image order, at least float32.
         y: (B,) int64 class ids, −1 for none; None for no label at all.
         sigma: (B,) noise levels, where they are a condition.
+        recordings: where a GPU keeps what it has recorded of the sequential inverse, for the next
+            call; None leaves it to record anew.
 
     Returns:
         x (B, N, D) in image order.
@@ -75,13 +78,16 @@ def invert_block(
     if len(z) == 0:
         return z
     z = block.permute(z)
-    predict = Predictor(block, y, len(z), guidance, sigma)
-    one_by_one = solver.window == 1 and not has_graphs(z.device)
-    x = _in_sequence(predict, z) if one_by_one else _in_windows(predict, z, solver)
+    condition = guided_condition(block, y, sigma, guidance)
+    if solver.window == 1 and has_graphs(z.device):
+        x = (recordings or Recordings()).invert(block, z, condition, guidance)
+    else:
+        predict = Predictor(block, condition, len(z), guidance)
+        x = _in_sequence(predict, z) if solver.window == 1 else _in_windows(predict, z, solver)
     return block.permute(x)
 
 
-def _in_sequence(predict: "Predictor", z: Tensor) -> Tensor:
+def _in_sequence(predict: Predictor, z: Tensor) -> Tensor:
     x = z.clone()
     for i in range(z.shape[1] - 1):
         mu, scale = predict(x[:, i : i + 1], i, i + 1)
@@ -89,13 +95,11 @@ def _in_sequence(predict: "Predictor", z: Tensor) -> Tensor:
     return x
 
 
-def _in_windows(predict: "Predictor", z: Tensor, solver: Solver) -> Tensor:
+def _in_windows(predict: Predictor, z: Tensor, solver: Solver) -> Tensor:
     """The first guess is z itself. Solved samples leave the sweeps once they are half of them."""
     last = z.shape[1] - 1
     window = torch.arange(min(solver.window, last), device=z.device)
     sweeps_between_checks = 1 if z.device.type == "cpu" else SWEEPS_BETWEEN_CHECKS
-    if len(window) == 1:  # each sweep settles one patch of each sample
-        sweeps_between_checks = last
     solved, x = z.clone(), z.clone()
     samples = torch.arange(len(z), device=z.device)
     settled = torch.zeros_like(samples)  # each sample's last such patch
@@ -120,7 +124,7 @@ def _in_windows(predict: "Predictor", z: Tensor, solver: Solver) -> Tensor:
 
 
 def _sweep(
-    predict: "Predictor",
+    predict: Predictor,
     x: Tensor,
     z: Tensor,
     settled: Tensor,
@@ -142,55 +146,3 @@ def _sweep(
     use = settles.bool()[..., None] | (new.abs() < DIVERGED)
     x[sample, at + 1] = torch.where(going[:, None, None], torch.where(use, new, latent), old)
     settled.copy_((settled + settles.sum(dim=1)).clamp(max=last))
-
-
-class Predictor:
-    """μ and exp(α) of a block, guided, for patches whose predecessors it has been given before.
-
-    The conditional and the unguided pass run as one batch of 2B.
-    """
-
-    def __init__(
-        self,
-        block: FlowBlock,
-        y: Tensor | None,
-        batch: int,
-        guidance: Guidance,
-        sigma: Tensor | None = None,
-    ):
-        self._block, self._guidance = block, guidance
-        temperature: Tensor | None = None
-        rows = batch
-        if guidance.active:
-            rows = 2 * batch
-            y = None if y is None else torch.cat([y, torch.full_like(y, -1)])
-            sigma = None if sigma is None else torch.cat([sigma, sigma])
-            if guidance.attn_temp != 1:
-                weight = block.proj_out.weight
-                temperature = weight.new_ones(rows, 1, 1, 1, dtype=accurate_dtype(weight.dtype))
-                temperature[batch:] = guidance.attn_temp
-        self._transformer = cached_transformer(block, block.condition(y, sigma), rows, temperature)
-
-    def __call__(self, x: Tensor, at: int | Tensor, stop: int) -> tuple[Tensor, Tensor]:
-        """The patches x (B, S, D) → μ and exp(α) (B, S, D) of those that come after each.
-
-        Their keys and values are kept, for calls with later patches.
-
-        Args:
-            at: where they stand in the sequence: the place of a single patch (S = 1), or (B, S),
-                each sample's own, never descending.
-            stop: above all of `at`.
-        """
-        places = at
-        if self._guidance.active:
-            x = torch.cat([x, x])
-            if isinstance(at, Tensor):
-                places = torch.cat([at, at])
-        mu, alpha = self._block.mu_alpha(self._transformer(x, places, stop))
-        if not self._guidance.active:
-            return mu, alpha.exp()
-        return self._guidance.combine(mu, alpha, at + 1, len(self._block.pos_embed))
-
-    def keep(self, samples: Tensor) -> None:
-        """Goes on with some of the samples: (B,) bool."""
-        self._transformer.keep(torch.cat([samples, samples]) if self._guidance.active else samples)

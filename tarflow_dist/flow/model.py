@@ -14,6 +14,7 @@ from tarflow_dist.flow.guidance import Guidance, Guide, Rule
 from tarflow_dist.flow.inverse import SEQUENTIAL, Solver, invert_block
 from tarflow_dist.flow.patches import patchify, unpatchify
 from tarflow_dist.flow.permutation import is_reversed
+from tarflow_dist.flow.recordings import Recordings
 from tarflow_dist.flow.transformer import accurate_dtype
 
 DENOISE_MEMORY = 4 * 2**30
@@ -69,6 +70,7 @@ class Flow(nn.Module):
             )
             for t, num_layers in enumerate(config.layers)
         )
+        self.recordings = Recordings()
         self.register_buffer("var", torch.ones(self.num_patches, self.patch_dim))
 
     @property
@@ -192,7 +194,7 @@ class Flow(nn.Module):
         for t in reversed(range(len(self.blocks))):
             block = self.blocks[t]
             assert isinstance(block, FlowBlock)
-            x = invert_block(block, x, y, guidances[t], solvers[t], levels)
+            x = invert_block(block, x, y, guidances[t], solvers[t], levels, self.recordings)
             if on_block is not None:
                 on_block(x)
         return unpatchify(x, self.patch_size, self.image_size)

@@ -1,9 +1,11 @@
 """Inversion in windows against the sequential one, and guidance against its definition."""
 
+import copy
 import math
 import random
 from collections.abc import Callable, Sequence
 
+import plain_kernels
 import pytest
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from tarflow_dist.flow.block import FlowBlock
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.flow.inverse import Solver
 from tarflow_dist.flow.model import Flow
+from tarflow_dist.flow.predictor import guided_condition
 
 
 def random_flow(chance: random.Random, **changes: object) -> Flow:
@@ -75,14 +78,10 @@ def test_windows_give_what_the_sequential_inverse_gives(seed: int) -> None:
     assert (x - expected).abs().max() < 1e-8 * scale
 
 
-@pytest.mark.parametrize("seed", range(30, 45))
-def test_what_a_gpu_repeats_is_the_sequential_inverse(
-    seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All but the recording, which needs one: sweeps that keep their place on the device, over a
-    stretch of keys and values that is longer than what is filled."""
-    flow, z, y, arguments, solvers = random_case(seed)
-    expected = flow.decode(z, y, **arguments)
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The road of a GPU but for the recording and its kernels, which need one: all that is recorded
+    comes here."""
     recorded = []
 
     def record(work: Callable[[], None], changes: Sequence[torch.Tensor]) -> Callable[[], None]:
@@ -95,11 +94,53 @@ def test_what_a_gpu_repeats_is_the_sequential_inverse(
 
     monkeypatch.setattr(graphs, "record", record)
     monkeypatch.setattr(inverse, "has_graphs", lambda device: True)
-    x = flow.decode(z, y, **arguments)
-    assert (x - expected).abs().max() < 1e-10 * max(1.0, float(expected.abs().max()))
-    assert len(recorded) <= graphs.CACHE_LENGTHS * len(flow.blocks)
+    for kernel in ("attend", "add_norm"):
+        here = getattr(plain_kernels, kernel)
+        monkeypatch.setattr(f"tarflow_dist.flow.triton_kernels.{kernel}", here)
+    return recorded
+
+
+@pytest.mark.parametrize("seed", range(30, 45))
+def test_what_a_gpu_repeats_is_the_sequential_inverse(
+    seed: int, recorded: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow, z, y, arguments, solvers = random_case(seed)
+    with monkeypatch.context() as without:
+        without.setattr(inverse, "has_graphs", lambda device: False)
+        expected = flow.decode(z, y, **arguments)
+    bound = max(1.0, float(expected.abs().max()))
+    assert (flow.decode(z, y, **arguments) - expected).abs().max() < 1e-10 * bound
     x = flow.decode(z, y, **arguments, solvers=solvers)
-    assert (x - expected).abs().max() < 1e-8 * max(1.0, float(expected.abs().max()))
+    assert (x - expected).abs().max() < 1e-8 * bound
+
+
+def test_a_block_is_recorded_once(recorded: list) -> None:
+    """For other latents, labels and values of weights; anew for another batch, guidance or type, of
+    which the last alone is kept; a copy of the model records its own."""
+    flow = random_flow(random.Random(1), num_blocks=2, num_classes=4)
+
+    def new_recordings(batch: int, which: Flow = flow, **arguments: object) -> int:
+        z = torch.randn(batch, flow.num_patches, flow.patch_dim, dtype=torch.float64)
+        y = torch.randint(-1, 4, (batch,))
+        before = len(recorded)
+        x = which.decode(z, y, **arguments)
+        assert (which.encode(x, y) - z).abs().max() < 1e-8 or arguments
+        return len(recorded) - before
+
+    assert new_recordings(3) == 2
+    assert new_recordings(3) == 0
+    with torch.no_grad():
+        flow.blocks[0].pos_embed.add_(0.1)
+        flow.blocks[1].pos_embed.add_(0.1)
+    assert new_recordings(3) == 0
+    assert new_recordings(2) == 2
+    assert new_recordings(3) == 2
+    assert new_recordings(3, guidance=1.0, guide_blocks=[0]) == 1
+    assert new_recordings(3, guidance=1.0, guide_blocks=[0]) == 1  # of block 1, in the longer cache
+    assert new_recordings(3, guidance=1.0, guide_blocks=[0]) == 0
+    assert new_recordings(3, copy.deepcopy(flow)) == 2
+    flow.float().double()  # its weights lie elsewhere
+    assert new_recordings(3) == 2
 
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no GPU")
@@ -134,7 +175,8 @@ def test_a_sweep_on_a_gpu_never_waits_for_the_host(
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(parameter.to(dtype)))
         x, z = torch.randn(2, 3, 16, 3)
-        predict = inverse.Predictor(block, torch.arange(3), len(x), guidance)
+        condition = guided_condition(block, torch.arange(3), None, guidance)
+        predict = inverse.Predictor(block, condition, len(x), guidance)
         settled = torch.zeros(3, dtype=torch.int64)
         inverse._sweep(predict, x, z, settled, torch.arange(window), 1e-3, 8)
         with pytest.raises(DataDependentOutputException):

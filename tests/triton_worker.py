@@ -1,0 +1,76 @@
+"""Computes or compiles the kernels: see tests/flow/test_triton_kernels.py."""
+
+import sys
+from itertools import product
+
+import plain_kernels
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tarflow_dist.flow import triton_kernels
+
+ATTENDED = [  # batch, heads, N, head_dim, place
+    *[(3, 2, 16, 16, 0), (3, 2, 16, 16, 7), (2, 3, 70, 64, 65)],
+    (1, 2, 300, 24, 299),  # several parts, and channels that are no power of two
+]
+BOUNDS = {torch.float64: 1e-13, torch.float32: 5e-6, torch.bfloat16: 5e-2}
+TYPES = {"fp64": "fp64", "fp32": "fp32", "bf16": "fp32"}  # of values, of sums
+
+
+def assert_close(result: Tensor, expected: Tensor) -> None:
+    bound = BOUNDS[expected.dtype]
+    torch.testing.assert_close(result, expected, rtol=bound, atol=bound)
+
+
+def compute() -> None:
+    torch.manual_seed(0)
+    for dtype, (batch, heads, length, head_dim, place) in product(BOUNDS, ATTENDED):
+        qkv = torch.randn(batch, 1, 3 * heads * head_dim).to(dtype)
+        cache = torch.randn(2, batch, heads, length, head_dim).to(dtype)
+        cache[:, :, :, place:] = torch.nan  # what is not there yet is never seen
+        scale = torch.rand(batch).to(torch.promote_types(dtype, torch.float32))
+        caches = cache.clone(), cache.clone()
+        given = torch.tensor([place]), scale
+        out = triton_kernels.attend(qkv, caches[0], *given)
+        assert_close(out, plain_kernels.attend(qkv, caches[1], *given))
+        assert torch.equal(caches[0][:, :, :, : place + 1], caches[1][:, :, :, : place + 1])
+        assert caches[0][:, :, :, place + 1 :].isnan().all()
+    for dtype in BOUNDS:
+        x, change = torch.randn(2, 4, 1, 48).to(dtype)
+        weight, bias = torch.randn(2, 48).to(dtype)
+        results = triton_kernels.add_norm(x, change, weight, bias, 1e-5)
+        expected = plain_kernels.add_norm(x, change, weight, bias, 1e-5)
+        for result, plain in zip(results, expected, strict=True):
+            assert_close(result, plain)
+    print(len(BOUNDS) * (len(ATTENDED) + 1), "cases agree")
+
+
+def compile_() -> None:
+    compiled = 0
+    for (dtype, accurate), parts, capability in product(TYPES.items(), (1, 16), (80, 90)):
+        value, sum_, number = f"*{dtype}", f"*{accurate}", "i32"
+        found = {"found": sum_, "head_dim": number}
+        cache = {"qkv": value, "cache": value, "place": "*i64", "logit_scale": sum_}
+        rows = dict.fromkeys(("x", "change", "weight", "bias", "total", "normed"), value)
+        kind = tl.float64 if accurate == "fp64" else tl.float32
+        sizes = {"dims": 64, "parts": parts}
+        for name, arguments, constants in (
+            ("_attend", cache | found | dict.fromkeys(("heads", "length"), number), {"tile": 64}),
+            ("_combine", found | {"out": value}, {}),
+            ("_add_norm", rows | {"width": number, "eps": "fp32"}, {"accurate": kind}),
+        ):
+            constants = constants | ({"padded": 1024} if name == "_add_norm" else sizes)
+            kernel = getattr(triton_kernels, name)
+            given = arguments | dict.fromkeys(constants, "constexpr")
+            signature = {argument: given[argument] for argument in kernel.arg_names}
+            source = ASTSource(kernel, signature, constants)
+            binary = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+            compiled += bool(binary.asm["cubin"])
+    print(compiled, "kernels compiled")
+
+
+{"compute": compute, "compile": compile_}[sys.argv[1]]()
