@@ -53,14 +53,14 @@ def compile_() -> None:
     compiled = 0
     for (dtype, accurate), parts, capability in product(TYPES.items(), (1, 16), (80, 90)):
         value, sum_, number = f"*{dtype}", f"*{accurate}", "i32"
-        found = {"found": sum_, "head_dim": number}
+        found = {"found": sum_, "out": value, "head_dim": number}
         cache = {"qkv": value, "cache": value, "place": "*i64", "logit_scale": sum_}
         rows = dict.fromkeys(("x", "change", "weight", "bias", "total", "normed"), value)
         kind = tl.float64 if accurate == "fp64" else tl.float32
         sizes = {"dims": 64, "parts": parts}
         for name, arguments, constants in (
             ("_attend", cache | found | dict.fromkeys(("heads", "length"), number), {"tile": 64}),
-            ("_combine", found | {"out": value}, {}),
+            ("_combine", found, {}),
             ("_add_norm", rows | {"width": number, "eps": "fp32"}, {"accurate": kind}),
         ):
             constants = constants | ({"padded": 1024} if name == "_add_norm" else sizes)

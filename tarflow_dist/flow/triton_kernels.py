@@ -36,9 +36,10 @@ def attend(qkv: Tensor, cache: Tensor, place: Tensor, logit_scale: Tensor) -> Te
     found = logit_scale.new_empty(batch * heads, parts, dims + 2)
     sizes = {"dims": dims, "parts": parts}
     _attend[batch * heads, parts](
-        qkv, cache, place, logit_scale, found, heads, length, head_dim, tile=keys, **sizes
+        *(qkv, cache, place, logit_scale, found, out, heads, length, head_dim), tile=keys, **sizes
     )
-    _combine[(batch * heads,)](found, out, head_dim, **sizes)
+    if parts > 1:
+        _combine[(batch * heads,)](found, out, head_dim, **sizes)
     return out
 
 
@@ -54,6 +55,7 @@ def _attend(
     place,
     logit_scale,
     found,
+    out,
     heads,
     length,
     head_dim,
@@ -62,7 +64,7 @@ def _attend(
     parts: tl.constexpr,
 ):
     """A part of one head's keys: the largest logit, and with weights relative to it their sum and
-    that of the values. The first part has the token itself."""
+    that of the values; the output, if it is the only part. The first has the token itself."""
     sequence, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, head = sequence // heads, sequence % heads
     dim = tl.arange(0, dims)
@@ -95,10 +97,13 @@ def _attend(
         )
         total = total * fade + tl.sum(weights)
         largest = new_largest
-    found += (sequence * parts + part) * (dims + 2)
-    tl.store(found + dim, mixed)
-    tl.store(found + dims, total)
-    tl.store(found + dims + 1, largest)
+    if parts == 1:
+        tl.store(out + sequence * head_dim + dim, mixed / total, real)
+    else:
+        found += (sequence * parts + part) * (dims + 2)
+        tl.store(found + dim, mixed)
+        tl.store(found + dims, total)
+        tl.store(found + dims + 1, largest)
 
 
 @triton.jit

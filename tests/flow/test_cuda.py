@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
+from golden_model import CASES, golden_flow, golden_vectors, settings
 from pretended_cuda import CudaTensor, pretended_cuda
 from torch import Tensor
 
@@ -85,6 +86,17 @@ def test_recorded_decoding_is_the_plain_one(
         result = flow.to("cuda").decode(latents(), LABELS, **guidance, solvers=solvers)
         assert card.graphs
     torch.testing.assert_close(result.host, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_recorded_decoding_is_the_published_one(case: str) -> None:
+    vectors = golden_vectors(case)
+    with pretended_cuda() as card:
+        flow = golden_flow(case, torch.float64).to("cuda")
+        for label, arguments in settings(case)["reverse"].items():
+            x = flow.decode(vectors["noise"], vectors.get("y"), **arguments)
+            assert (x.host - vectors[f"reverse.{label}"]).abs().max() < 1e-10
+        assert card.graphs
 
 
 def test_a_sequential_decoding_waits_for_its_labels_alone() -> None:
