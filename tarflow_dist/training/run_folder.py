@@ -56,8 +56,12 @@ def check_kinds(run: Path) -> None:
             raise UserError(f"{run / name} is no folder: remove it, or choose another run=…")
 
 
-def record_start(config: Config) -> None:
-    """Writes config.yaml and environment.json into the run's folder."""
+def record_start(config: Config, images: int) -> None:
+    """Writes config.yaml and environment.json into the run's folder, and gives up the checkpoints
+    past the one at `images` seen, from which the run goes on. Nothing can refuse the start now."""
+    checkpoint = config.run / latest_checkpoint.FOLDER / f"{images:011d}"
+    if checkpoint.is_dir():
+        latest_checkpoint.give_up_after(checkpoint)
     with write_whole(config.run / configs.SAVED_FILE) as part:
         part.write_text(configs.dump(config))
     with write_whole(config.run / ENVIRONMENT_FILE) as part:

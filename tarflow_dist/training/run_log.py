@@ -5,8 +5,7 @@ from pathlib import Path
 
 from tarflow_dist import distributed
 from tarflow_dist.config import Config
-from tarflow_dist.telemetry.metrics_log import Metrics
-from tarflow_dist.telemetry.plots import plot_loss
+from tarflow_dist.telemetry.metrics_log import Metrics, plot_loss
 from tarflow_dist.telemetry.progress import Progress
 from tarflow_dist.telemetry.throughput import Throughput
 from tarflow_dist.training import run_folder
@@ -14,7 +13,7 @@ from tarflow_dist.training.state import RunState
 from tarflow_dist.training.step import StepResult
 
 
-class Journal:
+class RunLog:
     """Context manager around the steps of a run.
 
     Args:
@@ -36,7 +35,6 @@ class Journal:
         )
         self._metrics: Metrics | None = None
         if distributed.is_main():
-            run_folder.record_start(config)
             self._metrics = Metrics(
                 config.run,
                 config.log,
@@ -45,6 +43,7 @@ class Journal:
                 wandb_id=state.wandb_id,
                 rows_hash=state.rows_hash,
             )
+            run_folder.record_start(config, state.images)
             state.wandb_id = self._metrics.wandb_id
             verb = f"going on at {state.images} images" if state.images else "starting"
             print(f"{config.run}: {verb}", *changes, sep="; ", file=sys.stderr)
@@ -95,7 +94,7 @@ class Journal:
         """Notes in status.json how far the run is."""
         self._record_status("running")
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *exception: object) -> None:
