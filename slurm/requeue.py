@@ -11,10 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from slurm.job import EXIT_INTERRUPTED, OUTCOME
+from slurm.job import OUTCOME
 from slurm.records import STOP, Record, last_error
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import read_json
+from tarflow_dist.train import EXIT_INTERRUPTED
 from tarflow_dist.training import run_folder
 
 ENDS = "ends.jsonl"

@@ -1,7 +1,6 @@
 """The run's folder: what a run was started with, and whether it may go on with another config."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -68,31 +67,8 @@ def record_start(config: Config, images: int) -> None:
         part.write_text(json.dumps(describe_environment(), indent=2) + "\n")
 
 
-def record_status(
-    config: Config, *, state: str, images: int, images_per_second: float, error: str | None
-) -> None:
-    """Writes status.json.
-
-    Args:
-        state: running, finished, interrupted or failed.
-        images: seen so far.
-        images_per_second: of late; 0 where not known yet.
-        error: what ended a failed run.
-    """
-    left = max(config.train.images - images, 0)
-    status = {
-        "state": state,
-        "images": images,
-        "total_images": config.train.images,
-        "images_per_second": images_per_second,
-        "eta_seconds": left / images_per_second if images_per_second else None,
-        "updated": time.time(),
-        "error": error,
-    }
-    write_status(config.run, status)
-
-
 def write_status(run: Path, status: dict[str, Any]) -> None:
+    """Writes status.json; "state" is running, finished, interrupted or failed."""
     write_sealed(run / STATUS_FILE, status, version=STATUS_VERSION)
 
 

@@ -1,6 +1,7 @@
 """What a run writes down: metrics, progress, status. Rank 0 writes; all ranks call."""
 
 import sys
+import time
 from pathlib import Path
 
 from tarflow_dist import distributed
@@ -26,7 +27,7 @@ class RunLog:
     def __init__(self, config: Config, state: RunState, changes: list[str], throughput: Throughput):
         self._config, self._state, self._throughput = config, state, throughput
         self._figures: dict[str, float] = {}
-        self._speed = 0.0
+        self._speed = 0.0  # images a second of late; 0 where not known yet
         self._progress = Progress(
             config.run.name,
             config.train.images,
@@ -113,14 +114,18 @@ class RunLog:
     def _record_status(self, state: str, error: str | None = None) -> None:
         if self._metrics is None:
             return
+        images, total, speed = self._state.images, self._config.train.images, self._speed
+        status = {
+            "state": state,
+            "images": images,
+            "total_images": total,
+            "images_per_second": speed,
+            "eta_seconds": max(total - images, 0) / speed if speed else None,
+            "updated": time.time(),
+            "error": error,
+        }
         try:
-            run_folder.record_status(
-                self._config,
-                state=state,
-                images=self._state.images,
-                images_per_second=self._speed,
-                error=error,
-            )
+            run_folder.write_status(self._config.run, status)
         except OSError as problem:
             self._say(f"status.json can't be written ({problem.strerror})")
 

@@ -159,6 +159,6 @@ def test_pictures_and_status_never_end_a_run(
     assert read_status(tmp_path)["state"] == "finished"
     assert "no loss.png (No space left on device)" in capsys.readouterr().err
     with RunLog(config, state, [], throughput) as written:
-        monkeypatch.setattr(run_log.run_folder, "record_status", full)
+        monkeypatch.setattr(run_log.run_folder, "write_status", full)
         written.record_progress()
     assert "status.json can't be written (No space left on device)" in capsys.readouterr().err
