@@ -18,11 +18,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from submitit.helpers import TorchDistributedEnvironment
 
 from slurm.tasks import MODULES, Task
 from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError
+from tarflow_dist.files import read_json
 from tarflow_dist.train import EXIT_INTERRUPTED
 
 OUTCOME = "outcome.json"
@@ -108,6 +110,14 @@ class Job:
         except FileExistsError:
             return False
         return True
+
+
+def read_outcome(folder: Path) -> dict[str, Any] | None:
+    """What the first rank to end noted in a job's folder; None if it was killed before it could."""
+    try:
+        return dict(read_json(folder / OUTCOME))
+    except (OSError, TypeError, ValueError):
+        return None
 
 
 def _newest_model(task: Task) -> list[str]:

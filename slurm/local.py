@@ -9,17 +9,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from submitit.helpers import clean_env
 
 from slurm import submission
-from slurm.job import OUTCOME, Job
+from slurm.job import Job, read_outcome
 from slurm.resources import Resources
 from slurm.submission import CODE
 from slurm.tasks import Task
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import read_json
 from tarflow_dist.train import EXIT_INTERRUPTED
 
 EXIT_CODES = {"finished": 0, "interrupted": EXIT_INTERRUPTED, "refused": 2, "crashed": 1}
@@ -167,7 +165,7 @@ def _show_log(log: Path, shown: int) -> int:
 
 def _outcome(folder: Path, failed: list[int]) -> str:
     """`failed`: the ranks that were the first to."""
-    outcome = _read_outcome(folder)
+    outcome = read_outcome(folder) or {"state": "crashed", "reason": ""}
     if outcome["state"] == "crashed" and failed and outcome.get("rank") not in failed:
         print(
             f"rank {failed[0]} was the first to end, without a word, as one that is killed for "
@@ -177,11 +175,3 @@ def _outcome(folder: Path, failed: list[int]) -> str:
     if outcome["reason"]:  # of whichever rank was first, and the log that was shown is rank 0's
         print(f"{outcome['state']}: {outcome['reason']}", file=sys.stderr)
     return str(outcome["state"])
-
-
-def _read_outcome(folder: Path) -> dict[str, Any]:
-    """What the first rank to end noted; a crash, if none did."""
-    try:
-        return dict(read_json(folder / OUTCOME))
-    except (FileNotFoundError, ValueError):  # or is just being written
-        return {"state": "crashed", "reason": ""}
