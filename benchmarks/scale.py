@@ -83,9 +83,9 @@ class Watch:
         from torch.utils._python_dispatch import TorchDispatchMode
 
         from tarflow_dist import distributed
-        from tarflow_dist.training import loop, start
+        from tarflow_dist.training import loop, setup
         from tarflow_dist.training.engine import Engine
-        from tarflow_dist.training.journal import Journal
+        from tarflow_dist.training.run_log import RunLog
         from tarflow_dist.training.saver import Saver
 
         class Mode(TorchDispatchMode):
@@ -94,7 +94,7 @@ class Watch:
                     self._see(op, args)
                 return op(*args, **(kwargs or {}))
 
-        phases = [(Journal, "write_row", "log"), (loop, "restore", "resume")]
+        phases = [(RunLog, "write_row", "log"), (loop, "restore", "resume")]
         phases += [(Engine, "is_finite", "save")]
         phases += [(Saver, name, "save") for name in ("save", "publish", "finish")]
         with ExitStack() as stack:
@@ -103,7 +103,7 @@ class Watch:
                 patch(owner, name, self.during(phase, getattr(owner, name)))
             for name in THROUGH_HOST:
                 patch(distributed, name, self._through_host(getattr(distributed, name)))
-            patch(start, "Engine", self._keep(Engine))
+            patch(setup, "Engine", self._keep(Engine))
             patch(distributed.AnyRank, "ask", self._begin_step(distributed.AnyRank.ask))
             stack.enter_context(Mode())
             yield

@@ -1,20 +1,30 @@
-"""What every rank of a job runs: submitit pickles a `Job` and calls it there."""
+"""What every rank of a job runs: submitit pickles a `Job` and calls it there, or --local starts
+
+    python -m slurm.job FILE
+
+First each node is looked at, so that a bad one is named and not met hours later.
+"""
 
 import importlib
 import json
 import os
+import pickle
+import shutil
 import signal
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from submitit.helpers import TorchDistributedEnvironment
 
-from slurm import preflight
 from slurm.tasks import MODULES, Task
 from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError
+from tarflow_dist.files import read_json
 from tarflow_dist.train import EXIT_INTERRUPTED
 
 OUTCOME = "outcome.json"
@@ -36,19 +46,21 @@ class Job:
     bytes_to_write: int
 
     def __call__(self) -> None:
-        """Runs the task, and leaves its outcome for `slurm.requeue` to read.
-
-        Raises:
-            SystemExit: with code 2 after a user error.
-        """
+        """`run` as one of submitit's ranks."""
         environment = TorchDistributedEnvironment()
-        if os.environ["SUBMITIT_EXECUTOR"] == "local":
-            environment.master_addr = "127.0.0.1"
         if "MASTER_PORT" not in os.environ:
             # below those that Linux gives the near ends of connections, which may be in use
             environment.master_port = 20_000 + environment.master_port % 12_000
         # DeepSpeed picks the GPU by LOCAL_RANK, and needs to see those of the whole node for it
         environment.export(set_cuda_visible_devices=False, overwrite=True)
+        self.run()
+
+    def run(self) -> None:
+        """Runs the task, and leaves its outcome for `slurm.requeue` to read.
+
+        Raises:
+            SystemExit: with code 2 after a user error.
+        """
         # instead of submitit's handlers, which know rank 0 alone. Training puts its own in their
         # place while there is something to save; before that, and elsewhere, leaving is enough
         for number in (signal.SIGTERM, signal.SIGUSR2):
@@ -71,9 +83,9 @@ class Job:
     def _run(self) -> bool:
         """Whether the task was interrupted."""
         task, arguments = self.task, list(self.task.arguments)
-        preflight.check_node(task.folder, self.bytes_to_write, task.shards, gpus=self.gpus)
+        check_node(task.folder, self.bytes_to_write, task.shards, gpus=self.gpus)
         if not task.apart:
-            with preflight.ranks_together():
+            with ranks_together():
                 if task.of_run:
                     arguments = [*_newest_model(task), *arguments]
         code = importlib.import_module(MODULES[task.name]).main(arguments) or 0
@@ -100,6 +112,14 @@ class Job:
         return True
 
 
+def read_outcome(folder: Path) -> dict[str, Any] | None:
+    """What the first rank to end noted in a job's folder; None if it was killed before it could."""
+    try:
+        return dict(read_json(folder / OUTCOME))
+    except (OSError, TypeError, ValueError):
+        return None
+
+
 def _newest_model(task: Task) -> list[str]:
     """Converts the run's newest checkpoint, if that has not been done, and returns the options that
     name the model and a place for what is made with it. Collective."""
@@ -118,3 +138,81 @@ def _newest_model(task: Task) -> list[str]:
     if task.name == "sample_fid" and "--out" not in task.arguments:
         options += ["--out", str(run / "samples" / newest.name)]
     return options
+
+
+class NodeError(RuntimeError):
+    """A node can't do its part. The job is requeued and may get another."""
+
+    def __init__(self, problem: str):
+        super().__init__(f"node {socket.gethostname()} is unfit: {problem}")
+
+
+def check_node(folder: Path, bytes_to_write: int, shards: str | None, *, gpus: bool) -> None:
+    """Looks at this rank's device, the disk below `folder` and the shards.
+
+    Raises:
+        NodeError: naming the node and what is wrong there.
+    """
+    _check_device(int(os.environ["LOCAL_RANK"]), gpus=gpus)
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < bytes_to_write:
+        raise NodeError(
+            f"{folder} has {free / 1e9:.1f} GB free, and two checkpoints take "
+            f"{bytes_to_write / 1e9:.1f} GB"
+        )
+    if shards is not None and "://" not in shards:
+        try:
+            os.listdir(shards)
+        except OSError as error:
+            raise NodeError(f"the shards {shards} can't be read: {error.strerror}") from error
+
+
+def _check_device(local_rank: int, *, gpus: bool) -> None:
+    import torch
+
+    if gpus and torch.cuda.device_count() <= local_rank:
+        raise NodeError(
+            f"rank {os.environ['RANK']} needs GPU {local_rank}, but {torch.cuda.device_count()} "
+            f"are visible (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')})"
+        )
+    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
+    numbers = torch.Generator().manual_seed(0)
+    a, b = torch.randint(-8, 9, (2, 256, 256), generator=numbers)
+    try:
+        product = (a.to(device, torch.float32) @ b.to(device, torch.float32)).cpu()
+    except RuntimeError as error:
+        raise NodeError(f"{device} fails a matrix product: {error}") from error
+    if not torch.equal(product.long(), a @ b):  # integers this small are exact in TF32, too
+        raise NodeError(f"{device} computes a matrix product wrongly")
+
+
+@contextmanager
+def ranks_together() -> Iterator[None]:
+    """A process group around the body, after a sum over all ranks. The task makes its own later, on
+    another port: this one's may not be free again by then.
+
+    Raises:
+        NodeError: the sum is wrong.
+    """
+    import torch
+
+    from tarflow_dist import distributed
+
+    port = os.environ["MASTER_PORT"]
+    os.environ["MASTER_PORT"] = str(int(port) + 1)
+    device = distributed.init()
+    os.environ["MASTER_PORT"] = port
+    rank, world_size = distributed.rank(), distributed.world_size()
+    total = distributed.sum_over_ranks(torch.full((), rank + 1, device=device)).item()
+    if total != world_size * (world_size + 1) // 2:
+        raise NodeError(f"an all-reduce over {world_size} ranks gives {total}")
+    nodes = sorted(set(distributed.gather(socket.gethostname())))
+    if distributed.is_main():
+        print(f"{world_size} ranks on {', '.join(nodes)} can start", file=sys.stderr)
+    yield
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    pickle.loads(Path(sys.argv[1]).read_bytes()).run()

@@ -1,17 +1,28 @@
-"""Submits training, and what follows it, to Slurm.
+"""Submits a training run to Slurm, one rank a GPU. The same command again goes on
+with the run. Time limits, preemption and lost nodes requeue the job under its id, from its newest
+checkpoint.
 
-python slurm/launch.py --nodes 8 configs/in256.yaml
-python slurm/launch.py status runs/in256
-python slurm/launch.py stop runs/in256
+    python slurm/launch.py --nodes 8 configs/in256.yaml
+    python slurm/launch.py --nodes 8 configs/in256.yaml \\
+        --then 'sample_fid --num-samples 50000 --guidance 1.5 --inception-weights W.pth'
+    python slurm/launch.py --task sample_fid --nodes 2 -- --model models/in256 --reference …
+    python slurm/launch.py status RUN
+    python slurm/launch.py stop RUN
 """
 
+import argparse
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout, not this folder
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout, not this folder
 
-from slurm import monitor, submit  # noqa: E402
-from tarflow_dist.errors import run_command  # noqa: E402
+from slurm import job_states, local, monitor, submission, summary, tasks
+from slurm.resources import Resources, add_options, read_options
+from slurm.tasks import Task
+from tarflow_dist.errors import UserError, run_command
 
 COMMANDS = {"status": monitor.status, "stop": monitor.stop}
 
@@ -19,7 +30,86 @@ COMMANDS = {"status": monitor.status, "stop": monitor.stop}
 def main(argv: list[str]) -> int:
     if argv and argv[0] in COMMANDS:
         return COMMANDS[argv[0]](argv[1:])
-    return submit.main(argv)
+    return _launch(argv)
+
+
+def _launch(argv: list[str]) -> int:
+    own, words = _split(argv)
+    arguments = _parser().parse_intermixed_args(own)
+    resources = read_options(arguments)
+    task = tasks.make(arguments.task, [*arguments.arguments, *words])
+    chain = [task]
+    if arguments.then:
+        if task.name != "train":
+            raise UserError("--then comes after training: leave out --task")
+        chain.append(tasks.after_training(shlex.split(arguments.then), task))
+    if arguments.local:
+        resources = local.here(resources)
+    if not arguments.local and not arguments.dry_run:
+        _check_partition(resources)
+
+    plan = summary.describe(chain, resources)
+    print(plan.text, flush=True)
+    if arguments.dry_run:
+        _show_scripts(chain, resources)
+        if plan.problem:
+            print(f"would be refused: {plan.problem}", file=sys.stderr)
+        return 0
+    if plan.problem and not arguments.force:
+        raise UserError(f"{plan.problem}; --force takes it nevertheless")
+    if arguments.local:
+        return local.run(chain, resources)
+    submission.submit(chain, resources, command=shlex.join(["slurm/launch.py", *argv]))
+    print(f"python slurm/launch.py status {shlex.quote(str(task.folder))}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python slurm/launch.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "arguments",
+        nargs="*",
+        metavar="CONFIG [key=value …]",
+        help="as tarflow_dist.train takes them; for another task its command line, after --",
+    )
+    add("--task", choices=tasks.MODULES, default="train", help="default train")
+    add(
+        "--then",
+        metavar="'TASK …'",
+        help="sample_fid or evaluate_bpd with its options, for when the training is finished",
+    )
+    add("--dry-run", action="store_true", help="print plan and script; needs no Slurm")
+    add("--local", action="store_true", help="run the job on this machine, now")
+    add("--force", action="store_true", help="submit what seems not to fit")
+    add_options(parser.add_argument_group("resources"))
+    return parser
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands before and after the first --."""
+    at = list(argv).index("--") if "--" in argv else len(argv)
+    return list(argv[:at]), list(argv[at + 1 :])
+
+
+def _check_partition(resources: Resources) -> None:
+    known = job_states.partitions()
+    for name in (resources.partition or "").split(","):
+        if name and name not in known:
+            raise UserError(f"there is no partition {name}: choose among {', '.join(known)}")
+
+
+def _show_scripts(chain: Sequence[Task], resources: Resources) -> None:
+    for task in chain:
+        folder = submission.new_folder(task)
+        print(f"\n----- {folder / 'ID_submission.sh'}")
+        print(submission.make_executor(task, resources, folder).script(), end="")
+        resources = submission.following(resources, "ID")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

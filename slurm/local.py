@@ -1,30 +1,27 @@
-"""--local: the same job through submitit's local executor."""
+"""--local: the same job on this machine, a process a rank."""
 
 import os
+import pickle
 import shlex
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import psutil
-import submitit
-from submitit.helpers import clean_env, environment_variables
+from submitit.helpers import clean_env
 
 from slurm import submission
-from slurm.job import EXIT_INTERRUPTED, OUTCOME
+from slurm.job import Job, read_outcome
 from slurm.resources import Resources
-from slurm.script import CODE
+from slurm.submission import CODE
 from slurm.tasks import Task
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import read_json
+from tarflow_dist.train import EXIT_INTERRUPTED
 
 EXIT_CODES = {"finished": 0, "interrupted": EXIT_INTERRUPTED, "refused": 2, "crashed": 1}
-CONTROLLER, RANK = "submitit.local._local", "SUBMITIT_LOCAL_GLOBALID"
-"""Its module, and the variable that it sets."""
+ENDED = (0, EXIT_INTERRUPTED)
 GRACE = 5.0
 """Seconds that the other ranks of one that failed have to end by themselves: mostly they meet the
 same error, or miss that one."""
@@ -69,117 +66,112 @@ def run(chain: Sequence[Task], resources: Resources) -> int:
 def _run(task: Task, resources: Resources) -> str:
     folder = submission.new_folder(task)
     job = submission.prepare(task, resources, folder)
-    python = shlex.quote(resources.python or sys.executable)
-    executor = submitit.LocalExecutor(folder, python=f"{python} -P")
-    executor.update_parameters(
-        tasks_per_node=task.ranks_a_node(resources),
-        gpus_per_node=resources.gpus_per_node,
-        timeout_min=resources.minutes,
-        signal_delay_s=resources.signal_delay,
-        setup=resources.setup,
-        stderr_to_stdout=True,
-    )
-    path = [str(folder / CODE), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {"OMP_NUM_THREADS": "1", **resources.env, "PYTHONPATH": os.pathsep.join(path)}
-    with clean_env(), environment_variables(**environment), _ctrl_c_ignored():
-        submitted = executor.submit(job)
+    ranks = start(job, task.ranks_a_node(resources), resources)
     print(f"logs in {folder}", flush=True)
-    return watch(submitted, folder)
+    return watch(ranks, folder, seconds=60 * resources.minutes - resources.signal_delay)
 
 
-def watch(submitted: submitit.Job, folder: Path) -> str:
-    """Shows rank 0's log until all ranks have ended, and ends them once one has failed. Ctrl-C and
-    SIGTERM have them save.
+def start(job: Job, count: int, resources: Resources) -> list[subprocess.Popen[bytes]]:
+    """Starts `count` ranks of the job, which leave Ctrl-C to this process.
+
+    Raises:
+        UserError: a shell line of `resources.setup` fails.
+    """
+    file = job.folder / "job.pkl"
+    file.write_bytes(pickle.dumps(job))
+    command = [resources.python or sys.executable, "-u", "-P", "-m", "slurm.job", str(file)]
+    common = _environment(job.folder, resources)
+    common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    # the port is below those that Linux gives the near ends of connections, which may be in use
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20_000 + os.getpid() % 12_000)}
+    ranks = []
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a new process takes over
+    for rank in range(count):
+        environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with _log(job.folder, rank).open("wb") as log:
+            ranks.append(
+                subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            )
+    signal.signal(signal.SIGINT, before)
+    return ranks
+
+
+def _environment(folder: Path, resources: Resources) -> dict[str, str]:
+    """The variables of all ranks, as the lines of `resources.setup` leave them."""
+    with clean_env():
+        environment = dict(os.environ)
+    path = [str(folder / CODE), *filter(None, [environment.get("PYTHONPATH")])]
+    environment |= {"OMP_NUM_THREADS": "1", **resources.env, "PYTHONPATH": os.pathsep.join(path)}
+    if not resources.gpus_per_node:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    if not resources.setup:
+        return environment
+    file = folder / "environment"
+    script = " && ".join([*resources.setup, f"env -0 >{shlex.quote(str(file))}"])
+    if subprocess.run(["bash", "-c", script], env=environment).returncode:
+        raise UserError(f"setup fails: {' && '.join(resources.setup)}")
+    lines = file.read_bytes().decode(errors="surrogateescape").split("\0")
+    return dict(line.split("=", 1) for line in lines if line)
+
+
+def _log(folder: Path, rank: int) -> Path:
+    return folder / f"local_{rank}_log.out"
+
+
+def watch(ranks: list[subprocess.Popen[bytes]], folder: Path, *, seconds: float) -> str:
+    """Shows rank 0's log until all ranks have ended, and ends them once one has failed. Ctrl-C,
+    SIGTERM and the end of `seconds` have them save.
 
     Returns:
         The outcome.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    ranks = Ranks(submitted.job_id)
-    shown = 0
+    end = time.monotonic() + seconds
+    shown, failed = 0, list[int]()
     while True:
         try:
-            ended = submitted.done()
-            shown = _show_log(submitted.paths.stdout, shown)
-            if ended:
-                return _outcome(folder, ranks)
-            ranks.look()
-            one_ended = ranks.first_gone or (folder / OUTCOME).exists()
-            if one_ended and _read_outcome(folder)["state"] in ("crashed", "refused"):
-                ranks.end()
+            codes = [process.poll() for process in ranks]
+            shown = _show_log(_log(folder, 0), shown)
+            if None not in codes:
+                return _outcome(folder, failed)
+            failed = failed or [r for r, code in enumerate(codes) if code not in (None, *ENDED)]
+            if failed:
+                _end(ranks)
+            if time.monotonic() >= end:
+                end = float("inf")
+                raise KeyboardInterrupt
             time.sleep(0.2)
         except KeyboardInterrupt:
-            ranks.interrupt()
-
-
-class Ranks:
-    """The processes of a job's ranks. submitit's controller starts them, and waits until the last
-    of them ends, whatever becomes of the others."""
-
-    def __init__(self, job_id: str):
-        self._started = psutil.Process(int(job_id))  # the controller, or a shell that starts it
-        self._controllers: list[psutil.Process] = []  # one, once it runs
-        self._running: dict[int, psutil.Process] = {}
-        self.first_gone: list[int] = []
-
-    def look(self) -> None:
-        """Takes note of which of them run, and which were the first to end."""
-        with suppress(psutil.Error):  # some end meanwhile
-            processes = [self._started, *self._started.children()]
-            self._controllers = [p for p in processes if CONTROLLER in p.cmdline()]
-            ranks = {p.environ().get(RANK): p for c in self._controllers for p in c.children()}
-            running = {int(rank): process for rank, process in ranks.items() if rank is not None}
-            self.first_gone = self.first_gone or sorted(self._running.keys() - running.keys())
-            self._running = running
-
-    def interrupt(self) -> None:
-        """Has them save and end: the controller tells them."""
-        with suppress(psutil.Error):
-            for process in self._controllers or [self._started, *self._started.children()]:
+            for process in ranks:
                 process.terminate()
 
-    def end(self) -> None:
-        """Kills those that don't end by themselves: what they wait for will not come."""
-        _, waiting = psutil.wait_procs(self._running.values(), timeout=GRACE)
-        for process in waiting:
+
+def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
+    """Kills those that don't end by themselves: what they wait for will not come."""
+    patience = time.monotonic() + GRACE
+    for process in ranks:
+        try:
+            process.wait(max(0.0, patience - time.monotonic()))
+        except subprocess.TimeoutExpired:
             process.kill()
-
-
-@contextmanager
-def _ctrl_c_ignored() -> Iterator[None]:
-    """Processes that start meanwhile leave Ctrl-C alone: submitit's controller would kill the ranks
-    a second after it, in the middle of their checkpoint."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _show_log(log: Path, shown: int) -> int:
     """Prints what was written past `shown` characters, and returns how many there are now."""
-    text = log.read_text(errors="replace") if log.exists() else ""
+    text = log.read_text(errors="replace")
     print(text[shown:], end="", flush=True)
     return len(text)
 
 
-def _outcome(folder: Path, ranks: Ranks) -> str:
-    outcome = _read_outcome(folder)
-    first = ranks.first_gone
-    if outcome["state"] == "crashed" and first and outcome.get("rank") not in first:
+def _outcome(folder: Path, failed: list[int]) -> str:
+    """`failed`: the ranks that were the first to."""
+    outcome = read_outcome(folder) or {"state": "crashed", "reason": ""}
+    if outcome["state"] == "crashed" and failed and outcome.get("rank") not in failed:
         print(
-            f"rank {first[0]} was the first to end, without a word, as one that is killed for want "
-            f"of memory; logs in {folder}",
+            f"rank {failed[0]} was the first to end, without a word, as one that is killed for "
+            f"want of memory; logs in {folder}",
             file=sys.stderr,
         )
     if outcome["reason"]:  # of whichever rank was first, and the log that was shown is rank 0's
         print(f"{outcome['state']}: {outcome['reason']}", file=sys.stderr)
     return str(outcome["state"])
-
-
-def _read_outcome(folder: Path) -> dict[str, Any]:
-    """What the first rank to end noted; a crash, if none did."""
-    try:
-        return dict(read_json(folder / OUTCOME))
-    except (FileNotFoundError, ValueError):  # or is just being written
-        return {"state": "crashed", "reason": ""}

@@ -11,10 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from slurm.job import EXIT_INTERRUPTED, OUTCOME
+from slurm.job import read_outcome
 from slurm.records import STOP, Record, last_error
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import read_json
+from tarflow_dist.train import EXIT_INTERRUPTED
 from tarflow_dist.training import run_folder
 
 ENDS = "ends.jsonl"
@@ -23,7 +23,7 @@ ENDS = "ends.jsonl"
 def main(argv: list[str]) -> int:
     folder, code = Path(argv[0]), int(argv[1])
     record = Record.read(folder)
-    outcome = _outcome(folder, code)
+    outcome = read_outcome(folder) or _killed(folder, code)
     state, reason = outcome["state"], outcome["reason"]
     end = {
         "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
@@ -53,17 +53,12 @@ def main(argv: list[str]) -> int:
     return EXIT_INTERRUPTED
 
 
-def _outcome(folder: Path, code: int) -> dict[str, str]:
-    """What the ranks noted, or what can be told of ranks that were killed before they could."""
-    try:
-        return dict(read_json(folder / OUTCOME))
-    except (OSError, TypeError, ValueError):
-        killed = f" (signal {code - 128})" if code > 128 else ""
-        said = last_error(folder)
-        return {
-            "state": "crashed",
-            "reason": f"srun ended with {code}{killed}{': ' if said else ''}{said}",
-        }
+def _killed(folder: Path, code: int) -> dict[str, Any]:
+    """What can be told of ranks that were killed before they noted an outcome."""
+    signal = f" (signal {code - 128})" if code > 128 else ""
+    said = last_error(folder)
+    reason = f"srun ended with {code}{signal}{': ' if said else ''}{said}"
+    return {"state": "crashed", "reason": reason}
 
 
 def _ends_without_progress(folder: Path, *, counts_interruptions: bool) -> int:

@@ -1,16 +1,15 @@
 """What a job asks of Slurm: a cluster's YAML file, and options on top of it."""
 
 import argparse
-import difflib
 import math
 import os
 import re
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
+from tarflow_dist import config_file as configs
 from tarflow_dist.config import Section
 from tarflow_dist.errors import UserError
 
@@ -18,26 +17,11 @@ CLUSTERS = Path(__file__).parent / "clusters"
 CLUSTER_VARIABLE = "TARFLOW_CLUSTER"
 
 
-class Resources(Section):
-    """Every field is a key of slurm/clusters/NAME.yaml, and an option of launch.py."""
+class SbatchOptions(Section):
+    """Options of sbatch, under their own names."""
 
-    nodes: PositiveInt = 1
-    """Nodes."""
-    gpus_per_node: NonNegativeInt = 8
-    """GPUs a node, one rank on each; 0 runs on CPUs."""
-    tasks_per_node: PositiveInt | None = None
-    """Ranks a node; default one a GPU, or one on CPUs."""
-    cpus: PositiveInt | None = None
-    """CPU cores a rank; default what the task's worker processes need."""
     mem: str | None = None
     """Memory a node, such as 500G; 0 is all of it."""
-    time: str = "24:00:00"
-    """Time limit as Slurm writes it: minutes, hours:minutes:seconds, days-hours. Reaching it costs
-    a run nothing: it is saved and requeued."""
-    signal_delay: PositiveInt = 300
-    """Seconds before the time limit at which the run is saved."""
-    attempts: PositiveInt = 5
-    """Ends in a row at the same checkpoint after which a job is no longer requeued."""
     partition: str | None = None
     """Partition; default the cluster's."""
     account: str | None = None
@@ -64,6 +48,26 @@ class Resources(Section):
     """Who gets those mails."""
     wckey: str | None = None
     """Workload characterisation key."""
+
+
+class Resources(SbatchOptions):
+    """Every field is a key of slurm/clusters/NAME.yaml, and an option of launch.py."""
+
+    nodes: PositiveInt = 1
+    """Nodes."""
+    gpus_per_node: NonNegativeInt = 8
+    """GPUs a node, one rank on each; 0 runs on CPUs."""
+    tasks_per_node: PositiveInt | None = None
+    """Ranks a node; default one a GPU, or one on CPUs."""
+    cpus: PositiveInt | None = None
+    """CPU cores a rank; default what the task's worker processes need."""
+    time: str = "24:00:00"
+    """Time limit as Slurm writes it: minutes, hours:minutes:seconds, days-hours. Reaching it costs
+    a run nothing: it is saved and requeued."""
+    signal_delay: PositiveInt = 300
+    """Seconds before the time limit at which the run is saved."""
+    attempts: PositiveInt = 5
+    """Ends in a row at the same checkpoint after which a job is no longer requeued."""
     container_image: str | None = None
     """Container in which the ranks run (pyxis), such as /images/tarflow.sqsh."""
     container_mounts: str | None = None
@@ -140,18 +144,10 @@ def add_options(parser: argparse._ActionsContainer) -> None:
         default: Any = field.default
         if isinstance(default, bool):
             parser.add_argument(flag, dest=name, action="store_true", default=None, help=text)
-        elif isinstance(default, dict):
-            parser.add_argument(
-                flag,
-                dest=name,
-                action="append",
-                metavar="NAME=VALUE",
-                help=f"{text} Again for another.",
-            )
-        elif isinstance(default, list):
-            parser.add_argument(
-                flag, dest=name, action="append", metavar="LINE", help=f"{text} Again for another."
-            )
+        elif isinstance(default, dict | list):
+            metavar = "LINE" if isinstance(default, list) else "NAME=VALUE"
+            text += " Again for another."
+            parser.add_argument(flag, dest=name, action="append", metavar=metavar, help=text)
         else:
             shown = text if default is None else f"{text} Default {default}."
             parser.add_argument(flag, dest=name, metavar=name.upper(), help=shown)
@@ -191,27 +187,17 @@ def _pair(name: str, text: str) -> tuple[str, str | bool]:
 def _read_cluster(name: str) -> dict[str, Any]:
     file = Path(name) if name.endswith(".yaml") else CLUSTERS / f"{name}.yaml"
     try:
-        tree = yaml.safe_load(file.read_text())
+        return configs.read_yaml(file, "partition and time")
     except FileNotFoundError as error:
         known = ", ".join(sorted(file.stem for file in CLUSTERS.glob("*.yaml")))
         raise UserError(
             f"there is no cluster file {file}: write one, or choose among {known}"
         ) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{file} should hold keys such as partition and time")
-    return tree
 
 
 def _first_problem(error: ValidationError, cluster: str | None) -> str:
-    problem = error.errors()[0]
-    key = str(problem["loc"][0]) if problem["loc"] else ""
-    if problem["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(key, Resources.model_fields, n=1, cutoff=0.0)[0]
-        return f"cluster {cluster}: unknown key {key}; did you mean {nearest}?"
-    reason = problem["msg"].removeprefix("Value error, ")
-    if not key:
-        return reason
-    hint = " (YAML reads 24:00:00 as a number: put it in quotes)" if key == "time" else ""
-    return f"{key} is {problem['input']!r}: {reason[0].lower()}{reason[1:]}{hint}"
+    problem = configs.first_problem(error, [*Resources.model_fields])
+    if problem.startswith("unknown key"):
+        return f"cluster {cluster}: {problem}"
+    hint = "(YAML reads 24:00:00 as a number: put it in quotes)"
+    return f"{problem} {hint}" if problem.startswith("time is") else problem

@@ -8,7 +8,12 @@ from slurm.resources import Resources
 from slurm.tasks import Task
 from tarflow_dist.config import Config
 from tarflow_dist.cost.cards import card
-from tarflow_dist.cost.estimate import CHECKPOINT_COPIES, estimate, fitting_micro_batch
+from tarflow_dist.cost.estimate import (
+    checkpoint_bytes,
+    does_not_fit,
+    estimate,
+    fitting_micro_batch,
+)
 from tarflow_dist.cost.network import advised, network, network_estimate, waiting
 from tarflow_dist.flow.flops import FlowCost
 from tarflow_dist.models import hub
@@ -63,10 +68,7 @@ def _missing_model(config: Config) -> str:
 
 def bytes_to_write(task: Task) -> int:
     """What must be free on disk: two checkpoints of a training."""
-    if task.config is None:
-        return 0
-    parameters = FlowCost(task.config.model).num_parameters
-    return 2 * CHECKPOINT_COPIES * 4 * parameters
+    return 0 if task.config is None else 2 * checkpoint_bytes(FlowCost(task.config.model))
 
 
 def _training_rows(config: Config, resources: Resources) -> tuple[dict[str, str], str]:
@@ -112,8 +114,4 @@ def _training_rows(config: Config, resources: Resources) -> tuple[dict[str, str]
     rows["checkpoint"] = f"{cost.checkpoint_bytes / 1e9:.1f} GB"
     if cost.chosen.fits:
         return rows, ""
-    return rows, (
-        f"training needs about {need:.1f} GiB on each {resources.gpu}, which has {there:.0f}: make "
-        f"train.micro_batch_size smaller ({cost.chosen.largest_micro_batch} may fit), recompute "
-        "with train.activation_checkpointing=1, or name another card with --gpu"
-    )
+    return rows, does_not_fit(cost, resources.gpu)

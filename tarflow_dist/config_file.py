@@ -46,18 +46,32 @@ def find(path: Path) -> Path:
     return recipe if path.parent == Path() and not path.is_file() and recipe.is_file() else path
 
 
-def _read_tree(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, keys: str) -> dict[str, Any]:
+    """What the YAML file `path` says of its keys, some of which are named in `keys`.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        UserError: it is damaged, or has no keys.
+    """
     try:
         tree = yaml.safe_load(read_regular(path).decode())
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is not a config: it should hold keys such as {keys}")
+    return tree
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
+    try:
+        tree = read_yaml(path, "model and data")
     except FileNotFoundError as error:
         raise UserError(
             f"there is no config {path}: name a YAML file, or one of the recipes "
             f"{', '.join(recipes())}"
         ) from error
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} is not a config: it should hold keys such as model and data")
     try:
         take_version(tree, newest=VERSION)
     except ValueError as error:
@@ -69,7 +83,9 @@ def _validated(tree: dict[str, Any], path: Path) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{path}: {_first_problem(error)}") from error
+        raise UserError(
+            f"{path}: {first_problem(error, [key for key, _, _ in fields(Config)])}"
+        ) from error
 
 
 def load_saved(run: Path) -> tuple[Config, dict[str, Any]]:
@@ -152,10 +168,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def _first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError, known: list[str]) -> str:
+    """A sentence on what is wrong with a tree whose keys, dotted, are `known`."""
     # a misspelt key is both unknown and, under its right name, missing: tell the former
     problem = min(error.errors(), key=lambda p: p["type"] not in UNKNOWN)
-    known = [key for key, _, _ in fields(Config)]
     path = ".".join(str(part) for part in problem["loc"])
     # pydantic names a union's branches in the path: keep the part that is a field
     key = next((k for k in known if path == k or path.startswith(f"{k}.")), path)

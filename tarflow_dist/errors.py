@@ -2,13 +2,13 @@
 
 import errno
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
-
-from tarflow_dist import launcher
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130  # a shell's 128 + SIGINT
@@ -41,7 +41,7 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
     on a `UserError`, a full disk or a missing permission. Output that nobody reads is dropped, and
     a rank ends with its torchrun."""
     _keep_streams_open()
-    launcher.follow()
+    _end_with_torchrun()
     try:
         code = main(sys.argv[1:]) or 0
     except UserError as error:
@@ -90,6 +90,20 @@ def _keep_streams_open() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
         setattr(sys, name, _Unbreakable(stream))
+
+
+def _end_with_torchrun() -> None:
+    """Under torchrun, ends this process as SIGTERM does (training saves first) once torchrun is
+    gone: killed, it can't end its ranks itself. Elsewhere nothing happens."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    threading.Thread(target=_terminate_after, args=(os.getppid(),), daemon=True).start()
+
+
+def _terminate_after(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _report(sentence: str) -> int:

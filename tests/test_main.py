@@ -38,7 +38,7 @@ def test_help_tells_each_option_and_its_default(
 
     for name in ("parse_args", "parse_intermixed_args"):
         monkeypatch.setattr(argparse.ArgumentParser, name, stop)
-    elsewhere = {"data_prep": "data_prep.commands", "launch": "slurm.submit"}
+    elsewhere = {"data_prep": "data_prep.commands", "launch": "slurm.launch"}
     module = elsewhere.get(command, f"tarflow_dist.{command.replace('-', '_')}")
     main = "parse" if command == "data_prep" else "main"
     with pytest.raises(ParserBuiltError) as caught:

@@ -17,7 +17,7 @@ from benchmarks.gpu.models import ROOT, Bench, attempt
 from benchmarks.loader import batches_of
 from benchmarks.pictures import write_photos
 from tarflow_dist.data.shards import open_shards
-from tarflow_dist.training.augment import augment
+from tarflow_dist.training.maximum_likelihood import augment
 
 
 def commands(bench: Bench) -> Iterator[dict[str, Any]]:

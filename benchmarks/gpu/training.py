@@ -98,14 +98,10 @@ def peak_and_plan(bench: Bench, config: Config) -> dict[str, float]:
     step()
     step()
     planned = training_memory(
-        FlowCost(config.model),
+        config,
+        1,
         stage=train.zero_stage,
-        precision=train.precision,
-        reduce_precision=train.reduce_precision,
-        world_size=1,
-        offload=False,
         micro_batch=train.batch_size,
-        accumulating=False,
         checkpoint_every=train.activation_checkpointing,
     )
     measured = bench.peak_gib() - before

@@ -135,7 +135,7 @@ def estimate(config: Config, card: Card, gpus: int, *, mfu: float) -> Estimate:
         parameters=counts.num_parameters,
         forward_flops=counts.forward_flops,
         training_flops=counts.training_flops,
-        layouts=list(_layouts(config, counts, card, gpus, micro_batch)),
+        layouts=list(_layouts(config, card, gpus, micro_batch)),
         plain=speed(0),
         checkpointed=speed(every or 1),
         image_bytes=image_bytes or raw_bytes,
@@ -155,9 +155,8 @@ def fitting_micro_batch(config: Config, memory: int, gpus: int) -> int:
     micro_batch = config.micro_batch(gpus)
     if config.train.micro_batch_size is not None:
         return micro_batch
-    train = config.train
-    stage, every = train.zero_stage, train.activation_checkpointing
-    return _largest_micro_batch(config, FlowCost(config.model), memory, gpus, stage, every) or 1
+    stage, every = config.train.zero_stage, config.train.activation_checkpointing
+    return _largest_micro_batch(config, memory, gpus, stage, every) or 1
 
 
 def checkpoint_bytes(counts: FlowCost) -> int:
@@ -182,57 +181,36 @@ def does_not_fit(result: Estimate, gpu: str) -> str:
     return f"{need}: it takes a larger card, more GPUs or train.offload=true at ZeRO 3"
 
 
-def _layouts(
-    config: Config, counts: FlowCost, card: Card, gpus: int, micro_batch: int
-) -> Iterator[Layout]:
+def _layouts(config: Config, card: Card, gpus: int, micro_batch: int) -> Iterator[Layout]:
     train = config.train
     for stage in STAGES:
         if stage == 0 and train.precision == "bf16":
             continue  # refused by the config
         for every in (0, train.activation_checkpointing or 1):
-            memory = _memory(config, counts, gpus, stage, every, micro_batch)
+            memory = training_memory(
+                config, gpus, stage=stage, micro_batch=micro_batch, checkpoint_every=every
+            )
             yield Layout(
                 stage=stage,
                 checkpoint_every=every,
                 chosen=(stage, every) == (train.zero_stage, train.activation_checkpointing),
                 memory=memory,
                 fits=memory.peak <= card.memory * (1 - HEADROOM),
-                largest_micro_batch=_largest_micro_batch(
-                    config, counts, card.memory, gpus, stage, every
-                ),
+                largest_micro_batch=_largest_micro_batch(config, card.memory, gpus, stage, every),
             )
 
 
-def _memory(
-    config: Config,
-    counts: FlowCost,
-    gpus: int,
-    stage: Stage,
-    checkpoint_every: int,
-    micro_batch: int,
-) -> Memory:
-    train = config.train
-    return training_memory(
-        counts,
-        stage=stage,
-        precision=train.precision,
-        reduce_precision=train.reduce_precision,
-        world_size=gpus,
-        micro_batch=micro_batch,
-        accumulating=micro_batch < train.batch_size // gpus,
-        checkpoint_every=checkpoint_every,
-        offload=train.offload and stage >= 2,
-    )
-
-
 def _largest_micro_batch(
-    config: Config, counts: FlowCost, memory: int, gpus: int, stage: Stage, checkpoint_every: int
+    config: Config, memory: int, gpus: int, stage: Stage, checkpoint_every: int
 ) -> int:
     """0 if none fits into `memory` less the headroom."""
     share, room = config.train.batch_size // gpus, memory * (1 - HEADROOM)
     sizes = (size for size in range(share, 0, -1) if share % size == 0)
     for size in sizes:
-        if _memory(config, counts, gpus, stage, checkpoint_every, size).peak <= room:
+        needed = training_memory(
+            config, gpus, stage=stage, micro_batch=size, checkpoint_every=checkpoint_every
+        )
+        if needed.peak <= room:
             return size
     return 0
 

@@ -6,9 +6,10 @@ are held against measured runs in tests/test_plan.py. Padding, labels and pixels
 than one part in a hundred of any model worth planning.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from tarflow_dist.config import Config
 from tarflow_dist.flow.flops import FlowCost
 
 Stage = Literal[0, 1, 2, 3]
@@ -71,29 +72,21 @@ class Memory:
 
 
 def training_memory(
-    counts: FlowCost,
-    *,
-    stage: Stage,
-    precision: Precision,
-    reduce_precision: Precision,
-    world_size: int,
-    micro_batch: int,
-    accumulating: bool,
-    checkpoint_every: int,
-    offload: bool,
+    config: Config, gpus: int, *, stage: Stage, micro_batch: int, checkpoint_every: int
 ) -> Memory:
-    """Memory of training on one of `world_size` GPUs.
+    """Memory of the run of `config` on one of `gpus`, at another ZeRO stage.
 
     Args:
         micro_batch: images a GPU and pass.
-        accumulating: a step takes several passes.
         checkpoint_every: every k-th transformer layer is recomputed in the backward pass; 0: none.
-        offload: masters, optimiser state and gradients live on the host (stages 2 and 3).
     """
+    train, counts = config.train, FlowCost(config.model)
+    precision = train.precision
+    accumulating = micro_batch < train.batch_size // gpus
     P = counts.num_parameters
     bf16 = precision == "bf16"
     weight = 2 if bf16 else FP32
-    own = P / world_size
+    own = P / gpus
     activations = micro_batch * image_activations(counts, precision, checkpoint_every)
     if precision == "bf16_autocast":
         activations += 2 * P  # the weights' bf16 copies
@@ -102,15 +95,15 @@ def training_memory(
     held, buffers, late = 0.0, 0.0, 0.0
     if stage == 0:
         held = FP32 * P if accumulating else 0
-        reduced = FP32 * min(P, REDUCE_BUCKET) if world_size > 1 else 0
+        reduced = FP32 * min(P, REDUCE_BUCKET) if gpus > 1 else 0
         late = FP32 * P - held + reduced
         update = FP32 * P - held
     elif stage in (1, 2):  # each gradient goes into its bucket and is gone
-        sent = FP32 if reduce_precision == "fp32" else 2
+        sent = FP32 if train.reduce_precision == "fp32" else 2
         bucket, flying = min(P, BUCKET), min(P, (IN_FLIGHT + 1) * BUCKET)
         held = FP32 * (P if stage == 1 else own) if accumulating else 0
         buffers = sent * bucket
-        late = FP32 * own + sent * (flying - bucket + flying / world_size) - held
+        late = FP32 * own + sent * (flying - bucket + flying / gpus) - held
         update = FP32 * own - held
     else:
         held = FP32 * own
@@ -122,7 +115,7 @@ def training_memory(
     weights: float = weight * P
     if stage == 3:
         small = sum(size for size in counts.parameters.values() if size < KEPT_WHOLE)
-        weights = weight * (own + (small if world_size > 1 else 0))
+        weights = weight * (own + (small if gpus > 1 else 0))
     memory = Memory(
         weights=weights,
         masters=FP32 * own if stage else 0,
@@ -133,7 +126,12 @@ def training_memory(
         late=late,
         update=update,
     )
-    return _offloaded(memory, weight * own) if offload else memory
+    if not train.offload or stage < 2:
+        return memory
+    # on the host, with a buffer there through which the new weights go back
+    moved = memory.masters + memory.optimiser + max(memory.gradients, memory.masters)
+    on_host = moved + weight * own
+    return replace(memory, masters=0, optimiser=0, gradients=0, update=0, host=on_host)
 
 
 def image_activations(counts: FlowCost, precision: Precision, checkpoint_every: int) -> float:
@@ -167,20 +165,3 @@ def layer_activations(counts: FlowCost, precision: Precision) -> int:
     stream = 2 if precision == "bf16" else FP32
     norms = 2 * N * (stream * w + FP32 * 2)
     return norms + 14 * value * N * w + FP32 * N * (w // counts.config.head_dim)
-
-
-def _offloaded(memory: Memory, weights: float) -> Memory:
-    """`memory` with masters, optimiser state and gradients on the host, and a buffer there through
-    which the new `weights` go back."""
-    moved = memory.masters + memory.optimiser + max(memory.gradients, memory.masters)
-    return Memory(
-        weights=memory.weights,
-        masters=0,
-        optimiser=0,
-        gradients=0,
-        buffers=memory.buffers,
-        activations=memory.activations,
-        late=memory.late,
-        update=0,
-        host=moved + weights,
-    )

@@ -3,12 +3,11 @@
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any
 
 from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError
 from tarflow_dist.files import inside, open_regular
@@ -19,35 +18,25 @@ DEFAULT_CACHE_LIMIT = 100_000_000_000
 SHARD_SUFFIXES = (".mds", ".tar")  # what makes room; manifests and the like stay
 
 
-class Store(Protocol):
-    """The files of a set, by their names in it. Holds no open files or connections, so it can be
-    copied to other processes."""
-
-    def read(self, name: str, offset: int, size: int) -> bytes:
-        """Fewer than `size` bytes if the file ends before."""
-
-    def path(self, name: str) -> Path:
-        """A small file that stays, such as the manifest."""
-
-    def renew(self, name: str) -> Path | None:
-        """Gives up a copy that turned out to be damaged, so that the next `read` fetches the file
-        again, and returns its place; None where files are read as they lie."""
-
-
 class Folder:
-    """A folder on a disk that this machine sees."""
+    """The files of a set, by their names in it, on a disk that this machine sees. Holds no open
+    files or connections, nor does `ObjectStore`, so that they can be copied to other processes."""
 
     def __init__(self, root: Path):
         self._root = root
 
     def read(self, name: str, offset: int, size: int) -> bytes:
-        with _opened(inside(self._root, name)) as file:
-            return os.pread(file, size, offset)
+        """Fewer than `size` bytes if the file ends before."""
+        with _opened(open_regular(inside(self._root, name))) as file:
+            return os.pread(file.fileno(), size, offset)
 
     def path(self, name: str) -> Path:
+        """A small file that stays, such as the manifest."""
         return inside(self._root, name)
 
-    def renew(self, name: str) -> None:
+    def renew(self, name: str) -> Path | None:
+        """Gives up a copy that turned out to be damaged, so that the next `read` fetches the file
+        again, and returns its place; None where files are read as they lie."""
         return None
 
 
@@ -88,8 +77,8 @@ class ObjectStore:
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         with self._open(name) as file:
-            os.utime(file)
-            return os.pread(file, size, offset)
+            os.utime(file.fileno())
+            return os.pread(file.fileno(), size, offset)
 
     def path(self, name: str) -> Path:
         with self._open(name):
@@ -100,17 +89,12 @@ class ObjectStore:
         local.unlink(missing_ok=True)
         return local
 
-    @contextmanager
-    def _open(self, name: str) -> Iterator[int]:
+    def _open(self, name: str) -> IO[bytes]:
         local = inside(self._root, name)
         try:
-            file = open_regular(local)
+            return _opened(open_regular(local))
         except FileNotFoundError:
-            file = self._download(name, local)
-        try:
-            yield file
-        finally:
-            os.close(file)
+            return _opened(self._download(name, local))
 
     def _download(self, name: str, local: Path) -> int:
         """Brings a file into the cache and returns it opened, before anyone can remove it."""
@@ -167,18 +151,16 @@ def _downloader(url: str, process: int) -> Any:
     return CloudDownloader.get(url)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    file = open_regular(path)
-    try:
-        yield file
-    finally:
-        os.close(file)
+def _opened(descriptor: int) -> IO[bytes]:
+    return open(descriptor, "rb", buffering=0)
+
+
+Store = Folder | ObjectStore
 
 
 def open_store(
     path: str | Path, *, cache: Path | None = None, cache_limit: int | None = None
-) -> Folder | ObjectStore:
+) -> Store:
     """`path` is a folder, or the address of one in an object store (scheme://…)."""
     if "://" not in str(path):
         return Folder(Path(path))

@@ -46,29 +46,34 @@ def open_dashboards(
         UserError: one is not installed or can't be reached, or has no account for us.
     """
     opened: list[Dashboard] = []
-    if log.tensorboard:
-        opened.append(TensorBoard(run / TENSORBOARD / part, images))
+    writer = _tensorboard_writer() if log.tensorboard else None  # before a run begins at wandb
     if log.wandb != "disabled":
         opened.append(Wandb(run, log, config, wandb_id))
+    if writer is not None:
+        # its reader drops what earlier files have from there on
+        purge = None if images is None else images + 1
+        opened.append(TensorBoard(writer(str(run / TENSORBOARD / part), purge_step=purge)))
     return opened
 
 
+def _tensorboard_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "log.tensorboard is set, but TensorBoard is not installed: pip install "
+            "'tarflow_dist[tensorboard]', or set it to false"
+        ) from error
+    return SummaryWriter
+
+
 class TensorBoard:
-    """TensorBoard's event files in `folder`."""
+    """TensorBoard's event files, through torch's `SummaryWriter`."""
 
     name = "TensorBoard"
 
-    def __init__(self, folder: Path, images: int | None):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError(
-                "log.tensorboard is set, but TensorBoard is not installed: pip install "
-                "'tarflow_dist[tensorboard]', or set it to false"
-            ) from error
-        # its reader drops what earlier files have from there on
-        purge = None if images is None else images + 1
-        self._writer = SummaryWriter(str(folder), purge_step=purge)
+    def __init__(self, writer: Any):
+        self._writer = writer
 
     def log(self, row: dict[str, float]) -> None:
         for name, value in row.items():

@@ -29,7 +29,8 @@ class Metrics:
         rows_hash: what `sync` gave at that position; empty if it isn't known.
 
     Raises:
-        UserError: a dashboard is not installed or can't be reached, or has no account for us.
+        UserError: a dashboard is not installed or can't be reached, or has no account for us;
+            nothing was written.
     """
 
     def __init__(
@@ -42,6 +43,8 @@ class Metrics:
         wandb_id: str,
         rows_hash: str = "",
     ):
+        self._dashboards = open_dashboards(run, log, config, wandb_id=wandb_id, images=images)
+        self.wandb_id = next((d.id for d in self._dashboards if isinstance(d, Wandb)), wandb_id)
         self.file = run / METRICS_FILE
         self._hash = xxhash.xxh3_128()
         rows, damaged = _read(self.file) if self.file.exists() else ([], None)
@@ -58,8 +61,6 @@ class Metrics:
         with write_whole(self.file) as part:
             part.write_text(kept)
         self._rows = self.file.open("a")
-        self._dashboards = open_dashboards(run, log, config, wandb_id=wandb_id, images=images)
-        self.wandb_id = next((d.id for d in self._dashboards if isinstance(d, Wandb)), wandb_id)
 
     def log(self, row: dict[str, float]) -> None:
         """Writes one row; it holds `images`, the position in the run. What is not finite, which
@@ -100,6 +101,26 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     None."""
     rows, _ = _read(run / METRICS_FILE)
     return [row for _, row in rows]
+
+
+def plot_loss(run: Path, out: Path) -> None:
+    """Draws the loss of `run` against images seen into the PNG `out`: while training and, where it
+    was measured, on held-out images."""
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(run)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("val_loss", "held out", ".-")):
+        shown = [(r["images"], math.nan if r[key] is None else r[key]) for r in rows if key in r]
+        if shown:
+            axes.plot(*zip(*shown, strict=True), style, linewidth=0.8, label=label)
+    if axes.lines:
+        axes.legend()
+    axes.set(xlabel="images seen", ylabel="loss (nats a dimension)", title=run.name)
+    axes.grid(alpha=0.3)
+    with write_whole(out) as part:
+        figure.savefig(part, dpi=120, format="png")
 
 
 def _read(file: Path) -> tuple[list[tuple[str, dict[str, Any]]], str | None]:

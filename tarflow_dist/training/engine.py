@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils.checkpoint import checkpoint
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -21,11 +22,10 @@ from tarflow_dist import distributed
 from tarflow_dist.config import Config
 from tarflow_dist.cost.memory import BUCKET
 from tarflow_dist.flow.model import Flow
+from tarflow_dist.flow.transformer import TransformerLayer
 from tarflow_dist.training.checkpoint import Piece, Read
-from tarflow_dist.training.ema import DECAY, EMA, track_ema
-from tarflow_dist.training.layers import owners, prepare_layers
 from tarflow_dist.training.overlapped_zero import OverlappedZero, buckets
-from tarflow_dist.training.zero import ZeroState
+from tarflow_dist.training.zero import DECAY, EMA, ZeroState
 
 # DeepSpeed has no setting for the class it takes at stages 1 and 2.
 deepspeed.runtime.engine.DeepSpeedZeroOptimizer = OverlappedZero
@@ -33,7 +33,6 @@ deepspeed.runtime.engine.DeepSpeedZeroOptimizer = OverlappedZero
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
-BUFFERS = "buffers"
 KINDS = {"weights": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", EMA: EMA}
 """What a checkpoint has of each parameter, and its key in the optimiser's state."""
 
@@ -54,7 +53,7 @@ class Engine:
         self.accumulation_steps = config.train.batch_size // (
             micro_batch_size * distributed.world_size()
         )
-        prepare_layers(
+        _prepare_layers(
             flow,
             compile=config.train.compile,
             checkpoint_every=config.train.activation_checkpointing,
@@ -103,13 +102,10 @@ class Engine:
         # a single rank has nothing to sum: DeepSpeed would flatten its gradients and copy them back
         alone = stage == 0 and distributed.world_size() == 1
         self._reduced = self._engine.no_sync if alone else nullcontext
-        # DeepSpeed casts buffers with the weights, but a running mean needs float32
-        flow.var = flow.var.float()
         self._zero_state = ZeroState(stage, zero, optimizer)
-        self._zero_state.create(EMA)
+        self._zero_state.create()
         if isinstance(zero, OverlappedZero):
-            zero.wait_before_use(owners(flow))
-        track_ema(optimizer)
+            zero.wait_before_use(flow)
 
     def __call__(
         self, x: Tensor, y: Tensor | None, sigma: Tensor | None = None
@@ -144,17 +140,13 @@ class Engine:
         return self._zero_state.steps
 
     def pieces(self) -> Iterator[Piece]:
-        """What this rank adds to a checkpoint: of every parameter and buffer a piece, which may be
-        empty."""
+        """What this rank adds to a checkpoint: of every parameter a piece, which may be empty."""
         for name, parameter in self.flow.named_parameters():
             start, values = 0, {}
             for kind, key in KINDS.items():
                 start, share = self._zero_state.share(parameter, key)
                 values[kind] = share.detach()
             yield Piece(name, getattr(parameter, "ds_shape", parameter.shape), start, values)
-        for name, buffer in self.flow.named_buffers():
-            held = buffer.detach().flatten()[: None if distributed.is_main() else 0]
-            yield Piece(name, buffer.shape, 0, {BUFFERS: held})
 
     def average(self) -> Iterator[tuple[str, Tensor]]:
         """The averaged weights, and the buffers, whole and by name. Collective: every rank takes
@@ -175,10 +167,21 @@ class Engine:
             for kind, key in KINDS.items():
                 start, share = self._zero_state.share(parameter, key)
                 share.copy_(read(f"{kind}/{name}", start, start + share.numel()))
-        for name, buffer in self.flow.named_buffers():
-            buffer.copy_(read(f"{BUFFERS}/{name}", 0, buffer.numel()).view_as(buffer))
         self._zero_state.spread()
         self._zero_state.steps = optimizer_steps
+
+
+def _prepare_layers(flow: Flow, *, compile: bool, checkpoint_every: int) -> None:
+    """Compiles each transformer layer, and lets every `checkpoint_every`-th one of the whole stack
+    recompute its activations in the backward pass (0: none); names of parameters stay."""
+    layers = [module for module in flow.modules() if isinstance(module, TransformerLayer)]
+    for number, layer in enumerate(layers, start=1):
+        if compile:
+            layer.forward = torch.compile(layer.forward)  # type: ignore[method-assign]
+        if checkpoint_every and number % checkpoint_every == 0:
+            layer.forward = partial(  # type: ignore[method-assign]
+                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+            )
 
 
 class _CheckedAdamW(torch.optim.AdamW):

@@ -1,13 +1,16 @@
-"""Steps that were left out: when a run goes back to its checkpoint."""
+"""The bad hour: steps that were left out, until a run goes back to its checkpoint, and ranks that
+are stuck, as in a collective that another rank never joins."""
 
+import faulthandler
 import sys
 
 from tarflow_dist import distributed
-from tarflow_dist.config import Config
+from tarflow_dist.config import Config, HealthConfig
 from tarflow_dist.errors import UserError
 from tarflow_dist.training.checkpoint import newest_whole
 from tarflow_dist.training.engine import Engine
 from tarflow_dist.training.latest_checkpoint import FOLDER
+from tarflow_dist.training.objective import Objective
 from tarflow_dist.training.state import RunState
 
 
@@ -15,8 +18,8 @@ class Health:
     """Counts the steps that were left out and goes back to the last checkpoint when there are too
     many in a row."""
 
-    def __init__(self, config: Config, engine: Engine):
-        self._config, self._engine = config, engine
+    def __init__(self, config: Config, engine: Engine, objective: Objective):
+        self._config, self._engine, self._objective = config, engine, objective
         self._rollbacks = 0
 
     def judge(self, problem: str | None, state: RunState) -> str | None:
@@ -55,6 +58,7 @@ class Health:
                 f"{why} at {state.images} images, before the first checkpoint: lower optimizer.lr"
             )
         self._engine.load(saved.read_part, saved.state.optimizer_steps)
+        self._objective.load(saved.read_part)
         self._rollbacks += 1
         state.skipped_in_a_row = 0
         self._say(f"{why}: back to the weights of {saved.folder}, on from {state.images} images")
@@ -62,3 +66,22 @@ class Health:
     def _say(self, what: str) -> None:
         if distributed.is_main():
             print(f"{self._config.run}: {what}", file=sys.stderr, flush=True)
+
+
+class Watchdog:
+    """While entered, dumps the stacks of all threads to stderr and exits with code 1 when no step
+    has been done for too long. It runs outside Python, so a stuck call can't keep it from it."""
+
+    def __init__(self, config: HealthConfig):
+        self._config = config
+
+    def __enter__(self) -> "Watchdog":
+        faulthandler.dump_traceback_later(self._config.first_step_timeout, exit=True)
+        return self
+
+    def step_done(self) -> None:
+        """The clock starts anew."""
+        faulthandler.dump_traceback_later(self._config.step_timeout, exit=True)
+
+    def __exit__(self, *exception: object) -> None:
+        faulthandler.cancel_dump_traceback_later()

@@ -2,6 +2,7 @@
 
 import math
 import time
+from itertools import chain
 
 import torch
 
@@ -12,14 +13,12 @@ from tarflow_dist.data.shards import Shards
 from tarflow_dist.models.classes import NAMELESS
 from tarflow_dist.training import latest_checkpoint, run_folder
 from tarflow_dist.training.first_weights import first_state
-from tarflow_dist.training.health import Health
-from tarflow_dist.training.held_out import held_out_loss
+from tarflow_dist.training.health import Health, Watchdog
 from tarflow_dist.training.interrupt import Interrupt
-from tarflow_dist.training.journal import Journal
 from tarflow_dist.training.maximum_likelihood import MaximumLikelihood
-from tarflow_dist.training.preview import draw_preview
+from tarflow_dist.training.run_log import RunLog
 from tarflow_dist.training.saver import Saver
-from tarflow_dist.training.start import (
+from tarflow_dist.training.setup import (
     build_engine,
     choose_micro_batch,
     image_order,
@@ -29,7 +28,7 @@ from tarflow_dist.training.start import (
     start_throughput,
 )
 from tarflow_dist.training.step import Stepper
-from tarflow_dist.training.watchdog import Watchdog
+from tarflow_dist.training.validation import draw_preview, held_out_loss
 
 
 def train(config: Config, device: torch.device) -> bool:
@@ -66,10 +65,12 @@ def _train(
         changes.append(f"its batch goes through {micro_batch_size} images at a time")
     engine = build_engine(config, micro_batch_size, device)
     classes = shards.classes if config.model.num_classes else NAMELESS
-    state = restore(config, engine)
+    objective = MaximumLikelihood(engine, config, device)
+    state = restore(config, engine, objective)
     if config.init is not None and state.images == 0:
         read, said = first_state(config, classes)
         engine.load(read, optimizer_steps=0)
+        objective.load(read)
         changes += said
     changes += recognise_data(state, shards)
     batches = train_batches(
@@ -83,14 +84,13 @@ def _train(
         num_workers=config.data.num_workers,
     )
     throughput = start_throughput(config, device, state.images)
-    objective = MaximumLikelihood(engine, config, device)
     stepper = Stepper(engine, objective, batches, config, device, throughput)
     saver = Saver(
         config.run / latest_checkpoint.FOLDER, config.checkpoint, engine.flow.config, classes
     )
-    health = Health(config, engine)
+    health = Health(config, engine, objective)
     anyone = distributed.AnyRank(device)
-    with Journal(config, state, changes, throughput) as journal:
+    with RunLog(config, state, changes, throughput) as log:
         stop = False
         while state.images < config.train.images and not stop:
             anyone.ask(interrupt.requested, saver.writing)
@@ -102,16 +102,16 @@ def _train(
             finished = state.images >= config.train.images
 
             if finished or state.passed(config.log.every_images, batch_size):
-                journal.write_row(step, stall_seconds=saver.stall_seconds)
+                log.write_row(step, stall_seconds=saver.stall_seconds)
             state.val_loss = None
             measured = finished or state.passed(config.eval.every_images, batch_size)
             if val_shards is not None and measured:
                 began = time.monotonic()
                 alive = watchdog.step_done
                 loss = held_out_loss(engine, objective, val_shards, config, micro_batch_size, alive)
-                journal.write_val_loss(loss, seconds=time.monotonic() - began)
+                log.write_val_loss(loss, seconds=time.monotonic() - began)
                 state.val_loss = loss if math.isfinite(loss) else None
-            journal.advance(batch_size)
+            log.advance(batch_size)
 
             if not writing:
                 saver.publish()
@@ -119,16 +119,16 @@ def _train(
             if due or finished or stop:
                 if engine.is_finite():
                     state.optimizer_steps = engine.optimizer_steps
-                    journal.sync()
-                    saver.save(engine.pieces(), state)
-                    journal.record_progress()
+                    log.sync()
+                    saver.save(chain(engine.pieces(), objective.pieces()), state)
+                    log.record_progress()
                 else:
                     diverged = "the weights are no longer finite"
             if diverged is not None:
                 saver.publish()
                 health.go_back(state, diverged)
             if state.passed(config.preview.every_images, batch_size):
-                journal.show_preview(draw_preview(engine, objective, config, state.images))
+                log.show_preview(draw_preview(engine, objective, config, state.images))
         saver.finish()
-        journal.record_progress()
+        log.record_progress()
     return state.images >= config.train.images

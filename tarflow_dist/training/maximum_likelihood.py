@@ -1,22 +1,25 @@
 """The objective of TARFlow and iTARFlow: exact maximum likelihood of images with noise."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tarflow_dist import distributed
+from tarflow_dist import distributed, rng
 from tarflow_dist.config import Config, LossWeight
 from tarflow_dist.data.loader import Batch
 from tarflow_dist.flow.bits_per_dim import loss_of
-from tarflow_dist.models.likelihood import mean_log_prob
+from tarflow_dist.models.likelihood import mean_log_prob, with_noise
 from tarflow_dist.models.tarflow import TarFlow
-from tarflow_dist.training.augment import augment
 from tarflow_dist.training.block_monitor import BlockMonitor
+from tarflow_dist.training.checkpoint import Piece, Read
 from tarflow_dist.training.engine import Engine
 from tarflow_dist.training.step_metrics import StepMetrics
+
+BUFFERS = "buffers"
+"""Kind of a tensor in a checkpoint."""
 
 
 class MaximumLikelihood:
@@ -26,6 +29,8 @@ class MaximumLikelihood:
     def __init__(self, engine: Engine, config: Config, device: torch.device):
         self._engine, self._config, self._device = engine, config, device
         self._monitor = BlockMonitor(engine.flow)
+        # DeepSpeed casts buffers with the weights, but a running mean needs float32
+        engine.flow.var = engine.flow.var.float()
 
     def begin_step(self) -> None:
         self._metrics = StepMetrics(self._engine.flow, self._device)
@@ -57,6 +62,16 @@ class MaximumLikelihood:
             total = distributed.sum_over_ranks(mine)
             flow.update_prior(total / distributed.world_size())
 
+    def pieces(self) -> Iterator[Piece]:
+        """The prior's variance."""
+        var = self._engine.flow.var
+        held = var.detach().flatten()[: None if distributed.is_main() else 0]
+        yield Piece("var", var.shape, 0, {BUFFERS: held})
+
+    def load(self, read: Read) -> None:
+        var = self._engine.flow.var
+        var.copy_(read(f"{BUFFERS}/var", 0, var.numel()).view_as(var))
+
     def figures(self) -> dict[str, float]:
         return self._metrics.figures(self._monitor.mean_z2)
 
@@ -75,6 +90,45 @@ class MaximumLikelihood:
             attn_temp=preview.attn_temp,
         )
         return drawn.cpu().numpy()
+
+
+def augment(
+    batch: Batch, config: Config, device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A batch to what the flow trains on, on the device: flips, noise and dropped labels, all of it
+    a function of (seed, epoch, image index), never of rank, world size or batch.
+
+    Returns:
+        Noisy images (B, C, H, W) float32; labels (B,) int64 with −1 where dropped, or None for an
+        unconditional model; the images' noise levels (B,) float32, or None where the level is no
+        condition.
+    """
+    pixels = batch.images.to(device, non_blocking=True)
+    index = batch.index.to(device, non_blocking=True)
+    epoch = batch.epoch.to(device, non_blocking=True)
+
+    def uniform(shape: tuple[int, ...], purpose: str) -> Tensor:
+        return rng.uniform(shape, seed=config.seed, purpose=purpose, index=index, epoch=epoch)
+
+    if config.data.flip:
+        mirrored = uniform((1, 1, 1), "flip") < 0.5
+        pixels = torch.where(mirrored, pixels.flip(-1), pixels)
+    model = config.model
+    x, levels = with_noise(
+        pixels,
+        model,
+        config.train.noise_levels,
+        seed=config.seed,
+        purpose="noise",
+        index=index,
+        epoch=epoch,
+    )
+    if not model.num_classes:
+        return x.float(), None, levels
+    labels = batch.labels.to(device, non_blocking=True)
+    if config.train.label_drop:
+        labels = labels.masked_fill(uniform((), "label drop") < config.train.label_drop, -1)
+    return x.float(), labels, levels
 
 
 def loss_weight(rule: LossWeight, sigma: Tensor) -> Tensor:

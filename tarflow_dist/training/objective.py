@@ -9,10 +9,12 @@ from torch import Tensor
 
 from tarflow_dist.data.loader import Batch
 from tarflow_dist.models.tarflow import TarFlow
+from tarflow_dist.training.checkpoint import Piece, Read
 
 
 class Objective(Protocol):
-    """What a run minimises, and what it shows of it. All but `loss` and `draw` are collective."""
+    """What a run minimises, and what it shows and keeps of it. All but `loss`, `draw`, `pieces` and
+    `load` are collective."""
 
     def begin_step(self) -> None:
         """Forgets what was seen in the last step."""
@@ -29,6 +31,14 @@ class Objective(Protocol):
 
     def end_step(self, *, applied: bool) -> None:
         """The weights have been updated, or else the step was left out."""
+        ...
+
+    def pieces(self) -> Iterable[Piece]:
+        """This rank's share of what belongs to it in a checkpoint, beside the weights."""
+        ...
+
+    def load(self, read: Read) -> None:
+        """Takes over the same, of which `read` gives parts."""
         ...
 
     def figures(self) -> dict[str, float]:

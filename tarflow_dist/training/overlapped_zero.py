@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from tarflow_dist.cost.memory import IN_FLIGHT
+from tarflow_dist.flow.model import Flow
+from tarflow_dist.flow.transformer import TransformerLayer
 
 
 def buckets(parameters: Iterable[nn.Parameter], size: int) -> list[dict[str, list[nn.Parameter]]]:
@@ -178,10 +180,21 @@ class OverlappedZero(stage_1_and_2.DeepSpeedZeroOptimizer):
         self.wait_for(self._group_of)  # or the last step's would follow
         super().update_lp_params()
 
-    def wait_before_use(self, owners: Iterator[tuple[nn.Module, list[nn.Parameter]]]) -> None:
-        """From now on the forward pass of each module waits for the weights that it owns."""
-        for module, parameters in owners:
+    def wait_before_use(self, flow: Flow) -> None:
+        """From now on the forward pass of each module waits for the weights that it takes."""
+        for module, parameters in _owners(flow):
             module.register_forward_pre_hook(self._waiting(parameters))
 
     def _waiting(self, parameters: list[nn.Parameter]) -> Callable[..., None]:
         return lambda *_: self.wait_for(parameters)
+
+
+def _owners(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
+    """The modules of a flow whose forward pass takes weights, with those; a transformer layer,
+    which may be compiled, takes all of its own at once."""
+    if isinstance(module, TransformerLayer):
+        yield module, list(module.parameters())
+        return
+    yield module, list(module.parameters(recurse=False))
+    for child in module.children():
+        yield from _owners(child)

@@ -1,7 +1,6 @@
 """The run's folder: what a run was started with, and whether it may go on with another config."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -56,39 +55,20 @@ def check_kinds(run: Path) -> None:
             raise UserError(f"{run / name} is no folder: remove it, or choose another run=…")
 
 
-def record_start(config: Config) -> None:
-    """Writes config.yaml and environment.json into the run's folder."""
+def record_start(config: Config, images: int) -> None:
+    """Writes config.yaml and environment.json into the run's folder, and gives up the checkpoints
+    past the one at `images` seen, from which the run goes on. Nothing can refuse the start now."""
+    checkpoint = config.run / latest_checkpoint.FOLDER / f"{images:011d}"
+    if checkpoint.is_dir():
+        latest_checkpoint.give_up_after(checkpoint)
     with write_whole(config.run / configs.SAVED_FILE) as part:
         part.write_text(configs.dump(config))
     with write_whole(config.run / ENVIRONMENT_FILE) as part:
         part.write_text(json.dumps(describe_environment(), indent=2) + "\n")
 
 
-def record_status(
-    config: Config, *, state: str, images: int, images_per_second: float, error: str | None
-) -> None:
-    """Writes status.json.
-
-    Args:
-        state: running, finished, interrupted or failed.
-        images: seen so far.
-        images_per_second: of late; 0 where not known yet.
-        error: what ended a failed run.
-    """
-    left = max(config.train.images - images, 0)
-    status = {
-        "state": state,
-        "images": images,
-        "total_images": config.train.images,
-        "images_per_second": images_per_second,
-        "eta_seconds": left / images_per_second if images_per_second else None,
-        "updated": time.time(),
-        "error": error,
-    }
-    write_status(config.run, status)
-
-
 def write_status(run: Path, status: dict[str, Any]) -> None:
+    """Writes status.json; "state" is running, finished, interrupted or failed."""
     write_sealed(run / STATUS_FILE, status, version=STATUS_VERSION)
 
 

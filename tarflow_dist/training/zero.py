@@ -13,6 +13,11 @@ from torch import Tensor, nn
 
 from tarflow_dist import distributed
 
+EMA = "ema"
+"""The weights' moving average, as one more state of the optimiser: that sees what a rank owns, so
+each rank averages its own share, and the average is saved and restored like Adam's moments."""
+DECAY = "ema_decay"
+"""Key of its decay in each parameter group."""
 Stage = Literal[0, 1, 2, 3]
 
 
@@ -30,18 +35,19 @@ class ZeroState:
         self._owners = self._deal() if stage == 0 else {}
 
     @torch.no_grad()
-    def create(self, ema: str) -> None:
-        """Adam's moments, and the average under the name `ema`, from the start, so that they can be
+    def create(self) -> None:
+        """Adam's moments and the average, which moves at each step from now on, so that they can be
         loaded before the first step."""
         for partition in self._partitions():
             self._optimizer.state[partition] = {
                 "step": torch.zeros((), device=partition.device),
                 "exp_avg": torch.zeros_like(partition),
                 "exp_avg_sq": torch.zeros_like(partition),
-                ema: partition.detach().clone(),
+                EMA: partition.detach().clone(),
             }
         if self._stage in (1, 2):
             self._zero._lazy_init_hp_params_optimizer_state()
+        track_ema(self._optimizer)
 
     @property
     def steps(self) -> int:
@@ -116,3 +122,18 @@ class ZeroState:
         if self._stage == 3:
             return self._zero.fp32_partitioned_groups_flat
         return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+
+def track_ema(optimizer: torch.optim.Optimizer) -> None:
+    """From now on every step of `optimizer` ends with ema ← ema + (1 − decay)·(weights − ema), the
+    decay taken from each parameter group's `ema_decay`."""
+    optimizer.register_step_post_hook(_update)
+
+
+@torch.no_grad()
+def _update(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if getattr(optimizer, "overflow", False):  # the step was left out
+        return
+    for group in optimizer.param_groups:
+        for weights in group["params"]:
+            optimizer.state[weights][EMA].lerp_(weights, 1 - group[DECAY])

@@ -17,7 +17,7 @@ from tarflow_dist.data.loader import train_batches
 from tarflow_dist.data.order import ImageOrder
 from tarflow_dist.data.shards import open_shards
 from tarflow_dist.telemetry.metrics_log import read_metrics
-from tarflow_dist.training.augment import augment
+from tarflow_dist.training.maximum_likelihood import augment
 
 pytestmark = pytest.mark.cuda
 BATCH = 32

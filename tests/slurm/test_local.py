@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
-import submitit
 
+from slurm import local
 from slurm.job import Job
-from slurm.local import Ranks, watch
+from slurm.resources import Resources
 from slurm.tasks import Task
 
 
@@ -39,29 +39,26 @@ def test_none_outlives_the_job(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}")
     terminated = signal.getsignal(signal.SIGTERM)
-    executor = submitit.LocalExecutor(tmp_path)
-    executor.update_parameters(tasks_per_node=2, stderr_to_stdout=True, setup=setup)
-    job = executor.submit(OneFails(tmp_path, Task(kind, (), tmp_path), False, 0))
-    look, processes = Ranks.look, set()
+    resources = Resources(gpus_per_node=0, setup=setup)
+    processes = local.start(OneFails(tmp_path, Task(kind, (), tmp_path), False, 0), 2, resources)
+    (tmp_path / "seen").touch()
+    show = local._show_log
 
-    def look_at_both(ranks: Ranks) -> None:
-        look(ranks)
-        processes.update(ranks._running.values())
-        if len(ranks._running) == 2:
-            (tmp_path / "seen").touch()
-        if kind == "interrupted" and len(list(tmp_path.glob("ready-*"))) == 2 and processes:
-            monkeypatch.setattr(Ranks, "look", look)
+    def interrupt_both(log: Path, shown: int) -> int:
+        if kind == "interrupted" and len(list(tmp_path.glob("ready-*"))) == 2:
+            monkeypatch.setattr(local, "_show_log", show)
             raise KeyboardInterrupt
+        return show(log, shown)
 
-    monkeypatch.setattr(Ranks, "look", look_at_both)
-    monkeypatch.setattr("slurm.local.GRACE", 0.5)
+    monkeypatch.setattr(local, "_show_log", interrupt_both)
+    monkeypatch.setattr(local, "GRACE", 0.5)
     try:
-        ended = watch(job, tmp_path)
+        ended = local.watch(processes, tmp_path, seconds=3600)
     finally:
         signal.signal(signal.SIGTERM, terminated)
     assert ended == ("interrupted" if kind == "interrupted" else "crashed")
     assert len(processes) == 2
-    assert not any(process.is_running() for process in processes)
+    assert all(process.poll() is not None for process in processes)
     told = capsys.readouterr().err
     if kind == "killed":
         assert "rank 1 was the first to end, without a word" in told

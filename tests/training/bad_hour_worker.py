@@ -11,7 +11,7 @@ from tarflow_dist import config_file as configs
 from tarflow_dist import distributed
 from tarflow_dist.errors import run_command
 from tarflow_dist.flow.model import Flow
-from tarflow_dist.training import loop, start
+from tarflow_dist.training import loop, setup
 from tarflow_dist.training.engine import Engine
 from tarflow_dist.training.state import RunState
 from tarflow_dist.training.step import Stepper, StepResult
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     what, file, *overrides = argv
     config = configs.load(Path(file), overrides)
     device = distributed.init()
-    build = start.build_engine
+    build = setup.build_engine
 
     def build_badly(*arguments: object) -> Engine:
         engine = build(*arguments)  # type: ignore[arg-type]

@@ -73,8 +73,7 @@ def values_read(folder: Path, engine: Engine) -> int:
     saved, read = Checkpoint(folder), torch.zeros((), dtype=torch.int64)
 
     def counted(key: str, start: int, stop: int) -> torch.Tensor:
-        if not key.startswith("buffers/"):
-            read.add_(stop - start)
+        read.add_(stop - start)
         return saved.read_part(key, start, stop)
 
     engine.load(counted, saved.state.optimizer_steps)

@@ -15,9 +15,9 @@ from commands import ROOT, command
 from tarflow_dist import config_file as configs
 from tarflow_dist.errors import UserError
 from tarflow_dist.telemetry.throughput import Throughput
-from tarflow_dist.training import journal
-from tarflow_dist.training.journal import Journal
+from tarflow_dist.training import run_log
 from tarflow_dist.training.run_folder import check_kinds, read_status
+from tarflow_dist.training.run_log import RunLog
 from tarflow_dist.training.state import RunState
 
 SHORT = [
@@ -115,6 +115,36 @@ def test_what_is_of_the_wrong_kind_is_named(name: str, tmp_path: Path) -> None:
         check_kinds(tmp_path)
 
 
+def test_a_refused_start_leaves_the_run_as_it_was(digits: Path, tmp_path: Path) -> None:
+    """Sent back to its second checkpoint, with other settings and something that is refused."""
+    run = tmp_path / "run"
+    arguments = [*SHORT, f"run={run}", f"data.path={digits / 'mds'}", "data.groups=4"]
+    subprocess.run(command("tarflow_dist.train", *arguments), cwd=ROOT, env=ENVIRONMENT, check=True)
+    (run / "checkpoints" / "latest").write_text("00000000256\n")
+
+    def content() -> dict[Path, bytes]:
+        return {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+
+    before = content()
+    missing = tmp_path / "without" / "tensorboard" / "__init__.py"
+    missing.parent.mkdir(parents=True)
+    missing.write_text("raise ImportError")
+    path = os.pathsep.join([str(missing.parents[1]), str(ROOT)])
+    for refused, sentence in (
+        ("log.tensorboard=true", b"TensorBoard is not installed"),
+        ("data.groups=8", b"began with data.groups 4"),
+    ):
+        done = subprocess.run(
+            command("tarflow_dist.train", *arguments, "optimizer.lr=2e-4", refused),
+            cwd=ROOT,
+            env=ENVIRONMENT | {"PYTHONPATH": path},
+            capture_output=True,
+        )
+        assert done.returncode == 2
+        assert sentence in done.stderr
+        assert content() == before
+
+
 def test_pictures_and_status_never_end_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,11 +154,11 @@ def test_pictures_and_status_never_end_a_run(
     config = configs.load(ROOT / "configs" / "digits.yaml", [f"run={tmp_path}", *SHORT[1:]])
     state = RunState(images=320)
     throughput = Throughput(torch.device("cpu"), 320, flops=1, peak=None)
-    with Journal(config, state, [], throughput):
-        monkeypatch.setattr(journal, "plot_loss", full)
+    with RunLog(config, state, [], throughput):
+        monkeypatch.setattr(run_log, "plot_loss", full)
     assert read_status(tmp_path)["state"] == "finished"
     assert "no loss.png (No space left on device)" in capsys.readouterr().err
-    with Journal(config, state, [], throughput) as written:
-        monkeypatch.setattr(journal.run_folder, "record_status", full)
+    with RunLog(config, state, [], throughput) as written:
+        monkeypatch.setattr(run_log.run_folder, "write_status", full)
         written.record_progress()
     assert "status.json can't be written (No space left on device)" in capsys.readouterr().err

@@ -9,8 +9,7 @@ from scipy.stats import kstest, lognorm
 from tarflow_dist import config_file as configs
 from tarflow_dist.config import Config
 from tarflow_dist.data.loader import Batch
-from tarflow_dist.training.augment import augment
-from tarflow_dist.training.maximum_likelihood import loss_weight
+from tarflow_dist.training.maximum_likelihood import augment, loss_weight
 from tarflow_dist.training.step_metrics import NoiseBands
 
 DIGITS = ROOT / "configs" / "digits.yaml"

@@ -8,8 +8,7 @@ import pytest
 
 from tarflow_dist.config import LogConfig
 from tarflow_dist.telemetry.dashboards import Wandb
-from tarflow_dist.telemetry.metrics_log import Metrics, read_metrics
-from tarflow_dist.telemetry.plots import plot_loss
+from tarflow_dist.telemetry.metrics_log import Metrics, plot_loss, read_metrics
 
 ROWS = "".join(json.dumps({"images": images, "loss": 0.5}) + "\n" for images in (10, 20, 30))
 

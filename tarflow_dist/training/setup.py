@@ -19,6 +19,7 @@ from tarflow_dist.telemetry.throughput import Throughput
 from tarflow_dist.training import latest_checkpoint
 from tarflow_dist.training.checkpoint import newest_whole
 from tarflow_dist.training.engine import Engine
+from tarflow_dist.training.objective import Objective
 from tarflow_dist.training.state import RunState
 
 GROUPS = 64  # so that each of as many nodes, or of a divisor of them, has groups to itself
@@ -109,9 +110,9 @@ def _keep_freed_memory() -> None:
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
-def restore(config: Config, engine: Engine) -> RunState:
-    """Loads the run's newest whole checkpoint into `engine`, at whatever world size and ZeRO stage
-    it was written; a run without one starts at 0 images.
+def restore(config: Config, engine: Engine, objective: Objective) -> RunState:
+    """Loads the run's newest whole checkpoint, written at whatever world size and ZeRO stage; a run
+    without one starts at 0 images.
 
     Raises:
         UserError: no checkpoint is whole, or it is of another model.
@@ -126,8 +127,7 @@ def restore(config: Config, engine: Engine) -> RunState:
                 f"{saved.folder} is of another model: its {field.name} is {was}, the config's {now}"
             )
     engine.load(saved.read_part, saved.state.optimizer_steps)
-    if distributed.is_main():
-        latest_checkpoint.give_up_after(saved.folder)
+    objective.load(saved.read_part)
     return saved.state
 
 

@@ -1,12 +1,12 @@
 """What a run writes down: metrics, progress, status. Rank 0 writes; all ranks call."""
 
 import sys
+import time
 from pathlib import Path
 
 from tarflow_dist import distributed
 from tarflow_dist.config import Config
-from tarflow_dist.telemetry.metrics_log import Metrics
-from tarflow_dist.telemetry.plots import plot_loss
+from tarflow_dist.telemetry.metrics_log import Metrics, plot_loss
 from tarflow_dist.telemetry.progress import Progress
 from tarflow_dist.telemetry.throughput import Throughput
 from tarflow_dist.training import run_folder
@@ -14,7 +14,7 @@ from tarflow_dist.training.state import RunState
 from tarflow_dist.training.step import StepResult
 
 
-class Journal:
+class RunLog:
     """Context manager around the steps of a run.
 
     Args:
@@ -27,7 +27,7 @@ class Journal:
     def __init__(self, config: Config, state: RunState, changes: list[str], throughput: Throughput):
         self._config, self._state, self._throughput = config, state, throughput
         self._figures: dict[str, float] = {}
-        self._speed = 0.0
+        self._speed = 0.0  # images a second of late; 0 where not known yet
         self._progress = Progress(
             config.run.name,
             config.train.images,
@@ -36,7 +36,6 @@ class Journal:
         )
         self._metrics: Metrics | None = None
         if distributed.is_main():
-            run_folder.record_start(config)
             self._metrics = Metrics(
                 config.run,
                 config.log,
@@ -45,6 +44,7 @@ class Journal:
                 wandb_id=state.wandb_id,
                 rows_hash=state.rows_hash,
             )
+            run_folder.record_start(config, state.images)
             state.wandb_id = self._metrics.wandb_id
             verb = f"going on at {state.images} images" if state.images else "starting"
             print(f"{config.run}: {verb}", *changes, sep="; ", file=sys.stderr)
@@ -95,7 +95,7 @@ class Journal:
         """Notes in status.json how far the run is."""
         self._record_status("running")
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -114,14 +114,18 @@ class Journal:
     def _record_status(self, state: str, error: str | None = None) -> None:
         if self._metrics is None:
             return
+        images, total, speed = self._state.images, self._config.train.images, self._speed
+        status = {
+            "state": state,
+            "images": images,
+            "total_images": total,
+            "images_per_second": speed,
+            "eta_seconds": max(total - images, 0) / speed if speed else None,
+            "updated": time.time(),
+            "error": error,
+        }
         try:
-            run_folder.record_status(
-                self._config,
-                state=state,
-                images=self._state.images,
-                images_per_second=self._speed,
-                error=error,
-            )
+            run_folder.write_status(self._config.run, status)
         except OSError as problem:
             self._say(f"status.json can't be written ({problem.strerror})")
 

@@ -1,6 +1,7 @@
-"""A grid of samples from the averaged weights, as the run goes."""
+"""What is seen of the averaged weights as the run goes: their held-out loss, and samples."""
 
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,48 @@ from numpy.typing import NDArray
 
 from tarflow_dist import distributed
 from tarflow_dist.config import Config
+from tarflow_dist.data.loader import Batch, eval_batches
+from tarflow_dist.data.shards import Shards
 from tarflow_dist.files import write_whole
+from tarflow_dist.models.tarflow import TarFlow
 from tarflow_dist.telemetry.pictures import picture_grid
-from tarflow_dist.training.averaged import averaged_flow
 from tarflow_dist.training.engine import Engine
 from tarflow_dist.training.objective import Objective
 
-FOLDER = "previews"
+PREVIEWS = "previews"
+
+
+def held_out_loss(
+    engine: Engine,
+    objective: Objective,
+    shards: Shards,
+    config: Config,
+    batch_size: int,
+    alive: Callable[[], None],
+) -> float:
+    """The averaged weights' loss on `config.eval.count` images of `shards`. Collective.
+
+    Args:
+        batch_size: images a rank takes through the flow at once.
+        alive: called at each batch.
+    """
+    batches = eval_batches(
+        shards,
+        batch_size=batch_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        num_workers=config.data.num_workers,
+        count=config.eval.count,
+    )
+
+    def told() -> Iterator[Batch]:
+        for batch in batches:
+            alive()
+            yield batch
+
+    # bf16 weights would put the third digit off
+    flow = _averaged_flow(engine, torch.float32)
+    return objective.held_out_loss(flow, told())
 
 
 def draw_preview(engine: Engine, objective: Objective, config: Config, images: int) -> Path | str:
@@ -26,7 +62,7 @@ def draw_preview(engine: Engine, objective: Objective, config: Config, images: i
         not be the memory beside training, or the room on the disk.
     """
     dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
-    flow = averaged_flow(engine, dtype)
+    flow = _averaged_flow(engine, dtype)
     count = config.preview.count
     index = torch.arange(count)
     mine = slice(distributed.rank(), None, distributed.world_size())
@@ -41,7 +77,7 @@ def draw_preview(engine: Engine, objective: Objective, config: Config, images: i
     samples = np.empty((count, *drawn[0].shape[1:]), np.uint8)  # type: ignore[union-attr]
     for rank, share in enumerate(drawn):
         samples[rank :: distributed.world_size()] = share
-    file = config.run / FOLDER / f"{images:011d}.png"
+    file = config.run / PREVIEWS / f"{images:011d}.png"
     if distributed.is_main():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -52,3 +88,12 @@ def draw_preview(engine: Engine, objective: Objective, config: Config, images: i
         except OSError as error:
             return f"{file} can't be written ({error.strerror})"
     return file
+
+
+def _averaged_flow(engine: Engine, dtype: torch.dtype) -> TarFlow:
+    """The flow that the run would leave if it ended now, whole on every rank. Collective."""
+    with torch.device("meta"):
+        flow = TarFlow(**engine.flow.config.to_json())
+    average = {name: tensor.to(dtype) for name, tensor in engine.average()}
+    flow.load_state_dict(average, assign=True)
+    return flow.requires_grad_(False)
