@@ -14,6 +14,7 @@ from data_prep.pipeline import help_prepare, prepare
 from data_prep.records import Settings
 from data_prep.sources import LAYOUTS, Digits, Source, open_source
 from data_prep.sources.base import listed, say_passed_over
+from data_prep.sources.objects import source_path
 from tarflow_dist.errors import INTERRUPTED_EXIT_CODE, UserError
 
 MAX_SIZE, MAX_WORKERS = 4096, 1024
@@ -53,7 +54,9 @@ def parser() -> argparse.ArgumentParser:
     folder.set_defaults(layout="folder")
     for command in (imagenet, folder):
         command.set_defaults(run=run_images, format="mds", workers=None)
-        command.add_argument("src", type=Path, help="the folder with the images, or a zip")
+        command.add_argument(
+            "src", help="the folder with the images, or a zip; may be an address s3://…"
+        )
         _add_image_options(command)
 
     digits = commands.add_parser("digits", help="scikit-learn's handwritten digits, 8x8, built in")
@@ -172,6 +175,7 @@ def _check_image_options(args: argparse.Namespace) -> None:
 
 
 def run_images(args: argparse.Namespace) -> int:
+    src = source_path(args.src)
     settings = Settings(
         size=args.size,
         crop=args.crop,
@@ -181,10 +185,8 @@ def run_images(args: argparse.Namespace) -> int:
         max_pixels=args.max_pixels,
     )
     if _rank():
-        return _help(args.src, args, settings)
-    source = open_source(
-        args.src, layout=args.layout, val_fraction=args.val_fraction, seed=args.seed
-    )
+        return _help(src, args, settings)
+    source = open_source(src, layout=args.layout, val_fraction=args.val_fraction, seed=args.seed)
     passed_over = sum(source.passed_over.values())
     if passed_over > args.max_passed_over * (passed_over + len(source)):
         raise UserError(

@@ -5,15 +5,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
 from io import BytesIO
-from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from data_prep.png import without_texts
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import NotRegularError, open_regular
 
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # of TIFF's tags
 ENCODINGS = ("png", "jpeg", "webp", "raw", "keep")
@@ -102,17 +100,9 @@ def open_image(content: bytes | np.ndarray, max_pixels: int = HONEST_PIXELS) -> 
     return Image.open(BytesIO(without_texts(content)), formats=FORMATS)
 
 
-def is_image(file: Path) -> bool:
-    """Whether the content of `file`, whatever its name, is that of a format that Pillow reads.
-
-    Raises:
-        OSError: it is not there, or can't be opened.
-    """
-    try:
-        descriptor = open_regular(file)
-    except NotRegularError:
-        return False
-    with open(descriptor, "rb") as stream, warnings.catch_warnings():
+def is_image(stream: IO[bytes]) -> bool:
+    """Whether the content of a file, whatever its name, is that of a format that Pillow reads."""
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             Image.open(stream, formats=SIGNED_FORMATS)

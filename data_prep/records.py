@@ -99,7 +99,7 @@ def summarise(
         "images_per_class": {split: counts.tolist() for split, counts in stored.items()},
         "errors": sum(int(counts.sum()) for counts in bad.values()),
         "errors_per_class": {split: counts.tolist() for split, counts in bad.items()},
-        "passed_over": dict(source.passed_over),
+        "passed_over": dict(sorted(source.passed_over.items())),
         "notes": [*source.notes, *([IN_BLOCKS] if source.in_blocks else ())],
         "settings": asdict(settings),
         "versions": versions(),

@@ -15,8 +15,6 @@ from data_prep.sources.base import (
     Place,
     Source,
     patiently,
-    read_file,
-    read_part,
     shuffle_key,
 )
 from data_prep.sources.digits import Digits, read_digit
@@ -25,6 +23,7 @@ from data_prep.sources.folder import Folder
 from data_prep.sources.kaggle import Kaggle
 from data_prep.sources.mds import MDS
 from data_prep.sources.npz import Npz
+from data_prep.sources.objects import forget_listings, read_file, read_part
 from data_prep.sources.parquet import Parquet
 from data_prep.sources.walk import images_in, unreadable
 from data_prep.sources.wds import WebDataset
@@ -68,8 +67,8 @@ ALL_IMAGES = ("kaggle", "edm")
 """Those of them that are folders of images themselves."""
 LAYOUTS = ("folder", *PACKED)
 READERS: dict[str, Callable[..., Content]] = {
-    "file": read_file,
-    "part": read_part,
+    "file": lambda file, place: read_file(file),
+    "part": lambda file, place: read_part(file, place.offset, place.size),
     "absent": lambda file, place: None,
     "digits": read_digit,
     "npz": npz.read_pixels,
@@ -103,6 +102,14 @@ def open_source(path: Path, *, layout: str = "auto", val_fraction: float, seed: 
     Raises:
         UserError: there is no such folder, no such layout in it, or more than one.
     """
+    forget_listings()
+    try:
+        return _open_source(path, layout, {"val_fraction": val_fraction, "seed": seed})
+    except PermissionError as error:  # which says nothing of what is in the files
+        raise unreadable(error) from error
+
+
+def _open_source(path: Path, layout: str, options: dict[str, Any]) -> Source:
     if not path.is_dir() and not (path.is_file() and EDM.recognises(path)):
         raise UserError(f"there is no folder {path}: give one with images in a layout of --layout")
     advice = ""
@@ -112,15 +119,12 @@ def open_source(path: Path, *, layout: str = "auto", val_fraction: float, seed: 
             raise UserError(f"{path} holds {' and '.join(found)}: choose one with --layout")
         layout = found[0]
         advice = f"; if it is no {layout} set, choose another --layout"
-    options: dict[str, Any] = {"val_fraction": val_fraction, "seed": seed}
     if layout == "folder":
         return Folder(path, **options)
     try:
         source = PACKED[layout](path, **options if layout in SPLIT_HERE else {})
         if layout not in ALL_IMAGES and path.is_dir() and (beside := images_in(path).names):
             source.passed_over = {**source.passed_over, "images beside": len(beside)}
-    except PermissionError as error:  # which says nothing of what is in the files
-        raise unreadable(error) from error
     except UserError as error:
         raise UserError(f"{error}{advice}") from error
     return source

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.sources.base import Group, Grouped, check_distinct, is_image_name, kind_of
+from data_prep.sources.objects import open_file
 from tarflow_dist.errors import UserError
 
 TRAIN = "ILSVRC2012_img_train.tar"
@@ -56,7 +57,7 @@ def read_devkit(file: Path) -> tuple[dict[str, str], list[str]]:
     # in a process of its own, since scipy's reader crashes on some damage
     spawn = multiprocessing.get_context("spawn")
     try:
-        with tarfile.open(file) as tar:
+        with open_file(file) as stream, tarfile.open(fileobj=stream) as tar:
             members = {re.sub(r"^.*/data/", "data/", member.name): member for member in tar}
             meta = _read(tar, members["data/meta.mat"])
             truth = _read(tar, members["data/ILSVRC2012_validation_ground_truth.txt"])
@@ -99,7 +100,7 @@ def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _train(archive: Path, classes: list[str], passed_over: Counter[str]) -> list[Group]:
-    with tarfile.open(archive, "r:") as tar:
+    with open_file(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
         files = [member for member in tar if member.isfile()]
     members = [member for member in files if member.name.endswith(".tar")]
     passed_over.update(kind_of(m.name) for m in files if not m.name.endswith(".tar"))
@@ -148,7 +149,7 @@ def _val(
 def _scan(archive: Path, start: int, size: int) -> tuple[list[str], np.ndarray, list[str]]:
     """Names of the images in the tar that lies at `start` in `archive`, sorted, and (n, 2) int64,
     their offsets in `archive` and sizes; the kinds of the other files in it."""
-    with archive.open("rb") as file:
+    with open_file(archive) as file:
         file.seek(start)
         tar: Any
         with tarfile.open(fileobj=file, mode="r:") as tar:

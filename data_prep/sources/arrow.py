@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources.base import Place
+from data_prep.sources.objects import ObjectPath
 from data_prep.sources.splits import HoldOut, find_splits
 from data_prep.sources.tables import Part, Tables, image_in, table_columns
 from tarflow_dist.errors import UserError
@@ -29,6 +30,8 @@ class Arrow(Tables):
     layout = "arrow"
 
     def __init__(self, path: Path, *, val_fraction: float, seed: int):
+        if isinstance(path, ObjectPath):
+            raise UserError(f"can't read {path}: folders of save_to_disk are mapped from a disk")
         splits: dict[str, list[str]] = {"train": [""]}
         others: list[str] = []
         try:

@@ -15,7 +15,7 @@ import numpy as np
 
 from data_prep.images import SUFFIXES
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import NotRegularError, open_regular, read_regular
+from tarflow_dist.files import NotRegularError
 
 SPLITS = ("train", "val")
 LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -43,16 +43,6 @@ class Place(NamedTuple):
     """Of the image in that: in bytes, or rows."""
     size: int = 0
     """In bytes."""
-
-
-def read_file(file: Path, place: Place) -> bytes:
-    return read_regular(file)
-
-
-def read_part(file: Path, place: Place) -> bytes:
-    with open(open_regular(file), "rb", buffering=0) as stream:
-        stream.seek(place.offset)
-        return stream.read(place.size)
 
 
 def patiently(read: Callable[[], T], file: Path) -> T:

@@ -17,10 +17,10 @@ from data_prep.sources.base import (
     kind_of,
     zip_part,
 )
+from data_prep.sources.objects import open_file, read_file
 from data_prep.sources.splits import HoldOut, find_splits
 from data_prep.sources.walk import images_in
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import read_regular, regular
 
 LABELS = "dataset.json"
 LARGEST_LABELS = 1 << 28  # bytes: ImageNet's are 50 million
@@ -84,7 +84,7 @@ def _zips(path: Path) -> list[str]:
     found = []
     for file in sorted(path.glob("*.zip")):
         try:
-            with ZipFile(regular(file)) as archive:
+            with open_file(file) as stream, ZipFile(stream) as archive:
                 if LABELS in archive.namelist():
                     found.append(file.name)
         except (OSError, BadZipFile):
@@ -108,7 +108,7 @@ def _find(path: Path) -> dict[str, Path]:
 def _read_folder(folder: Path) -> Images:
     images = images_in(folder)
     images.passed_over[kind_of(LABELS)] -= 1
-    about = read_regular(folder / LABELS)
+    about = read_file(folder / LABELS)
     return Images(images.names, None, about, +images.passed_over)
 
 
@@ -116,7 +116,7 @@ def _read_zip(file: Path) -> Images:
     passed_over: Counter[str] = Counter()
     found = []
     try:
-        with open(regular(file), "rb") as stream, ZipFile(stream) as archive:
+        with open_file(file) as stream, ZipFile(stream) as archive:
             if archive.getinfo(LABELS).file_size > LARGEST_LABELS:
                 raise ValueError(f"its {LABELS} is too large")
             about = archive.read(LABELS)

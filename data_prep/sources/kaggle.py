@@ -5,9 +5,10 @@ from collections import Counter
 from pathlib import Path
 
 from data_prep.sources.base import Group, Grouped, check_distinct
+from data_prep.sources.objects import read_file
 from data_prep.sources.walk import class_folders, images_in, unreadable
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import inside, read_regular
+from tarflow_dist.files import inside
 
 IMAGES = Path("ILSVRC/Data/CLS-LOC")
 SOLUTION = "LOC_val_solution.csv"
@@ -80,6 +81,6 @@ def _solution(file: Path) -> dict[str, list[str]]:
 
 def _text(file: Path) -> str:
     try:
-        return read_regular(file).decode()
+        return read_file(file).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"can't read {file}, which is needed beside ILSVRC/: {error}") from error

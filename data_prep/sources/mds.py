@@ -14,10 +14,11 @@ import numpy as np
 from PIL import Image
 
 from data_prep.sources.base import MAX_CLASSES, Item, Place, set_name
+from data_prep.sources.objects import ObjectPath, read_file, read_json
 from data_prep.sources.splits import HoldOut, find_splits
 from data_prep.sources.walk import folders_in
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import inside, open_regular, read_json, read_regular
+from tarflow_dist.files import inside, open_regular
 
 IMAGE_COLUMNS, LABEL_COLUMNS = ("x", "image", "img", "jpg"), ("y", "label", "cls")
 FILES = ("jpeg", "png", "bytes")  # encodings that are an image file as it is
@@ -196,12 +197,15 @@ def _shard(file: Path, compression: str | None) -> bytes | mmap:
 
 def _read(file: Path, compression: str | None) -> bytes | mmap:
     """The bytes of a shard."""
-    if compression is None:
+    if compression is None and not isinstance(file, ObjectPath):
         with open(open_regular(file), "rb") as stream:
             return mmap(stream.fileno(), 0, access=ACCESS_READ)
+    data = read_file(file)
+    if compression is None:
+        return data
     from streaming.base.compression import decompress
 
-    return decompress(compression, read_regular(file))
+    return decompress(compression, data)
 
 
 def _columns(

@@ -18,12 +18,12 @@ from data_prep.sources.base import (
     SPLITS,
     Item,
     Place,
-    read_part,
     set_name,
     zip_part,
 )
+from data_prep.sources.objects import open_file, read_part
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import read_npy_header, regular
+from tarflow_dist.files import read_npy_header
 
 NAME = re.compile(r"(train|val)_data(?:_batch_(\d+))?\.npz")
 CHUNK = 1 << 20
@@ -111,7 +111,7 @@ def _missing(files: list[tuple[str, Path]]) -> str:
 def _read_labels(file: Path) -> np.ndarray:
     """(n,) int64."""
     try:
-        with np.load(regular(file), allow_pickle=False) as arrays:
+        with open_file(file) as stream, np.load(stream, allow_pickle=False) as arrays:
             labels = arrays["labels"].reshape(-1)
         is_whole = labels.dtype.kind in "iu" and len(labels) > 0
         if not is_whole or not 1 <= labels.min() <= labels.max() <= MAX_CLASSES:
@@ -126,7 +126,7 @@ def _read_labels(file: Path) -> np.ndarray:
 def _check(file: Path, count: int) -> int:
     """Reads all pixels of a file of `count` images, and returns the bytes of one."""
     try:
-        with ZipFile(regular(file)) as archive, archive.open("data.npy") as stream:
+        with open_file(file) as raw, ZipFile(raw) as archive, archive.open("data.npy") as stream:
             size, length = _row_size(stream, count), 0
             while chunk := stream.read(CHUNK):
                 length += len(chunk)
@@ -140,7 +140,7 @@ def _check(file: Path, count: int) -> int:
 def _first_byte(file: Path, count: int) -> int | None:
     """Where the pixels begin in a file of `count` images; None if they are compressed."""
     try:
-        with open(regular(file), "rb") as raw, ZipFile(raw) as archive:
+        with open_file(file) as raw, ZipFile(raw) as archive:
             member = archive.getinfo("data.npy")
             with archive.open(member) as stream:
                 _row_size(stream, count)
@@ -152,7 +152,7 @@ def _first_byte(file: Path, count: int) -> int | None:
 
 def read_pixels(file: Path, place: Place, compressed: str = "") -> np.ndarray:
     """(S, S, 3)."""
-    row = _inflated(file, place) if compressed else read_part(file, place)
+    row = _inflated(file, place) if compressed else read_part(file, place.offset, place.size)
     side = isqrt(place.size // 3)
     return np.frombuffer(row, np.uint8).reshape(3, side, side).transpose(1, 2, 0)
 
@@ -166,7 +166,7 @@ def _inflated(file: Path, place: Place) -> bytes:
 @lru_cache(maxsize=1)
 def _open_member(file: Path) -> tuple[IO[bytes], int]:
     """The file's pixels, and where they begin."""
-    stream = ZipFile(regular(file)).open("data.npy")  # noqa: SIM115  (it stays open)
+    stream = ZipFile(open_file(file)).open("data.npy")  # noqa: SIM115  (it stays open)
     _row_size(stream, None)
     return stream, stream.tell()
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.sources.base import SPLITS, Place
+from data_prep.sources.objects import open_file
 from data_prep.sources.tables import Part, Tables, image_in, table_columns
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import regular
 
 # how the hub's names begin; test files have no labels
 PREFIXES = {"train": ("train",), "val": ("validation", "valid", "val")}
@@ -43,7 +43,7 @@ class Parquet(Tables):
 
         for split, files in self._files.items():
             for file in files:
-                with ParquetFile(regular(file), pre_buffer=False) as parquet:
+                with open_file(file) as stream, ParquetFile(stream, pre_buffer=False) as parquet:
                     for group in range(parquet.num_row_groups):
                         read = partial(parquet.read_row_group, group)
                         yield Part(split, file, group, parquet.schema_arrow, read)
@@ -67,7 +67,7 @@ def _row_group(file: Path, number: int) -> Any:
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(regular(file), pre_buffer=False) as parquet:
+        with open_file(file) as stream, ParquetFile(stream, pre_buffer=False) as parquet:
             column = table_columns(parquet.schema_arrow).image
             return parquet.read_row_group(number, [column])[column]
     except (OSError, ValueError) as error:

@@ -2,12 +2,15 @@
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data_prep.images import is_image
 from data_prep.sources.base import Group, check_distinct, is_image_name, kind_of, readable
+from data_prep.sources.objects import ObjectPath, open_file
 from tarflow_dist.errors import UserError
+from tarflow_dist.files import NotRegularError
 
 
 class Images(NamedTuple):
@@ -79,7 +82,22 @@ def images_in(folder: Path, *, deep: bool = True) -> Images:
     absent: set[str] = set()
     passed_over: Counter[str] = Counter()
 
-    def search(path: str, inside: str, above: frozenset[tuple[int, int]]) -> None:
+    files = _in_store(folder, deep) if isinstance(folder, ObjectPath) else _on_disk(folder, deep)
+    for name, is_there in files:
+        if is_image_name(name) or (is_there and _holds_image(folder / name)):
+            names.append(name)
+            if not is_there:
+                absent.add(name)
+        else:
+            passed_over[kind_of(name)] += 1
+    return Images(folder, sorted(names), frozenset(absent), passed_over)
+
+
+def _on_disk(folder: Path, deep: bool) -> Iterator[tuple[str, bool]]:
+    """The files in a folder, and hidden folders: their names from there on, and whether they are
+    there, or a link to nothing."""
+
+    def search(path: str, inside: str, above: frozenset[tuple[int, int]]) -> Iterator[Any]:
         about = os.stat(path)
         here = (about.st_dev, about.st_ino)
         if here in above:
@@ -87,27 +105,42 @@ def images_in(folder: Path, *, deep: bool = True) -> Images:
         with os.scandir(path) as entries:
             for entry in entries:
                 name = inside + entry.name
-                if entry.is_dir() and not entry.name.startswith("."):
-                    if deep:
-                        search(entry.path, f"{name}/", above | {here})
-                elif is_image_name(name) or (
-                    not entry.name.startswith(".")
-                    and os.path.exists(entry.path)
-                    and is_image(Path(entry.path))
-                ):
-                    names.append(name)
-                    if entry.is_symlink() and not os.path.exists(entry.path):
-                        absent.add(name)
-                else:
-                    passed_over[kind_of(name)] += 1
+                if not entry.is_dir() or entry.name.startswith("."):
+                    yield name, not entry.is_symlink() or os.path.exists(entry.path)
+                elif deep:
+                    yield from search(entry.path, f"{name}/", above | {here})
 
-    search(str(folder), "", frozenset())
-    return Images(folder, sorted(names), frozenset(absent), passed_over)
+    return search(str(folder), "", frozenset())
+
+
+def _in_store(folder: ObjectPath, deep: bool) -> Iterator[tuple[str, bool]]:
+    """As _on_disk."""
+    there = folder.listing()
+    yield from ((name, True) for name in there.files)
+    for name in there.folders:
+        if name.startswith("."):
+            yield name, True
+        elif deep:
+            yield from ((f"{name}/{file}", True) for file, _ in _in_store(folder / name, deep))
+
+
+def _holds_image(file: Path) -> bool:
+    if file.name.startswith("."):
+        return False
+    try:
+        with open_file(file) as stream:
+            return is_image(stream)
+    except NotRegularError:
+        return False
 
 
 def folders_in(path: Path) -> list[str]:
     """The names of the folders in `path`, sorted, without hidden ones."""
-    return sorted(f.name for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
+    if isinstance(path, ObjectPath):
+        names = path.listing().folders
+    else:
+        names = [file.name for file in path.iterdir() if file.is_dir()]
+    return sorted(name for name in names if not name.startswith("."))
 
 
 def unreadable(error: OSError) -> UserError:

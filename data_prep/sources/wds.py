@@ -21,9 +21,9 @@ from data_prep.sources.base import (
     kind_of,
     wnids_by_label,
 )
+from data_prep.sources.objects import open_file
 from data_prep.sources.splits import HoldOut, find_splits
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import regular
 from tarflow_dist.telemetry.progress import Progress
 
 MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # a sample's key, and what the file is of it
@@ -116,7 +116,7 @@ def _tars(path: Path) -> list[Path]:
 def _may_be_labelled(file: Path) -> bool:
     """Whether a label is among the first files; a damaged tar may have some."""
     try:
-        with tarfile.open(regular(file), "r:") as tar:
+        with open_file(file) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             return any(member.name.endswith((".cls", ".json")) for member in islice(tar, FIRST))
     except (tarfile.TarError, OSError):
         return True
@@ -126,7 +126,7 @@ def _scan(file: Path) -> Scanned:
     samples: list[Sample] = []
     passed_over: Counter[str] = Counter()
     try:
-        with tarfile.open(regular(file), "r:") as tar:
+        with open_file(file) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             for _, members in groupby(_members(tar, passed_over), lambda member: member[0]):
                 sample = _sample(tar, {role: member for _, role, member in members}, passed_over)
                 if sample is not None:

@@ -1,0 +1,221 @@
+"""Files of a source, on a disk or in an object store, to be read where they lie."""
+
+import errno
+import io
+import os
+import re
+import stat
+from collections.abc import Generator
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path, PosixPath
+from typing import IO, Any, NamedTuple, NoReturn
+
+from tarflow_dist.errors import UserError
+from tarflow_dist.files import load_json, open_regular, read_regular
+
+S3 = "s3://"
+BUFFER = 1 << 22  # bytes that are fetched at once where a file is read from the front on
+CONNECTIONS = 32
+ABSENT = ("404", "NoSuchKey")
+
+
+def source_path(address: str) -> Path:
+    """A folder or a file on a disk, or in an S3 store.
+
+    Raises:
+        UserError: it is in another kind of store.
+    """
+    if address.startswith(S3):
+        return ObjectPath(address)
+    if "://" in address:
+        raise UserError(f"can't read from {address}: give a folder, or an address s3://BUCKET/…")
+    return Path(address)
+
+
+def open_file(file: Path) -> IO[bytes]:
+    """A regular file, to be read from any place in it. Errors as `open_regular`."""
+    if isinstance(file, ObjectPath):
+        return io.BufferedReader(_Stream(file), BUFFER)
+    return open(open_regular(file), "rb")
+
+
+def read_file(file: Path) -> bytes:
+    """All of a regular file. Errors as `open_regular`."""
+    return file.fetch() if isinstance(file, ObjectPath) else read_regular(file)
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file says. Errors as `tarflow_dist.files.read_json`."""
+    with open_file(file) as stream:
+        return load_json(stream)
+
+
+def read_part(file: Path, offset: int, size: int) -> bytes:
+    """`size` bytes of a regular file, or fewer if it ends before. Errors as `open_regular`."""
+    if isinstance(file, ObjectPath):
+        return file.fetch(offset, size)
+    with open(open_regular(file), "rb", buffering=0) as stream:
+        stream.seek(offset)
+        return stream.read(size)
+
+
+class Listing(NamedTuple):
+    """What lies in a folder of a store."""
+
+    folders: list[str]
+    files: dict[str, int]
+    """Names and sizes."""
+
+
+class ObjectPath(PosixPath):
+    """An object of an S3 store, s3://BUCKET/KEY, or a folder: what lies below s3://BUCKET/KEY/.
+
+    It has a path's methods as far as sources use them. The functions of the system don't take it.
+    A folder is listed once in a process.
+
+    Raises (each method that asks the store):
+        FileNotFoundError: there is no such object.
+        PermissionError: the store can't be reached or refuses, which, as with a disk's, says
+            nothing of what is in the files.
+    """
+
+    def __str__(self) -> str:
+        return re.sub("^s3:/(?=[^/])", S3, super().__str__())
+
+    def __fspath__(self) -> NoReturn:
+        raise TypeError(f"{self} is on no disk")
+
+    @property
+    def bucket(self) -> str:
+        return self.parts[1]
+
+    @property
+    def key(self) -> str:
+        return "/".join(self.parts[2:])
+
+    def absolute(self) -> "ObjectPath":
+        return self
+
+    def resolve(self, strict: bool = False) -> "ObjectPath":
+        return self
+
+    def listing(self) -> Listing:
+        return _list(self)
+
+    def is_dir(self, **_: Any) -> bool:
+        return any(self.listing())
+
+    def is_file(self, **_: Any) -> bool:
+        return bool(self.key) and self.name in self.parent.listing().files
+
+    def exists(self, **_: Any) -> bool:
+        return self.is_file() or self.is_dir()
+
+    def stat(self, **_: Any) -> os.stat_result:
+        if not self.is_file():
+            raise FileNotFoundError(errno.ENOENT, "there is no such object", str(self))
+        size = self.parent.listing().files[self.name]
+        return os.stat_result((stat.S_IFREG, 0, 0, 1, 0, 0, size, 0, 0, 0))
+
+    def glob(self, pattern: str, **_: Any) -> Generator["ObjectPath", None, None]:
+        first, *rest = pattern.split("/", 1)
+        there = self.listing()
+        for name in there.folders if rest else there.files:
+            if fnmatchcase(name, first):
+                yield from (self / name).glob(*rest) if rest else [self / name]
+
+    def fetch(self, offset: int = 0, size: int | None = None) -> bytes:
+        """All of the object, or a part of it."""
+        if size == 0:
+            return b""
+        options = {"Bucket": self.bucket, "Key": self.key}
+        if size is not None:
+            options["Range"] = f"bytes={offset}-{offset + size - 1}"
+        return _ask(self, lambda s3: s3.get_object(**options)["Body"].read())
+
+
+class _Stream(io.RawIOBase):
+    """An object from any place in it on."""
+
+    def __init__(self, file: ObjectPath):
+        about = _ask(file, lambda s3: s3.head_object(Bucket=file.bucket, Key=file.key))
+        self._file, self._size, self._at = file, about["ContentLength"], 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        if base + offset < 0:
+            raise OSError(errno.EINVAL, "a place before the beginning", str(self._file))
+        self._at = base + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        size = max(0, min(len(buffer), self._size - self._at))
+        data = self._file.fetch(self._at, size)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def forget_listings() -> None:
+    """Folders are listed anew."""
+    _list.cache_clear()
+
+
+@cache
+def _list(folder: ObjectPath) -> Listing:
+    if len(folder.parts) < 2:
+        raise UserError(f"{folder} names no bucket: give an address s3://BUCKET/…")
+    prefix = f"{folder.key}/" if folder.key else ""
+    found = Listing([], {})
+
+    def read(s3: Any) -> None:
+        pages = s3.get_paginator("list_objects_v2")
+        for page in pages.paginate(Bucket=folder.bucket, Prefix=prefix, Delimiter="/"):
+            for entry in page.get("CommonPrefixes", ()):
+                found.folders.append(entry["Prefix"].removeprefix(prefix).removesuffix("/"))
+            for entry in page.get("Contents", ()):
+                if entry["Key"] != prefix:  # what some programs put where folders are
+                    found.files[entry["Key"].removeprefix(prefix)] = entry["Size"]
+
+    _ask(folder, read)
+    for name in (*found.folders, *found.files):
+        if name in ("", ".", ".."):
+            raise UserError(f"{folder}/ has something called {name!r}: no path leads there")
+    return found
+
+
+def _ask(path: ObjectPath, question: Any) -> Any:
+    """What `question` gives of the store's client. Errors as ObjectPath."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        return question(_client(os.environ.get("S3_ENDPOINT_URL")))
+    except (BotoCoreError, ClientError, ValueError) as error:
+        code = error.response["Error"]["Code"] if isinstance(error, ClientError) else ""
+        if code in ABSENT:
+            raise FileNotFoundError(errno.ENOENT, "there is no such object", str(path)) from error
+        raise PermissionError(errno.EACCES, " ".join(str(error).split()), str(path)) from error
+
+
+@cache
+def _client(endpoint: str | None) -> Any:
+    """As streaming makes it for the sets that are written and read: without credentials, a public
+    bucket can be read."""
+    from boto3.session import Session
+    from botocore import UNSIGNED
+    from botocore.config import Config
+
+    session = Session()
+    signature = {} if session.get_credentials() else {"signature_version": UNSIGNED}
+    config = Config(retries={"mode": "standard"}, max_pool_connections=CONNECTIONS, **signature)
+    return session.client("s3", endpoint_url=endpoint, config=config)
