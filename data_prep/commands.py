@@ -254,11 +254,14 @@ def _remarks(summary: dict[str, Any]) -> Iterator[str]:
         yield f"classes without an image in train: {listed(empty)}"
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str], *, world_size: int | None = None) -> argparse.Namespace:
     """The command line.
 
+    Args:
+        world_size: ranks that will run it; None: those that do.
+
     Raises:
-        UserError: a number in it is out of range.
+        UserError: a number in it is out of range, or it is none for so many ranks.
     """
     args = parser().parse_args(argv)
     if not 0 <= getattr(args, "seed", 0) < 2**32:
@@ -268,10 +271,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError(f"--workers is {workers}: give a number from 1 to {MAX_WORKERS}")
     if "val_fraction" in args:
         _check_image_options(args)
-    if "seed" in args and remote.is_remote(args.out) and _world_size() > 1:
+    if "seed" in args and remote.is_remote(args.out) and (world_size or _world_size()) > 1:
         raise UserError(
-            f"{args.out} is in an object store, which one node alone can write to: leave out "
-            "--nodes, or give a folder that all nodes share"
+            f"{args.out} is in an object store, which one rank alone can write to: leave out "
+            "--nodes and --tasks-per-node, or give a folder that all nodes share"
         )
     return args
 

@@ -19,6 +19,7 @@ import numpy as np
 from data_prep.encode import Encoded, encode_item
 from data_prep.records import Settings
 from data_prep.sources import SPLITS, Item, Place, Source, read_image, shuffle_key
+from data_prep.sources.walk import unreadable
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import describe, read_sealed, write_sealed, write_whole
 
@@ -177,7 +178,7 @@ def _list(source: Source, seed: int) -> tuple[Any, np.ndarray]:
 
     schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in COLUMNS.items()])
     items, batches, keys = source.items(), [], bytearray()
-    while some := list(islice(items, ROWS)):
+    while some := _next(items):
         rows = []
         for item in some:
             reader, file, *where = item.place
@@ -187,6 +188,13 @@ def _list(source: Source, seed: int) -> tuple[Any, np.ndarray]:
         columns = zip(schema, zip(*rows, strict=True), strict=True)
         batches.append(pa.record_batch([pa.array(c, f.type) for f, c in columns], schema=schema))
     return pa.Table.from_batches(batches, schema), np.frombuffer(keys, ">u8").reshape(-1, 2)
+
+
+def _next(items: Iterator[Item]) -> list[Item]:
+    try:
+        return list(islice(items, ROWS))
+    except PermissionError as error:
+        raise unreadable(error) from error
 
 
 def _block_keys(table: Any, seed: int) -> np.ndarray:

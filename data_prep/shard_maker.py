@@ -8,7 +8,6 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from data_prep.encode import Encoded, Result, encode_item
 from data_prep.plan import Plan
 from data_prep.records import RESULT, RESULT_COLUMNS, Settings
 from data_prep.shards import FORMATS, Format, Sample, Shard
-from data_prep.sources import Item, read_image
+from data_prep.sources import Item, read_images
 from tarflow_dist.files import from_saved, read_regular, read_sealed, write_sealed, write_whole
 
 VERSION = 1
@@ -116,10 +115,9 @@ class ShardMaker:
     def _encode(self, plan: Plan, items: Sequence[Item]) -> list[Result]:
         """In the items' order. They are read as they lie, so that a block is read once."""
         recipe = self.settings.recipe(plan.channels)
-        results = {
-            i: encode_item(recipe, partial(read_image, self.path, items[i].place))
-            for i in sorted(range(len(items)), key=lambda i: items[i].place[1:])
-        }
+        order = sorted(range(len(items)), key=lambda i: items[i].place[1:])
+        reads = read_images(self.path, [items[i].place for i in order])
+        results = {i: encode_item(recipe, read) for i, read in zip(order, reads, strict=True)}
         return [results[i] for i in range(len(items))]
 
     def _put(self, file: Path, data: bytes) -> None:

@@ -37,7 +37,7 @@ def _launch(argv: list[str]) -> int:
     own, words = _split(argv)
     arguments = _parser().parse_intermixed_args(own)
     resources = read_options(arguments)
-    task = tasks.make(arguments.task, [*arguments.arguments, *words])
+    task = tasks.make(arguments.task, [*arguments.arguments, *words], resources)
     chain = [task]
     if arguments.then:
         if task.name != "train":

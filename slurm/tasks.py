@@ -79,15 +79,16 @@ def evaluation(name: str, arguments: Sequence[str]) -> Task:
     return Task(name, tuple(arguments), JOBS / f"{name}-{model.resolve().name}", str(shards))
 
 
-def preparation(arguments: Sequence[str]) -> Task:
+def preparation(arguments: Sequence[str], resources: Resources) -> Task:
     """data_prep, whose ranks have workers of their own and share the shards.
 
     Raises:
-        UserError: an option is wrong.
+        UserError: an option is wrong, or can't be for so many ranks.
     """
     from data_prep.commands import parse
 
-    parsed = parse(list(arguments))
+    ranks = resources.nodes * (resources.tasks_per_node or 1)
+    parsed = parse(list(arguments), world_size=ranks)
     name = str(getattr(parsed, "out", parsed.command)).rstrip("/").rpartition("/")[2]
     workers = getattr(parsed, "workers", None) or PREPARATION_WORKERS
     folder = JOBS / f"data_prep-{name}"
@@ -113,8 +114,8 @@ def after_training(words: Sequence[str], train: Task) -> Task:
     return Task(name, tuple(arguments), train.folder, train.shards, of_run=True)
 
 
-def make(name: str, arguments: Sequence[str]) -> Task:
+def make(name: str, arguments: Sequence[str], resources: Resources) -> Task:
     """The task `name` with its command line."""
     if name == "train":
         return training(arguments)
-    return preparation(arguments) if name == "data_prep" else evaluation(name, arguments)
+    return preparation(arguments, resources) if name == "data_prep" else evaluation(name, arguments)

@@ -1,6 +1,8 @@
 """Where images come from: one small class a layout, and which of them a folder has."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from data_prep.sources.folder import Folder
 from data_prep.sources.kaggle import Kaggle
 from data_prep.sources.mds import MDS
 from data_prep.sources.npz import Npz
-from data_prep.sources.objects import forget_listings, read_file, read_part
+from data_prep.sources.objects import ObjectPath, forget_listings, read_file, read_part
 from data_prep.sources.parquet import Parquet
 from data_prep.sources.walk import images_in, unreadable
 from data_prep.sources.wds import WebDataset
@@ -48,6 +50,7 @@ __all__ = [
     "WebDataset",
     "open_source",
     "read_image",
+    "read_images",
     "shuffle_key",
 ]
 
@@ -65,6 +68,8 @@ SPLIT_HERE = ("wds", "mds", "edm", "arrow")
 """Those of them that may come without val."""
 ALL_IMAGES = ("kaggle", "edm")
 """Those of them that are folders of images themselves."""
+AHEAD = 8
+"""Images that are fetched from a store at a time."""
 LAYOUTS = ("folder", *PACKED)
 READERS: dict[str, Callable[..., Content]] = {
     "file": lambda file, place: read_file(file),
@@ -90,6 +95,21 @@ def read_image(path: Path, place: Place) -> Content:
     kind, *arguments = place.reader.split(" ")
     file = inside(path, place.file) if place.file else path
     return patiently(partial(READERS[kind], file, place, *arguments), file)
+
+
+def read_images(path: Path, places: Sequence[Place]) -> Iterator[Callable[[], Content]]:
+    """`read_image` of each of `places`, in order. From a store, the next ones are on their way."""
+    if not isinstance(path, ObjectPath):
+        yield from (partial(read_image, path, place) for place in places)
+        return
+    alone = all(place.reader in ("file", "part") for place in places)
+    coming: deque[Future[Content]] = deque()
+    with ThreadPoolExecutor(AHEAD if alone else 1) as pool:
+        for place in places:
+            coming.append(pool.submit(read_image, path, place))
+            if len(coming) > AHEAD:
+                yield coming.popleft().result
+        yield from (image.result for image in coming)
 
 
 def open_source(path: Path, *, layout: str = "auto", val_fraction: float, seed: int) -> Source:

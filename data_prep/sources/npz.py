@@ -133,6 +133,8 @@ def _check(file: Path, count: int) -> int:
             if length < size * count:
                 raise ValueError("it ends too early")
             return size
+    except PermissionError:
+        raise
     except (OSError, ValueError, LookupError, BadZipFile, zlib.error) as error:
         raise _damaged(file, error) from error
 
@@ -146,6 +148,8 @@ def _first_byte(file: Path, count: int) -> int | None:
                 _row_size(stream, count)
                 header = stream.tell()
             return zip_part(raw, member)[0] + header if not member.compress_type else None
+    except PermissionError:
+        raise
     except (OSError, ValueError, LookupError, BadZipFile) as error:
         raise _damaged(file, error) from error
 

@@ -132,7 +132,7 @@ def test_a_path_in_a_store_is_a_path(s3: object, tmp_path: Path) -> None:
     assert (root.is_dir(), root.is_file(), file.is_dir(), file.is_file()) == (1, 0, 0, 1)
     assert file.stat().st_size == len(content)
     with pytest.raises(TypeError):
-        open(file)
+        os.stat(file)
     with open_file(file) as stream:
         for offset in (0, 100, 5_000_000, 4 << 20, 7):
             stream.seek(offset)

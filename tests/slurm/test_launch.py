@@ -125,6 +125,7 @@ def test_the_examples_of_clusters_work(name: str) -> None:
         (["--local", "--gpus-per-node=3", "configs/digits.yaml"], "this machine has 0: give --gp"),
         (["--task=data_prep", "--", "folder", "a", "b", "--size=-5"], "--size is -5"),
         (["--task=data_prep", "--", "digits", "b", "--workers=-5"], "--workers is -5"),
+        (["--task=data_prep", "--nodes=2", "--", "digits", "s3://b/x"], "one rank alone can write"),
         (["--task=sample_fid", "--", "--model=x", "--reference=y", "--num-samples=9"], "folder x"),
         (["--then=evaluate_bpd --draws 0", "configs/in256.yaml"], "must be at least 1"),
     ],
