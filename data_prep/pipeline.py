@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def _is_finished(out: Path, formats: Sequence[str], about: dict[str, Any]) -> bo
         raise UserError(f"{out} is a set already: choose another folder")
     there = [form for form in formats if (out / form).exists()]
     for form in there:
-        if _made_by(out / form) != _digest(about):
+        if _made_by(out / form) not in (_digest(about), _digest(_of_before_plans(about))):
             raise UserError(f"{out / form} already holds a set: remove it or choose another")
     if there and len(there) < len(formats):
         raise UserError(f"{out / there[0]} already holds a set: remove it or choose another")
@@ -134,6 +135,13 @@ def _made_by(folder: Path) -> str | None:
         return read_json(folder / "timing.json")["preparation"]
     except (OSError, ValueError, LookupError, TypeError):  # of another program, or version
         return None
+
+
+def _of_before_plans(about: dict[str, Any]) -> dict[str, Any]:
+    """What this preparation would have been in a version that planned no shards."""
+    earlier = {name: value for name, value in about.items() if name != "versions"}
+    streaming = {"mosaicml-streaming": version("mosaicml-streaming")}
+    return {**earlier, "versions": {**about["versions"], **streaming}}
 
 
 def _digest(about: dict[str, Any]) -> str:
