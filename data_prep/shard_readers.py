@@ -6,7 +6,8 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -75,31 +76,54 @@ def _read_info(info: dict[str, Any], split: str) -> Iterator[Listed]:
     return (Listed(name, size, length, {}) for name, size, length in entries)
 
 
-def mds_samples(data: bytes) -> list[Stored]:
-    """The images of an MDS shard with the columns i (int), x (of any kind and length), y (int).
+def mds_columns(
+    data: bytes | mmap, sizes: list[int | None], count: int
+) -> list[list[tuple[int, int]]]:
+    """Of each of `count` samples of an MDS shard, where each column begins and ends.
 
     A shard is the number of samples, the offsets of each and of the end, its description in JSON,
     then the samples; a sample is the lengths of its columns of no fixed length, then its columns.
 
     Raises:
+        ValueError: it isn't.
+    """
+    ends = np.frombuffer(data, "<u4", count + 1, offset=4).tolist()
+    if int.from_bytes(data[:4], "little") != count or ends[-1] > len(data):
+        raise ValueError(f"it holds not the {count} samples of its index")
+    found: list[list[tuple[int, int]]] = []
+    for begin, end in pairwise(ends):
+        lengths, place = [], begin
+        for size in sizes:
+            if not size:
+                size, place = int.from_bytes(data[place : place + 4], "little"), place + 4
+            lengths.append(size)
+        bounds = list(accumulate(lengths, initial=place))
+        if bounds[-1] != end:
+            raise ValueError(f"its sample {len(found)} has another length than its columns")
+        found.append(list(pairwise(bounds)))
+    return found
+
+
+def mds_samples(data: bytes) -> list[Stored]:
+    """The images of an MDS shard with the columns i (int), x (of any kind and length), y (int).
+
+    Raises:
         Exception: of any kind, it is no such shard.
     """
-    count = int(np.frombuffer(data, "<u4", 1)[0])
-    ends = np.frombuffer(data, "<u4", count + 1, offset=4).tolist()
-    about = json.loads(data[4 * (count + 2) : ends[0]])
-    fixed = dict(zip(about["column_names"], about["column_sizes"], strict=True))
-    _expect(list(fixed) == ["i", "x", "y"], "columns")
-    _expect(ends[-1] == len(data), "end")
-    samples: list[Stored] = []
-    for begin, end in pairwise(ends):
-        start = begin + (0 if fixed["x"] else 4) + 8
-        size = fixed["x"] or int.from_bytes(data[begin : begin + 4], "little")
-        _expect(start + size + 8 == end, f"place of sample {len(samples)}")
-        index, label = (
-            int.from_bytes(data[at : at + 8], "little", signed=True) for at in (start - 8, end - 8)
-        )
-        samples.append(Stored(index, label, start, size))
-    return samples
+    count, first = np.frombuffer(data, "<u4", 2).tolist()
+    about = json.loads(data[4 * (count + 2) : first])
+    sizes = about["column_sizes"]
+    _expect(about["column_names"] == ["i", "x", "y"] and sizes[::2] == [8, 8], "columns")
+    rows = mds_columns(data, sizes, count)
+    _expect((rows[-1][-1][1] if rows else first) == len(data), "end")
+    return [
+        Stored(_integer(data[slice(*i)]), _integer(data[slice(*y)]), x[0], x[1] - x[0])
+        for i, x, y in rows
+    ]
+
+
+def _integer(data: bytes) -> int:
+    return int.from_bytes(data, "little", signed=True)
 
 
 def tar_samples(data: bytes) -> list[Stored]:

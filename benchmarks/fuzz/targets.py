@@ -152,7 +152,7 @@ TARGETS = (
     Target(
         "an unfinished preparation",
         ("unfinished",),
-        ("unfinished/**/*",),
+        ("unfinished/.partial/*", "unfinished/.partial/done/*"),
         ("data_prep", "digits", "unfinished"),
         files("unfinished/mds/**/*.mds"),
     ),

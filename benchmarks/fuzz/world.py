@@ -52,7 +52,7 @@ def python(world: Path, *command: str) -> None:
 
 
 def leave_unfinished(world: Path) -> None:
-    """A preparation that was killed when it was planned."""
+    """A preparation that was killed with one of its shards done."""
     job = subprocess.Popen(
         [sys.executable, "-m", "data_prep", "digits", "unfinished"],
         cwd=world,
@@ -60,7 +60,7 @@ def leave_unfinished(world: Path) -> None:
         start_new_session=True,
     )
     partial = world / "unfinished"
-    while job.poll() is None and not any(partial.rglob("begun.json")):
+    while job.poll() is None and not any(partial.rglob("done/*.json")):
         time.sleep(0.001)
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()
