@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 import time
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def but_for_times(files: dict[str, bytes]) -> dict[str, bytes]:
 def staging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "tmp"
     folder.mkdir()
+    get_temp_dir()  # the system's, since the name of a process's socket must be short
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     return folder
 
