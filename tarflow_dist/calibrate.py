@@ -9,7 +9,6 @@ sequential way does in the model's own type: 0.1 % fewer uint8 values may be equ
 difference may be 1 more. For float32 that is 99.9 % equal, and none off by more than 1.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -25,6 +24,7 @@ from tarflow_dist.options import (
     MODEL_HELP,
     add_dtype_option,
     add_guidance_options,
+    command_parser,
     guidance_of,
     load_model,
 )
@@ -54,11 +54,7 @@ REPEATS = 3
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tarflow_dist.calibrate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("calibrate", __doc__)
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help=MODEL_HELP)
     add("--batch-sizes", type=int, nargs="+", default=[1, 4, 16], help="default 1 4 16")

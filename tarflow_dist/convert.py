@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tarflow_dist.errors import UserError, run_command
 from tarflow_dist.models.classes import NAMELESS, Classes
+from tarflow_dist.options import command_parser
 from tarflow_dist.training import latest_checkpoint
 
 if TYPE_CHECKING:
@@ -35,11 +36,7 @@ class Source(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tarflow_dist.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("convert", __doc__)
     parser.add_argument("source", type=Path, metavar="SOURCE")
     parser.add_argument("out", type=Path, metavar="OUT", help="the model's folder")
     parser.add_argument(

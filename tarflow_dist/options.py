@@ -20,6 +20,16 @@ T = TypeVar("T")
 MODEL_HELP = "folder of model.safetensors and config.json, or USER/MODEL[@REVISION] at a hub"
 
 
+def command_parser(name: str, doc: str | None, epilog: str = "") -> argparse.ArgumentParser:
+    """The parser of the command `name`, whose --help begins with its module's docstring."""
+    return argparse.ArgumentParser(
+        prog=f"python -m tarflow_dist.{name}",
+        description=doc,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def whole_numbers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]

@@ -7,19 +7,15 @@ Every image counts exactly once, as it is stored: no flips, no further crop. OUT
 covariance under ADM's names (mu, sigma, mu_s, sigma_s) and the features of some images.
 """
 
-import argparse
 from pathlib import Path
 
 from tarflow_dist.errors import UserError, run_command
 from tarflow_dist.evaluation.features import EXTRACTORS, check_features
+from tarflow_dist.options import command_parser
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tarflow_dist.reference",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("reference", __doc__)
     add = parser.add_argument
     add("shards", help="folder made by data_prep, or its s3:// address")
     add("out", type=Path, metavar="OUT.npz")

@@ -22,6 +22,7 @@ from tarflow_dist.options import (
     add_dtype_option,
     add_guidance_options,
     class_numbers,
+    command_parser,
     denoising_of,
     guidance_of,
     load_model,
@@ -68,11 +69,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tarflow_dist.sample",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("sample", __doc__)
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help=MODEL_HELP)
     add(

@@ -32,6 +32,7 @@ from tarflow_dist.options import (
     add_dtype_option,
     add_guidance_options,
     class_numbers,
+    command_parser,
     denoising_of,
     guidance_of,
     load_model,
@@ -50,11 +51,7 @@ TAKEN |= {"manifest.parquet": "a set of shards"}
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tarflow_dist.sample_fid",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("sample_fid", __doc__)
     parser.set_defaults(command=shlex.join(["python", "-m", "tarflow_dist.sample_fid", *argv]))
     drawing = parser.add_argument_group("the samples")
     source = drawing.add_mutually_exclusive_group(required=True).add_argument
