@@ -35,13 +35,13 @@ def main(argv: list[str]) -> None:
         raise UserError("--batch-size and --keep must be at least 1")
     if args.out.suffix != ".npz":
         raise UserError(f"{args.out}: the name of the file to write ends in .npz")
-    check_features(args.features, args.inception_weights)
+    check_features([args.features], args.inception_weights)
 
     from dataclasses import replace
 
     from tarflow_dist import distributed
     from tarflow_dist.evaluation.features import make_extractor
-    from tarflow_dist.evaluation.measure import describe_extractor
+    from tarflow_dist.evaluation.measure import describe_extractor, measure_reference
     from tarflow_dist.evaluation.reference_set import open_shards_reference
     from tarflow_dist.telemetry.environment import describe_environment
 
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
         inception_weights=args.inception_weights,
         device=device,
     )
-    measured = reference.measure(extractor, batch_size=args.batch_size, device=device)
+    measured = measure_reference(reference, extractor, batch_size=args.batch_size, device=device)
     if measured is not None:
         about = {
             **measured.about,

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 from tarflow_dist.errors import UserError, enough_memory, run_command
 from tarflow_dist.files import write_whole
 from tarflow_dist.options import (
+    DENOISING,
+    GUIDANCE,
     MODEL_HELP,
     add_denoising_options,
     add_dtype_option,
@@ -45,9 +47,11 @@ def main(argv: list[str]) -> None:
     from tarflow_dist.telemetry.pictures import picture_grid
 
     flow = load_model(args.model, args.device, args.dtype)
-    guidance = guidance_of(args, args.guidance, flow)
+    guidance = guidance_of(flow, args.guidance, **{name: vars(args)[name] for name in GUIDANCE})
     noisy = args.no_denoise or args.reconstruct or args.interpolate
-    denoising = denoising_of(args, args.denoise_steps, flow, wanted=not noisy)
+    denoising = denoising_of(
+        flow, args.denoise_steps, wanted=not noisy, **{name: vars(args)[name] for name in DENOISING}
+    )
     y = labels_of(args, flow)
     try:
         with enough_memory("so many images at once", "ask for fewer images"):

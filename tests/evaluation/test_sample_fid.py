@@ -5,6 +5,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +16,13 @@ from PIL import Image
 
 from tarflow_dist.data.shards import open_shards
 from tarflow_dist.errors import UserError
-from tarflow_dist.evaluation import pipeline
-from tarflow_dist.evaluation.draw import sample_labels
+from tarflow_dist.evaluation import features, report, result
 from tarflow_dist.evaluation.feature_set import FeatureSet
-from tarflow_dist.evaluation.features import PixelFeatures
+from tarflow_dist.evaluation.features import Features, PixelFeatures
 from tarflow_dist.evaluation.image_sets import check_image_shape, open_samples
+from tarflow_dist.evaluation.metrics import FIGURES
 from tarflow_dist.evaluation.reference_set import open_reference
+from tarflow_dist.evaluation.settings import sample_labels
 from tarflow_dist.evaluation.statistics import Gaussian
 from tarflow_dist.files import lock_folder, sha256
 from tarflow_dist.models.tarflow import TarFlow
@@ -147,12 +149,12 @@ def test_the_mix_of_the_reference(model: Path) -> None:
     assert settings.to_json()["class_counts"] == [3, *[1] * 9]
     with pytest.raises(UserError, match="doesn't say how many images each class has"):
         sweep_settings(args, flow, "")
-    assert pipeline.another_mix("random", (9, 131)) == [
+    assert result.another_mix("random", (9, 131)) == [
         "labels are drawn evenly, and the reference's classes have 9 to 131 images: --labels "
         "reference draws its mix"
     ]
-    assert pipeline.another_mix("random", (70, 131)) == []
-    assert pipeline.another_mix("reference", (9, 131)) == []
+    assert result.another_mix("random", (70, 131)) == []
+    assert result.another_mix("reference", (9, 131)) == []
 
 
 def test_the_policy_in_force_is_a_setting(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +214,7 @@ def test_a_model_of_other_classes_is_refused_before_any_work(
                 "val",
                 image_shape=flow.image_shape,
                 num_classes=num_classes,
-                extractor=extractor,
+                extractors=[extractor],
             )
     with pytest.raises(UserError, match=told):
         open_shards(digits / "mds", "val").check_classes(num_classes)
@@ -222,7 +224,7 @@ def draw_without_pictures(command: list[str]) -> None:
     def fail(*args: object) -> None:
         raise OSError("no pictures today")
 
-    pipeline.write_grid = fail
+    report.write_grid = fail
     with pytest.raises(OSError, match="no pictures today"):
         main(command)
 
@@ -234,6 +236,47 @@ def test_figures_are_there_even_if_the_pictures_fail(
     command += ["--features", "pixels", "--num-samples", "10", "--out", str(tmp_path)]
     ranks.run(draw_without_pictures, command)
     assert json.loads((tmp_path / "result.json").read_text())["frechet_distance"] > 0
+
+
+@pytest.fixture
+def a_second_extractor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under Inception's name, since its weights are not here: the means of the pixels' rows."""
+
+    class Means:
+        name, weights_sha256 = "means", None
+        dim, spatial_dim, num_classes = 8, 0, 0
+
+        def __call__(self, images: torch.Tensor) -> Features:
+            return Features(images.double().mean(dim=(1, 2)))
+
+    make = features.make_extractor
+
+    def make_either(name: str, **options: Any) -> Any:
+        return Means() if name == "inception" else make(name, **options)
+
+    monkeypatch.setattr(features, "make_extractor", make_either)
+    monkeypatch.setattr("tarflow_dist.sample_fid.check_features", lambda *_: None)
+
+
+def test_several_features_of_one_draw(
+    model: Path, digits: Path, tmp_path: Path, a_second_extractor: None
+) -> None:
+    """Each as if it had been alone, over one set of samples."""
+    reference = ["--reference", str(digits / "mds"), "--split", "val"]
+    draw = ["--model", str(model), *reference, "--num-samples", "40"]
+    for names in ("pixels", "inception", "pixels,inception"):
+        main([*draw, "--features", names, "--out", str(tmp_path / names)])
+    both, *alone = (
+        outcome(tmp_path / names) for names in ("pixels,inception", "pixels", "inception")
+    )
+    assert both["chunks_drawn"] == 1
+    assert len({result["samples_sha256"] for result in (both, *alone)}) == 1
+    (more,) = both["more_features"]
+    assert (both["features"], more["features"]) == ("pixels", "means")
+    for found, expected in zip((both, more), alone, strict=True):
+        for name in FIGURES:
+            assert found[name] == pytest.approx(expected[name], rel=1e-9)
+    assert "on means" in (tmp_path / "pixels,inception" / "report.html").read_text()
 
 
 def test_reference_of_another_shape() -> None:
