@@ -12,7 +12,7 @@ difference may be 1 more. For float32 that is 99.9 % equal, and none off by more
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -42,9 +42,7 @@ if TYPE_CHECKING:
     from tarflow_dist.models.tarflow import TarFlow
 
 TOLERANCES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
-FIRST_WINDOW = 16
-LARGER_WINDOWS = (32, 64, 128, 256)
-SMALLER_WINDOWS = (8, 4)
+WINDOWS = (4, 8, 16, 32, 64, 128, 256)
 WORTHWHILE = 0.9
 """Windows must take less than this share of the sequential time: noise shall not choose them."""
 HOPELESS = 1.5
@@ -174,23 +172,14 @@ def fastest_solver(
         return timed(inversion(solver), z.device)
 
     sequential_once = seconds_of(SEQUENTIAL)
-    times: dict[Solver, float] = {}
-
-    def climb(windows: Iterable[int]) -> None:
-        """Tries one after another until one is slower than that before it."""
-        before = float("inf")
-        for window in windows:
-            solver = Solver(window, TOLERANCES[0])
-            if solver not in times:
-                times[solver] = seconds_of(solver)
-            if times[solver] > before:
-                return
-            before = times[solver]
-
-    for others in (LARGER_WINDOWS, SMALLER_WINDOWS):
-        climb(w for w in (FIRST_WINDOW, *others) if w < z.shape[1])
-    best = min(times, key=times.__getitem__, default=SEQUENTIAL)
-    if best == SEQUENTIAL or times[best] > HOPELESS * sequential_once:
+    best, before = SEQUENTIAL, float("inf")
+    for window in (w for w in WINDOWS if w < z.shape[1]):  # until one is slower than that before
+        solver = Solver(window, TOLERANCES[0])
+        seconds = seconds_of(solver)
+        if seconds > before:
+            break
+        best, before = solver, seconds
+    if best == SEQUENTIAL or before > HOPELESS * sequential_once:
         return SEQUENTIAL
     seconds, sequential_seconds = race([inversion(best), inversion(SEQUENTIAL)], z.device)
     return best if seconds < WORTHWHILE * sequential_seconds else SEQUENTIAL
