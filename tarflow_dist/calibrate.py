@@ -9,11 +9,10 @@ sequential way does in the model's own type: 0.1 % fewer uint8 values may be equ
 difference may be 1 more. For float32 that is 99.9 % equal, and none off by more than 1.
 """
 
-import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -22,9 +21,11 @@ from typing import TYPE_CHECKING
 from tarflow_dist.errors import UserError, enough_memory, run_command
 from tarflow_dist.models import hub
 from tarflow_dist.options import (
+    GUIDANCE,
     MODEL_HELP,
     add_dtype_option,
     add_guidance_options,
+    command_parser,
     guidance_of,
     load_model,
 )
@@ -41,9 +42,7 @@ if TYPE_CHECKING:
     from tarflow_dist.models.tarflow import TarFlow
 
 TOLERANCES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
-FIRST_WINDOW = 16
-LARGER_WINDOWS = (32, 64, 128, 256)
-SMALLER_WINDOWS = (8, 4)
+WINDOWS = (4, 8, 16, 32, 64, 128, 256)
 WORTHWHILE = 0.9
 """Windows must take less than this share of the sequential time: noise shall not choose them."""
 HOPELESS = 1.5
@@ -54,11 +53,7 @@ REPEATS = 3
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tarflow_dist.calibrate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("calibrate", __doc__)
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help=MODEL_HELP)
     add("--batch-sizes", type=int, nargs="+", default=[1, 4, 16], help="default 1 4 16")
@@ -85,7 +80,7 @@ def main(argv: list[str]) -> None:
         )
     except UserError as error:
         print(f"starting anew: {error}", file=sys.stderr)
-    guidance = guidance_of(args, args.guidance, flow)
+    guidance = guidance_of(flow, args.guidance, **{name: vars(args)[name] for name in GUIDANCE})
     with enough_memory(f"{args.images} images at once", "lower --images"):
         goal = Goal.of(flow, guidance, images=args.images, seed=args.seed)
     for batch in sorted(set(args.batch_sizes)):
@@ -177,23 +172,14 @@ def fastest_solver(
         return timed(inversion(solver), z.device)
 
     sequential_once = seconds_of(SEQUENTIAL)
-    times: dict[Solver, float] = {}
-
-    def climb(windows: Iterable[int]) -> None:
-        """Tries one after another until one is slower than that before it."""
-        before = float("inf")
-        for window in windows:
-            solver = Solver(window, TOLERANCES[0])
-            if solver not in times:
-                times[solver] = seconds_of(solver)
-            if times[solver] > before:
-                return
-            before = times[solver]
-
-    for others in (LARGER_WINDOWS, SMALLER_WINDOWS):
-        climb(w for w in (FIRST_WINDOW, *others) if w < z.shape[1])
-    best = min(times, key=times.__getitem__, default=SEQUENTIAL)
-    if best == SEQUENTIAL or times[best] > HOPELESS * sequential_once:
+    best, before = SEQUENTIAL, float("inf")
+    for window in (w for w in WINDOWS if w < z.shape[1]):  # until one is slower than that before
+        solver = Solver(window, TOLERANCES[0])
+        seconds = seconds_of(solver)
+        if seconds > before:
+            break
+        best, before = solver, seconds
+    if best == SEQUENTIAL or before > HOPELESS * sequential_once:
         return SEQUENTIAL
     seconds, sequential_seconds = race([inversion(best), inversion(SEQUENTIAL)], z.device)
     return best if seconds < WORTHWHILE * sequential_seconds else SEQUENTIAL

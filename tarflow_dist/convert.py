@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tarflow_dist.errors import UserError, run_command
 from tarflow_dist.models.classes import NAMELESS, Classes
+from tarflow_dist.options import command_parser
 from tarflow_dist.training import latest_checkpoint
 
 if TYPE_CHECKING:
@@ -35,11 +36,7 @@ class Source(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tarflow_dist.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("convert", __doc__)
     parser.add_argument("source", type=Path, metavar="SOURCE")
     parser.add_argument("out", type=Path, metavar="OUT", help="the model's folder")
     parser.add_argument(
@@ -134,7 +131,7 @@ def _read_run(source: Path, arguments: argparse.Namespace) -> Source:
 
 
 def _read_foreign(source: Path, arguments: argparse.Namespace) -> Source:
-    from tarflow_dist.models import import_checkpoint
+    from tarflow_dist.training import foreign_checkpoint
 
     if source.is_dir() and not (source / "latest").is_file():
         raise UserError(
@@ -148,15 +145,15 @@ def _read_foreign(source: Path, arguments: argparse.Namespace) -> Source:
             "--uniform, or for an iTARFlow --sigma-range LEAST LARGEST"
         )
     if source.is_file():
-        weights = import_checkpoint.read_published(source, arguments.key)
+        weights = foreign_checkpoint.read_published(source, arguments.key)
     elif arguments.trust_pickle:
-        weights = import_checkpoint.read_deepspeed(source, arguments.key)
+        weights = foreign_checkpoint.read_deepspeed(source, arguments.key)
     else:
         raise UserError(
             f"{source} is no run of ours; if it is a DeepSpeed checkpoint that you trust, whose "
             "reading can run code hidden in it, add --trust-pickle"
         )
-    model = import_checkpoint.infer_config(
+    model = foreign_checkpoint.infer_config(
         weights,
         in_channels=3 if arguments.in_channels is None else arguments.in_channels,
         source=source,

@@ -4,7 +4,6 @@ Every step is a command that a user would type, and is shown. Steps that are don
 out, so a demo that was interrupted goes on; remove demo/ to start over.
 """
 
-import argparse
 import os
 import shlex
 import signal
@@ -18,6 +17,7 @@ from types import FrameType
 from tarflow_dist import config_file as configs
 from tarflow_dist.errors import run_command
 from tarflow_dist.files import read_json
+from tarflow_dist.options import command_parser
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 RECIPE = "digits"
@@ -32,11 +32,7 @@ spread of the data within and between classes. A smaller weight than 1 lies betw
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tarflow_dist.demo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("demo", __doc__)
     parser.parse_args(argv)
     began = time.monotonic()
     with Steps() as steps:

@@ -10,18 +10,14 @@ import argparse
 from pathlib import Path
 
 from tarflow_dist.errors import UserError, run_command
-from tarflow_dist.options import MODEL_HELP
+from tarflow_dist.options import MODEL_HELP, command_parser
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Raises:
     UserError: a number out of range.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m tarflow_dist.evaluate_bpd",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("evaluate_bpd", __doc__)
     add = parser.add_argument
     add("--model", type=Path, required=True, help=MODEL_HELP)
     add("--data", required=True, help="SHARDS folder made by data_prep, or its s3:// address")

@@ -1,15 +1,13 @@
 """What several commands take on their command line, and make of it."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tarflow_dist.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
-
     from tarflow_dist.flow.denoise import Denoising
     from tarflow_dist.flow.guidance import Guidance
     from tarflow_dist.flow.model import Flow
@@ -18,6 +16,16 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MODEL_HELP = "folder of model.safetensors and config.json, or USER/MODEL[@REVISION] at a hub"
+
+
+def command_parser(name: str, doc: str | None, epilog: str = "") -> argparse.ArgumentParser:
+    """The parser of the command `name`, whose --help begins with its module's docstring."""
+    return argparse.ArgumentParser(
+        prog=f"python -m tarflow_dist.{name}",
+        description=doc,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def whole_numbers(text: str) -> list[int]:
@@ -43,6 +51,11 @@ def class_numbers(labels: str, flow: "TarFlow", least: int = -1) -> list[int]:
     return numbers
 
 
+def one_of(names: Sequence[str]) -> Callable[[str], str]:
+    """For `several`: a part that is one of `names`."""
+    return lambda part: names[names.index(part)]
+
+
 def several(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
     """The parts of "a,b,c", no two of them equal."""
 
@@ -58,8 +71,12 @@ def several(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
     return parts
 
 
+GUIDANCE = ("annealed", "guide", "attn_temp", "rule", "guide_blocks")
+"""What `add_guidance_options` adds, as `guidance_of` takes it."""
+
+
 def add_guidance_options(add: Callable[..., object]) -> None:
-    """All that `guidance_of` reads; a command's own is --guidance, the weight or several."""
+    """A command's own is --guidance, the weight or several."""
     add("--annealed", action="store_true", help="let w grow along the sequence, as published")
     add(
         "--guide",
@@ -82,8 +99,10 @@ def add_guidance_options(add: Callable[..., object]) -> None:
     )
 
 
-def guidance_of(args: argparse.Namespace, weight: float, flow: "Flow") -> "Guidance":
-    """The guidance of `weight` that the options describe.
+def guidance_of(
+    flow: "Flow", weight: float, *, guide_blocks: Sequence[int] | None, **options: Any
+) -> "Guidance":
+    """The guidance of `weight`; the others are the `GUIDANCE` options.
 
     Raises:
         UserError: this model can't have it.
@@ -91,9 +110,7 @@ def guidance_of(args: argparse.Namespace, weight: float, flow: "Flow") -> "Guida
     from tarflow_dist.flow.guidance import Guidance
 
     try:
-        guidance = Guidance(
-            weight, args.annealed, args.guide, args.attn_temp, args.rule, args.guide_blocks
-        )
+        guidance = Guidance(weight, blocks=guide_blocks, **options)
         guidance.check(conditional=flow.num_classes > 0, volume_preserving=flow.volume_preserving)
         guidance.per_block(len(flow.blocks))
     except ValueError as error:
@@ -101,10 +118,14 @@ def guidance_of(args: argparse.Namespace, weight: float, flow: "Flow") -> "Guida
     return guidance
 
 
+DENOISING = ("denoise_order", "denoise_clip", "denoise_stochastic")
+"""What `add_denoising_options` adds besides --denoise-steps, as `denoising_of` takes it."""
+
+
 def add_denoising_options(
     add: Callable[..., object], *, steps: Callable[[str], object], more: str = ""
 ) -> None:
-    """All that `denoising_of` reads, and --denoise-steps, of the type `steps`."""
+    """`DENOISING`, and --denoise-steps, of the type `steps`."""
     add(
         "--denoise-steps",
         type=steps,
@@ -132,9 +153,15 @@ def add_denoising_options(
 
 
 def denoising_of(
-    args: argparse.Namespace, steps: int | None, flow: "Flow", *, wanted: bool
+    flow: "Flow",
+    steps: int | None,
+    *,
+    wanted: bool,
+    denoise_order: int,
+    denoise_clip: bool,
+    denoise_stochastic: bool,
 ) -> "Denoising":
-    """The denoising that the options describe, in `steps`.
+    """The denoising in `steps`; the others are the `DENOISING` options.
 
     Args:
         wanted: whether anything is denoised.
@@ -145,7 +172,7 @@ def denoising_of(
     from tarflow_dist.flow.denoise import Denoising
 
     try:
-        asked = Denoising(steps, args.denoise_clip, args.denoise_stochastic, args.denoise_order)
+        asked = Denoising(steps, denoise_clip, denoise_stochastic, denoise_order)
     except ValueError as error:
         raise UserError(f"--denoise-…: {error}") from error
     if asked != Denoising() and (flow.sigma_range is None or not wanted):
@@ -165,15 +192,6 @@ def add_dtype_option(add: Callable[..., object]) -> None:
     )
 
 
-def dtype_on(flow: "TarFlow", device: "torch.device", dtype: str | None) -> "torch.dtype":
-    """What `--dtype` means for `flow` on `device`."""
-    import torch
-
-    if dtype is not None:
-        return getattr(torch, dtype)
-    return torch.bfloat16 if device.type == "cuda" else next(flow.parameters()).dtype
-
-
 def load_model(
     model: Path, device: str | None, dtype: str | None, *, calibrated: bool = True
 ) -> "TarFlow":
@@ -190,6 +208,8 @@ def load_model(
     flow = TarFlow.from_pretrained(model, calibrated=calibrated).requires_grad_(False)
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return flow.to(place, dtype_on(flow, place, dtype))
+        if dtype is None and place.type == "cuda":
+            dtype = "bfloat16"
+        return flow.to(place, getattr(torch, dtype) if dtype else None)
     except (RuntimeError, AssertionError) as error:  # what torch says of a device it lacks
         raise UserError(f"--device {device or 'cuda'}: {str(error).splitlines()[0]}") from error

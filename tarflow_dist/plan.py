@@ -5,7 +5,6 @@
 Exit code 1 if the run can't fit into the cards' memory, 2 for a mistake in the config.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -26,17 +25,14 @@ from tarflow_dist.cost.network import (
     waiting,
 )
 from tarflow_dist.errors import UserError, run_command
+from tarflow_dist.options import command_parser
 
 EXIT_DOES_NOT_FIT = 1
 GIB = 1 << 30
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tarflow_dist.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("plan", __doc__)
     add = parser.add_argument
     add("config", type=Path, help="a YAML file, or a recipe's name, such as in256")
     add("overrides", nargs="*", metavar="key=value", help="changes to the config")

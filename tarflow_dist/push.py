@@ -5,7 +5,6 @@
 Log in first: hf auth login. config.json and result.json go as they are, with the paths in them.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,13 @@ from tarflow_dist.models.folder import (
     read_config,
 )
 from tarflow_dist.models.model_card import model_card
+from tarflow_dist.options import command_parser
 
 CARD, RESULT, GRID = "README.md", "result.json", "grid.png"
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tarflow_dist.push",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("push", __doc__)
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="folder of model.safetensors and config.json")
     add("repo", metavar="USER/NAME", help="its name at the hub; made if there is none")

@@ -6,20 +6,16 @@
 Where a config is asked for, a recipe's name will do: python -m tarflow_dist.train digits
 """
 
-import argparse
 from pathlib import Path
 
 from tarflow_dist import config_file as configs
 from tarflow_dist.errors import UserError, run_command
 from tarflow_dist.files import write_whole
+from tarflow_dist.options import command_parser
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tarflow_dist.recipe",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("recipe", __doc__)
     parser.add_argument("name", nargs="?", help="the recipe's; without one all are listed")
     parser.add_argument("out", nargs="?", type=Path, help="the file to write; default NAME.yaml")
     args = parser.parse_args(argv)

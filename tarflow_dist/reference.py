@@ -7,19 +7,15 @@ Every image counts exactly once, as it is stored: no flips, no further crop. OUT
 covariance under ADM's names (mu, sigma, mu_s, sigma_s) and the features of some images.
 """
 
-import argparse
 from pathlib import Path
 
 from tarflow_dist.errors import UserError, run_command
 from tarflow_dist.evaluation.features import EXTRACTORS, check_features
+from tarflow_dist.options import command_parser
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m tarflow_dist.reference",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("reference", __doc__)
     add = parser.add_argument
     add("shards", help="folder made by data_prep, or its s3:// address")
     add("out", type=Path, metavar="OUT.npz")
@@ -39,13 +35,13 @@ def main(argv: list[str]) -> None:
         raise UserError("--batch-size and --keep must be at least 1")
     if args.out.suffix != ".npz":
         raise UserError(f"{args.out}: the name of the file to write ends in .npz")
-    check_features(args.features, args.inception_weights)
+    check_features([args.features], args.inception_weights)
 
     from dataclasses import replace
 
     from tarflow_dist import distributed
     from tarflow_dist.evaluation.features import make_extractor
-    from tarflow_dist.evaluation.measure import describe_extractor
+    from tarflow_dist.evaluation.measure import describe_extractor, measure_reference
     from tarflow_dist.evaluation.reference_set import open_shards_reference
     from tarflow_dist.telemetry.environment import describe_environment
 
@@ -58,7 +54,7 @@ def main(argv: list[str]) -> None:
         inception_weights=args.inception_weights,
         device=device,
     )
-    measured = reference.measure(extractor, batch_size=args.batch_size, device=device)
+    measured = measure_reference(reference, extractor, batch_size=args.batch_size, device=device)
     if measured is not None:
         about = {
             **measured.about,

@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING
 from tarflow_dist.errors import UserError, enough_memory, run_command
 from tarflow_dist.files import write_whole
 from tarflow_dist.options import (
+    DENOISING,
+    GUIDANCE,
     MODEL_HELP,
     add_denoising_options,
     add_dtype_option,
     add_guidance_options,
     class_numbers,
+    command_parser,
     denoising_of,
     guidance_of,
     load_model,
@@ -44,9 +47,11 @@ def main(argv: list[str]) -> None:
     from tarflow_dist.telemetry.pictures import picture_grid
 
     flow = load_model(args.model, args.device, args.dtype)
-    guidance = guidance_of(args, args.guidance, flow)
+    guidance = guidance_of(flow, args.guidance, **{name: vars(args)[name] for name in GUIDANCE})
     noisy = args.no_denoise or args.reconstruct or args.interpolate
-    denoising = denoising_of(args, args.denoise_steps, flow, wanted=not noisy)
+    denoising = denoising_of(
+        flow, args.denoise_steps, wanted=not noisy, **{name: vars(args)[name] for name in DENOISING}
+    )
     y = labels_of(args, flow)
     try:
         with enough_memory("so many images at once", "ask for fewer images"):
@@ -68,11 +73,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tarflow_dist.sample",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("sample", __doc__)
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help=MODEL_HELP)
     add(

@@ -27,14 +27,18 @@ from tarflow_dist.errors import UserError, run_command
 from tarflow_dist.evaluation.features import EXTRACTORS, check_features
 from tarflow_dist.models import hub
 from tarflow_dist.options import (
+    DENOISING,
+    GUIDANCE,
     MODEL_HELP,
     add_denoising_options,
     add_dtype_option,
     add_guidance_options,
     class_numbers,
+    command_parser,
     denoising_of,
     guidance_of,
     load_model,
+    one_of,
     several,
 )
 
@@ -50,11 +54,7 @@ TAKEN |= {"manifest.parquet": "a set of shards"}
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tarflow_dist.sample_fid",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("sample_fid", __doc__)
     parser.set_defaults(command=shlex.join(["python", "-m", "tarflow_dist.sample_fid", *argv]))
     drawing = parser.add_argument_group("the samples")
     source = drawing.add_mutually_exclusive_group(required=True).add_argument
@@ -100,14 +100,19 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "tarflow_dist.reference, ADM's VIRTUAL_*.npz, pytorch-fid's",
     )
     compared("--split", default="train", choices=("train", "val"), help="of SHARDS; default train")
-    compared("--features", default="inception", choices=EXTRACTORS, help="default inception")
+    compared(
+        "--features",
+        type=several(one_of(EXTRACTORS)),
+        default=["inception"],
+        help=f"one or several of {', '.join(EXTRACTORS)}; the first decides; default inception",
+    )
     compared("--inception-weights", type=Path, help="FID's Inception v3, a .pth file")
 
     written = parser.add_argument_group("what is written").add_argument
     written("--out", type=Path, help="folder of the samples; default samples/MODEL's name")
     written(
         "--write",
-        type=several(lambda part: FORMATS[FORMATS.index(part)]),
+        type=several(one_of(FORMATS)),
         default=[],
         help="further forms of the samples, one or several: npz (ADM's), folder (PNG files), tar "
         "(WebDataset); default none",
@@ -184,11 +189,12 @@ def sweep_settings(
             f"--labels reference: {args.reference} doesn't say how many images each class has: "
             "give the data set, or a file that tarflow_dist.reference wrote"
         )
+    guiding = {name: vars(args)[name] for name in GUIDANCE}
     points = {}
     for weight, (way, denoising) in product(args.guidance, denoising_ways(args, flow).items()):
         # the options are for a sweep's guided points
         unguided = weight == 0 and len(args.guidance) > 1
-        guidance = Guidance() if unguided else guidance_of(args, weight, flow)
+        guidance = Guidance() if unguided else guidance_of(flow, weight, **guiding)
         points[f"guidance-{weight:g}-{way}"] = SampleSettings(
             weights_sha256=weights_sha256,
             config_sha256=hashlib.sha256(config).hexdigest(),
@@ -215,7 +221,8 @@ def denoising_ways(args: argparse.Namespace, flow: "TarFlow") -> "dict[str, Deno
             "--denoise out"
         )
     steps = args.denoise_steps or [None]
-    asked = [denoising_of(args, count, flow, wanted=any(wanted)) for count in steps]
+    more = {name: vars(args)[name] for name in DENOISING}
+    asked = [denoising_of(flow, count, wanted=any(wanted), **more) for count in steps]
     if flow.sigma_range is not None:
         asked = [replace(way, steps=way.steps or flow.config.denoising_steps) for way in asked]
     ways: dict[str, Denoising | None] = {}
@@ -244,17 +251,20 @@ def label_rule(args: argparse.Namespace, flow: "TarFlow") -> str | None:
 def run(args: argparse.Namespace) -> None:
     """Draws, measures, compares and reports, on all ranks."""
     from tarflow_dist import distributed
-    from tarflow_dist.evaluation import pipeline, result
+    from tarflow_dist.evaluation.draw import draw
     from tarflow_dist.evaluation.features import make_extractor
     from tarflow_dist.evaluation.image_sets import open_samples
-    from tarflow_dist.evaluation.measure import describe_extractor
+    from tarflow_dist.evaluation.measure import measure_points
+    from tarflow_dist.evaluation.point import Stages, given
     from tarflow_dist.evaluation.reference_set import open_reference
-    from tarflow_dist.evaluation.wandb_log import find_training_run, log_to_run
+    from tarflow_dist.evaluation.report import report
+    from tarflow_dist.evaluation.result import compare, describe_machine
+    from tarflow_dist.evaluation.training_run import find_training_run, log_to_run
     from tarflow_dist.files import sha256
 
     # rank 0 reports alone, which can take minutes, and the others wait
     device = distributed.init(timeout=timedelta(days=1))
-    stages = result.Stages()
+    stages = Stages()
     with stages.stage("loading"):
         if args.model is not None:
             model = hub.find_on_all_ranks(args.model)
@@ -262,21 +272,24 @@ def run(args: argparse.Namespace) -> None:
             image_shape, class_names = flow.image_shape, flow.class_names
             provenance = flow.provenance
         else:
-            given = open_samples(args.samples)
-            image_shape, class_names, provenance = given.image_shape, [], {}
+            samples = open_samples(args.samples)
+            image_shape, class_names, provenance = samples.image_shape, [], {}
         training_run = find_training_run(args.wandb, provenance) if args.wandb else None
-        extractor = make_extractor(
-            args.features,
-            image_shape=image_shape,
-            inception_weights=args.inception_weights,
-            device=device,
-        )
+        extractors = [
+            make_extractor(
+                name,
+                image_shape=image_shape,
+                inception_weights=args.inception_weights,
+                device=device,
+            )
+            for name in args.features
+        ]
         reference = open_reference(
             args.reference,
             args.split,
             image_shape=image_shape,
             num_classes=flow.num_classes if args.model is not None else 0,
-            extractor=extractor,
+            extractors=extractors,
         )
         if args.model is not None:
             files = sorted(model.folder.glob("*.safetensors"))
@@ -284,29 +297,37 @@ def run(args: argparse.Namespace) -> None:
             settings = sweep_settings(args, flow, weights_sha256, reference.class_counts)
     with distributed.lock_folder(args.out):
         if args.model is not None:
-            points = pipeline.draw(flow, settings, args.out, device)
+            points = draw(flow, settings, args.out, device)
         else:
-            points = [pipeline.given(args.samples, given, args.out)]
-        measured = pipeline.measure_all(
-            points, reference, extractor, batch_size=args.batch_size, device=device, stages=stages
-        )
+            points = [given(args.samples, samples, args.out)]
+        measured = [
+            measure_points(
+                points,
+                reference,
+                extractor,
+                file="features.npz" if place == 0 else f"features-{extractor.name}.npz",
+                batch_size=args.batch_size,
+                device=device,
+                stages=stages,
+            )
+            for place, extractor in enumerate(extractors)
+        ]
         facts = {
             **({"model": model.name} if args.model is not None else {}),
-            **describe_extractor(extractor),
+            **measured[0].about,
             **reference.describe(),
-            **result.describe_machine(device),
+            **describe_machine(device),
             "command": args.command,
         }
-        results = pipeline.compare(points, measured, facts, reference.class_counts, device)
+        results = compare(points, measured, facts, reference.class_counts, device)
         if distributed.is_main():
-            found = pipeline.neighbours_of(points, results, measured, reference, extractor)
-            pipeline.report(
+            report(
                 args.out,
                 points,
                 results,
                 formats=args.write,
                 class_names=class_names or reference.class_names,
-                neighbours=found,
+                nearest=measured[0].nearest,
                 stages=stages,
             )
             if training_run:

@@ -3,7 +3,6 @@
 The same command again goes on from the run's newest checkpoint.
 """
 
-import argparse
 import os
 import shlex
 import sys
@@ -12,17 +11,13 @@ from pathlib import Path
 
 from tarflow_dist import config_file as configs
 from tarflow_dist.errors import run_command
+from tarflow_dist.options import command_parser
 
 EXIT_INTERRUPTED = 75  # sysexits' EX_TEMPFAIL: the same command goes on
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m tarflow_dist.train",
-        description=__doc__,
-        epilog=f"config fields:\n{configs.help_text()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("train", __doc__, epilog=f"config fields:\n{configs.help_text()}")
     parser.add_argument("config", type=Path, help="a YAML file, or a recipe's name, such as digits")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
     arguments = parser.parse_args(argv)

@@ -14,7 +14,12 @@ SECONDS = 300
 _fork = multiprocessing.get_context("forkserver")
 _fork.set_forkserver_preload(
     [
-        *("tarflow_dist.evaluation.pipeline", "tarflow_dist.evaluate_bpd", "torch._dynamo"),
+        *(
+            "tarflow_dist.evaluation.draw",
+            "tarflow_dist.evaluation.report",
+            "tarflow_dist.evaluate_bpd",
+            "torch._dynamo",
+        ),
         *("torch_fidelity.metric_kid", "matplotlib.figure", "pyarrow.parquet"),
     ]
 )

@@ -28,9 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_calibrate(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate, "LARGER_WINDOWS", ())
-    monkeypatch.setattr(calibrate, "SMALLER_WINDOWS", (4,))
-    monkeypatch.setattr(calibrate, "FIRST_WINDOW", 8)
+    monkeypatch.setattr(calibrate, "WINDOWS", (4, 8))
     monkeypatch.setattr(calibrate, "WORTHWHILE", 1e9)  # whatever the clock says
     monkeypatch.setattr(calibrate, "HOPELESS", 1e9)
     monkeypatch.setattr(calibrate, "REPEATS", 1)

@@ -1,5 +1,5 @@
-"""The first stage: filling sample stores on any number of ranks, with the same images whatever that
-number."""
+"""The first stage of `sample_fid`: filling sample stores on any number of ranks, with the same
+images whatever that number."""
 
 import os
 import time
@@ -9,16 +9,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from tarflow_dist import rng
-from tarflow_dist.distributed import Counter, from_main, gather, is_main
+from tarflow_dist.distributed import Counter, device_name, from_main, gather, is_main
 from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError, enough_memory
+from tarflow_dist.evaluation.point import Point, Stages
 from tarflow_dist.evaluation.sample_store import NO_LABEL, SampleStore
-from tarflow_dist.evaluation.settings import SampleSettings
+from tarflow_dist.evaluation.settings import SampleSettings, sample_labels
 from tarflow_dist.models.redraw import Draws
 from tarflow_dist.models.tarflow import TarFlow
 from tarflow_dist.telemetry.progress import Progress
@@ -53,32 +55,49 @@ class Drawn:
         }
 
 
-def sample_labels(
-    rule: str,
-    index: Tensor,
-    *,
-    num_classes: int,
-    seed: int,
-    class_counts: Sequence[int] | None = None,
-) -> Tensor:
-    """Class ids (B,) of the samples `index` (B,).
+def draw(
+    flow: TarFlow, settings: dict[str, SampleSettings], out: Path, device: torch.device
+) -> list[Point]:
+    """Draws what is missing of each point, by its name, into stores below `out`."""
+    stores = {name: SampleStore(out / name, chosen.to_json()) for name, chosen in settings.items()}
+    if is_main():
+        for store in stores.values():
+            store.begin()
+        for sampler in dict.fromkeys(chosen.sampler for chosen in settings.values()):
+            print(f"sampler: {sampler}", flush=True)
+    points: list[Point] = []
+    # points that differ in the denoising alone share the decoding
+    for _, names in groupby(settings, lambda name: settings[name].guidance):
+        alike = {name: settings[name] for name in names}
+        points += _draw_together(flow, alike, [stores[name] for name in alike], device)
+    return points
 
-    Args:
-        rule: "random": independent and uniform over the K classes, as ADM and most of the field
-            do; "balanced": i mod K, each class equally often, which gives a slightly lower FID;
-            "reference": independent, each class as likely as its share of `class_counts`; or class
-            ids, "3,7", which take turns.
-    """
-    if rule == "balanced":
-        return index % num_classes
-    if rule in ("random", "reference"):
-        uniform = rng.uniform((), seed=seed, purpose="sample label", index=index)
-        if rule == "random":
-            return (uniform * num_classes).long()
-        ends = torch.tensor(class_counts, dtype=torch.float64).cumsum(dim=0)
-        return torch.searchsorted(ends, uniform.double() * ends[-1], right=True)
-    given = torch.tensor([int(label) for label in rule.split(",")])
-    return given[index % len(given)]
+
+def _draw_together(
+    flow: TarFlow,
+    settings: dict[str, SampleSettings],
+    stores: list[SampleStore],
+    device: torch.device,
+) -> list[Point]:
+    """Each point has the others' time too."""
+    stages = Stages()
+    with stages.stage("sampling"):
+        drawn = draw_missing_chunks(
+            stores,
+            make_draw(flow, list(settings.values())),
+            f"sampling {', '.join(settings)}".strip(),
+            device_name(device),
+        )
+    points = []
+    for place, (name, store) in enumerate(zip(settings, stores, strict=True)):
+        facts = {
+            **store.settings,
+            "sample_devices": store.devices(),
+            "redrawn_samples": store.redrawn(),
+            **drawn.describe(place),
+        }
+        points.append(Point(name, store.folder, store, facts, Stages(stages.seconds)))
+    return points
 
 
 def make_draw(flow: TarFlow, settings: Sequence[SampleSettings]) -> Draw:

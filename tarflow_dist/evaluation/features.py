@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -154,13 +155,14 @@ _WANTED = (
 )
 
 
-def check_features(features: str, inception_weights: Path | None) -> None:
-    """Raises `UserError` if `features` lack the weights that they need, or don't take the given."""
-    if features == "inception":
+def check_features(names: Sequence[str], inception_weights: Path | None) -> None:
+    """Raises `UserError` if the extractors `names` lack the weights that they need, or don't take
+    the given."""
+    if "inception" in names:
         check_inception_weights(inception_weights)
     elif inception_weights is not None:
         raise UserError(
-            f"--features {features} takes no --inception-weights: leave one of them out"
+            f"--features {','.join(names)} takes no --inception-weights: leave one of them out"
         )
 
 

@@ -1,18 +1,146 @@
-"""From images to a `FeatureSet`, each rank taking its share. Images are never gathered."""
+"""The second stage of `sample_fid`: from images to a `FeatureSet`, each rank taking its share.
+Images are never gathered."""
 
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tarflow_dist.distributed import Counter, is_main, to_main
+from tarflow_dist.distributed import Counter, from_main, is_main, to_main
+from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation.feature_set import FeatureSet
 from tarflow_dist.evaluation.features import FeatureExtractor
 from tarflow_dist.evaluation.image_sets import ImageSet
-from tarflow_dist.evaluation.neighbours import Neighbours
+from tarflow_dist.evaluation.neighbours import Neighbours, NeighboursOf, show_neighbours
+from tarflow_dist.evaluation.point import Point, Stages
+from tarflow_dist.evaluation.reference_set import Reference
 from tarflow_dist.evaluation.statistics import InceptionScore, Statistics
 from tarflow_dist.telemetry.progress import Progress
+
+SHOWN_NEIGHBOURS = (8, 6)  # samples, and training images for each
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one extractor saw in all points and in the reference.
+
+    Attributes:
+        about: the extractor, as a result says it.
+        files: of each point's `FeatureSet`.
+        reference: what they are compared with.
+        nearest: for each point the images of the reference nearest to its first samples, on rank 0;
+            none where the reference has no images to search.
+    """
+
+    about: dict[str, Any]
+    files: list[Path]
+    reference: FeatureSet
+    nearest: list[list[NeighboursOf]]
+
+
+def measure_points(
+    points: list[Point],
+    reference: Reference,
+    extractor: FeatureExtractor,
+    *,
+    file: str,
+    batch_size: int,
+    device: torch.device,
+    stages: Stages,
+) -> Measured:
+    """Leaves each point's features in its folder as `file`. Collective."""
+    first: list[torch.Tensor] = []
+    for point in points:
+        with point.stages.stage("sample_features"):
+            first.append(
+                _measure_samples(point, extractor, point.folder / file, batch_size, device)
+            )
+    searched = reference.searchable
+    neighbours = None
+    if searched is not None:
+        neighbours = Neighbours(torch.cat(first), SHOWN_NEIGHBOURS[1], device)
+    with stages.stage("reference_features"):
+        real = measure_reference(
+            reference, extractor, batch_size=batch_size, device=device, neighbours=neighbours
+        )
+        real = from_main(real)
+        assert real is not None
+        nearest: list[list[NeighboursOf]] = [[] for _ in points]
+        if neighbours is not None and searched is not None and is_main():
+            count = len(first[0])
+            nearest = [
+                show_neighbours(neighbours, n * count, count, p.samples, searched, extractor)
+                for n, p in enumerate(points)
+            ]
+    files = [point.folder / file for point in points]
+    return Measured(describe_extractor(extractor), files, real, nearest)
+
+
+def _measure_samples(
+    point: Point, extractor: FeatureExtractor, file: Path, batch_size: int, device: torch.device
+) -> torch.Tensor:
+    """Writes `file` unless it is there; gives the features of the samples whose neighbours are
+    looked for."""
+    who: dict[str, Any] = {}
+    measured = None
+    if is_main():
+        who = {"samples_sha256": point.samples.sha256(), **describe_extractor(extractor)}
+        measured = _measured_before(file, who)
+    if not from_main(measured is not None):
+        measured = measure(
+            point.samples,
+            extractor,
+            label=f"features {point.name}".strip(),
+            batch_size=batch_size,
+            keep=len(point.samples),
+            device=device,
+        )
+        if measured is not None:
+            measured.about.update(who)
+            measured.save(file)
+    first = None
+    if measured is not None:
+        assert measured.features is not None
+        first = torch.from_numpy(measured.features[: SHOWN_NEIGHBOURS[0]].copy())
+    first = from_main(first)
+    assert first is not None
+    return first
+
+
+def _measured_before(file: Path, who: dict[str, Any]) -> FeatureSet | None:
+    try:
+        there = FeatureSet.load(file)
+    except UserError:  # not there, or damaged
+        return None
+    return there if there.features is not None and there.about.items() >= who.items() else None
+
+
+def measure_reference(
+    reference: Reference,
+    extractor: FeatureExtractor,
+    *,
+    batch_size: int,
+    device: torch.device,
+    neighbours: Neighbours | None = None,
+) -> FeatureSet | None:
+    """Its features, on rank 0, and on the way the nearest `neighbours`. Collective."""
+    if reference.images is None:
+        return reference.statistics
+    measured = measure(
+        reference.images,
+        extractor,
+        label="reference",
+        batch_size=batch_size,
+        keep=reference.keep,
+        device=device,
+        neighbours=neighbours,
+    )
+    if reference.statistics is None or measured is None:
+        return measured
+    return replace(reference.statistics, features=measured.features)
 
 
 @torch.no_grad()

@@ -17,14 +17,15 @@ class Neighbours:
     Args:
         queries: features (Q, F).
         k: how many are kept.
+        device: where they are looked for.
     """
 
-    def __init__(self, queries: Tensor, k: int):
-        self._queries = queries.double()
+    def __init__(self, queries: Tensor, k: int, device: torch.device | str = "cpu"):
+        self._queries = queries.to(device).double()
         self._k = k
-        self.distances = torch.empty(len(queries), 0, dtype=torch.float64, device=queries.device)
+        self.distances = torch.empty(len(queries), 0, dtype=torch.float64, device=device)
         """(Q, k), ascending; fewer columns if there were fewer images."""
-        self.indexes = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+        self.indexes = torch.empty(len(queries), 0, dtype=torch.int64, device=device)
         """(Q, k), which images those are."""
 
     def add(self, index: Tensor, features: Tensor) -> None:

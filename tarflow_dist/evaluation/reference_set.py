@@ -1,10 +1,9 @@
 """What samples are compared with: a data set, or what a file knows of one."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from tarflow_dist.data.shards import open_shards
 from tarflow_dist.errors import UserError
@@ -18,8 +17,6 @@ from tarflow_dist.evaluation.image_sets import (
     ShardImages,
     check_image_shape,
 )
-from tarflow_dist.evaluation.measure import measure
-from tarflow_dist.evaluation.neighbours import Neighbours
 from tarflow_dist.files import sha256
 
 KEPT_FEATURES = 10_000
@@ -56,30 +53,6 @@ class Reference:
         """The images, if any of them is found at once."""
         return self.images if isinstance(self.images, ShardImages) else None
 
-    def measure(
-        self,
-        extractor: FeatureExtractor,
-        *,
-        batch_size: int,
-        device: torch.device,
-        neighbours: Neighbours | None = None,
-    ) -> FeatureSet | None:
-        """Its features, on rank 0, and on the way the nearest `neighbours`. Collective."""
-        if self.images is None:
-            return self.statistics
-        measured = measure(
-            self.images,
-            extractor,
-            label="reference",
-            batch_size=batch_size,
-            keep=self.keep,
-            device=device,
-            neighbours=neighbours,
-        )
-        if self.statistics is None or measured is None:
-            return measured
-        return replace(self.statistics, features=measured.features)
-
     def describe(self) -> dict[str, Any]:
         """What a result says of it, as JSON values."""
         return {
@@ -96,7 +69,7 @@ def open_reference(
     *,
     image_shape: ImageShape,
     num_classes: int,
-    extractor: FeatureExtractor,
+    extractors: Sequence[FeatureExtractor],
 ) -> Reference:
     """`path` is a set that data_prep wrote, or an .npz file: one that `tarflow_dist.reference`
     wrote, ADM's (VIRTUAL_*.npz: moments and images; or images alone), or pytorch-fid's (moments).
@@ -109,7 +82,7 @@ def open_reference(
         UserError: there is no such thing, it is damaged, or of other images, classes or features.
     """
     if "://" not in path and Path(path).is_file():
-        reference = _open_file(Path(path), image_shape, extractor)
+        reference = _open_file(Path(path), image_shape, extractors)
     else:
         reference = open_shards_reference(path, split)
         assert reference.images is not None
@@ -141,7 +114,9 @@ def open_shards_reference(path: str, split: str, keep: int = KEPT_FEATURES) -> R
     )
 
 
-def _open_file(file: Path, image_shape: ImageShape, extractor: FeatureExtractor) -> Reference:
+def _open_file(
+    file: Path, image_shape: ImageShape, extractors: Sequence[FeatureExtractor]
+) -> Reference:
     with npz.open_npz(file) as arrays:
         has_moments = "mu" in arrays.files
         has_images = npz.shape_of_images(file) is not None
@@ -152,7 +127,8 @@ def _open_file(file: Path, image_shape: ImageShape, extractor: FeatureExtractor)
         check_image_shape(file, images.image_shape, (channels, *image_shape[1:]))
     statistics = FeatureSet.load(file) if has_moments or images is None else None
     if statistics is not None:
-        _check(file, statistics, image_shape, extractor)
+        for extractor in extractors:
+            _check(file, statistics, image_shape, extractor)
     about = {} if statistics is None else statistics.about
     return Reference(
         str(file),

@@ -1,37 +1,85 @@
-"""result.json: the figures, and all that they depend on."""
+"""The third stage of `sample_fid`, and what it gives: result.json, the figures and all that they
+depend on; and how people read it."""
 
 import json
 import resource
 import sys
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from tarflow_dist import distributed
+from tarflow_dist.evaluation import metrics
+from tarflow_dist.evaluation.feature_set import FeatureSet
+from tarflow_dist.evaluation.measure import Measured
 from tarflow_dist.evaluation.metrics import METRICS
+from tarflow_dist.evaluation.point import Point
 from tarflow_dist.files import write_whole
+from tarflow_dist.telemetry.environment import describe_environment
+
+UNEVEN = 2  # how many times the images of the smallest class the largest may have, unsaid
 
 
-class Stages:
-    """Seconds that each stage took, said aloud when one begins that shows no progress itself."""
+def compare(
+    points: list[Point],
+    measured: list[Measured],
+    facts: dict[str, Any],
+    class_counts: Sequence[int] | None,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """The result of each point, on rank 0. Collective.
 
-    def __init__(self, seconds: Mapping[str, float] = MappingProxyType({})) -> None:
-        self.seconds = dict(seconds)
+    Args:
+        measured: on each kind of features; those after the first stand under "more_features".
+        facts: of all points, the first kind of features among them.
+        class_counts: the reference's images of each class.
+    """
+    results = []
+    for place, point in enumerate(points):
+        found = []
+        for on in measured:
+            dim = len(on.reference.pooled.mean)
+            with point.stages.stage("metrics", f"comparing {dim} features {point.name}".rstrip()):
+                samples = FeatureSet.load(on.files[place])  # one point's at a time
+                comparison = metrics.compare(samples, on.reference, device)
+            found.append(comparison.to_json())
+        if not distributed.is_main():
+            continue
+        first = found[0]
+        more = [{**f, **on.about} for f, on in zip(found[1:], measured[1:], strict=True)]
+        first["warnings"] += another_mix(point.facts.get("labels"), class_counts)
+        results.append(
+            {
+                **first,
+                **facts,
+                **point.facts,
+                **({"more_features": more} if more else {}),
+                "samples_sha256": samples.about["samples_sha256"],
+                "seconds": point.stages.seconds,
+                "environment": describe_environment(),
+            }
+        )
+    return results
 
-    @contextmanager
-    def stage(self, name: str, announce: str = "") -> Iterator[None]:
-        """The body is the stage `name`, or a further part of it."""
-        if announce and distributed.is_main():
-            print(announce, file=sys.stderr, flush=True)
-        began = time.perf_counter()
-        yield
-        spent = self.seconds.get(name, 0.0) + time.perf_counter() - began
-        self.seconds[name] = round(spent, 3)
+
+def best_of(results: list[dict[str, Any]]) -> int:
+    """The place of the one with the least distance."""
+    return min(range(len(results)), key=lambda place: results[place]["frechet_distance"])
+
+
+def another_mix(labels: str | None, class_counts: Sequence[int] | None) -> list[str]:
+    """A sentence where samples of evenly drawn `labels` are compared with uneven classes."""
+    if labels not in ("random", "balanced") or not class_counts:
+        return []
+    least, most = min(class_counts), max(class_counts)
+    if most <= UNEVEN * least:
+        return []
+    return [
+        f"labels are drawn evenly, and the reference's classes have {least:,} to {most:,} images: "
+        "--labels reference draws its mix"
+    ]
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -104,6 +152,8 @@ def show(result: dict[str, Any], folder: Path) -> None:
     count = result["reference_images"]
     digest = f"sha256 {result['samples_sha256'][:16]}…"
     rows = figures(result) | {"features": result["features"]}
+    for more in result.get("more_features", ()):
+        rows |= {f"{title} ({more['features']})": value for title, value in figures(more).items()}
     if "guidance" in result:
         redrawn = result["redrawn_samples"]
         rows |= {

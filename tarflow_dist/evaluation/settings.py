@@ -1,8 +1,13 @@
 """All that drawn samples depend on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from tarflow_dist import rng
 from tarflow_dist.flow.denoise import Denoising
 from tarflow_dist.flow.guidance import Guidance
 
@@ -50,3 +55,31 @@ class SampleSettings:
 
 
 _APART = ("guidance", "denoising", "class_counts")
+
+
+def sample_labels(
+    rule: str,
+    index: Tensor,
+    *,
+    num_classes: int,
+    seed: int,
+    class_counts: Sequence[int] | None = None,
+) -> Tensor:
+    """Class ids (B,) of the samples `index` (B,).
+
+    Args:
+        rule: "random": independent and uniform over the K classes, as ADM and most of the field
+            do; "balanced": i mod K, each class equally often, which gives a slightly lower FID;
+            "reference": independent, each class as likely as its share of `class_counts`; or class
+            ids, "3,7", which take turns.
+    """
+    if rule == "balanced":
+        return index % num_classes
+    if rule in ("random", "reference"):
+        uniform = rng.uniform((), seed=seed, purpose="sample label", index=index)
+        if rule == "random":
+            return (uniform * num_classes).long()
+        ends = torch.tensor(class_counts, dtype=torch.float64).cumsum(dim=0)
+        return torch.searchsorted(ends, uniform.double() * ends[-1], right=True)
+    given = torch.tensor([int(label) for label in rule.split(",")])
+    return given[index % len(given)]

@@ -51,26 +51,19 @@ class Statistics:
             sum_over_ranks(total)
 
     def gaussian(self) -> Gaussian:
-        return Gaussian(self.mean(), self.covariance())
+        """μ, and the unbiased estimate of Σ: (Σxxᵀ − n·μμᵀ)/(n − 1).
 
-    def mean(self) -> Array:
-        """μ (F,)."""
-        self._check_count(1)
-        return (self.sum / self.count).cpu().numpy()
-
-    def covariance(self) -> Array:
-        """Σ (F, F), the unbiased estimate: (Σxxᵀ − n·μμᵀ)/(n − 1)."""
-        self._check_count(2)
-        mean = self.sum / self.count
-        centred = self.outer - self.count * torch.outer(mean, mean)
-        return (centred / (self.count - 1)).cpu().numpy()
-
-    def _check_count(self, needed: int) -> None:
-        if self.count < needed:
+        Raises:
+            UserError: fewer than two images.
+        """
+        if self.count < 2:
             raise UserError(
                 f"a mean and a covariance need at least 2 images, and there are {int(self.count)}: "
                 "take more"
             )
+        mean = self.sum / self.count
+        centred = self.outer - self.count * torch.outer(mean, mean)
+        return Gaussian(mean.cpu().numpy(), (centred / (self.count - 1)).cpu().numpy())
 
 
 class InceptionScore:

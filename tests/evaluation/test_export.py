@@ -11,7 +11,7 @@ from PIL import Image
 from torch_fidelity.datasets import ImagesPathDataset
 
 from tarflow_dist.evaluation.export import WRITERS, write_folder, write_npz, write_tars
-from tarflow_dist.evaluation.grid import class_rows, write_grid
+from tarflow_dist.evaluation.report import class_rows, write_grid
 from tarflow_dist.evaluation.sample_store import SampleStore
 from tarflow_dist.telemetry.pictures import NAME_WIDTH, strip
 

@@ -13,6 +13,7 @@ import torch
 from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation.feature_set import FeatureSet
 from tarflow_dist.evaluation.features import Features, PixelFeatures
+from tarflow_dist.evaluation.measure import measure_reference
 from tarflow_dist.evaluation.npz import image_batches, shape_of_images
 from tarflow_dist.evaluation.reference_set import Reference, open_reference
 from tarflow_dist.evaluation.statistics import Gaussian
@@ -37,14 +38,14 @@ def opened(file: Path, extractor: Any = None, shape: tuple[int, int, int] = SHAP
         "train",
         image_shape=shape,
         num_classes=0,
-        extractor=extractor or PixelFeatures(shape),
+        extractors=[extractor or PixelFeatures(shape)],
     )
 
 
 def measured(file: Path, extractor: Any = None) -> FeatureSet:
     extractor = extractor or PixelFeatures(SHAPE)
     reference = opened(file, extractor)
-    found = reference.measure(extractor, batch_size=10, device=torch.device("cpu"))
+    found = measure_reference(reference, extractor, batch_size=10, device=torch.device("cpu"))
     assert found is not None
     return found
 
@@ -104,14 +105,14 @@ def test_grey_images_of_three_channels(tmp_path: Path) -> None:
     np.savez(file, arr_0=grey.repeat(3, axis=3))
     extractor = PixelFeatures(shape)
     reference = opened(file, extractor, shape)
-    there = reference.measure(extractor, batch_size=10, device=device)
+    there = measure_reference(reference, extractor, batch_size=10, device=device)
     assert there is not None
     pixels = grey.reshape(25, 4) / 127.5 - 1
     np.testing.assert_allclose(there.pooled.mean, pixels.mean(0), rtol=1e-12)
     np.savez(file, arr_0=images())
     reference = opened(file, extractor, shape)
     with pytest.raises(UserError, match="colour images and the model's are grey"):
-        reference.measure(extractor, batch_size=10, device=device)
+        measure_reference(reference, extractor, batch_size=10, device=device)
 
 
 def test_a_full_disk_is_named(small_disk: Path) -> None:

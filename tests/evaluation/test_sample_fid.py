@@ -13,14 +13,16 @@ import torch
 from commands import run
 from PIL import Image
 
+from tarflow_dist import sample_fid
 from tarflow_dist.data.shards import open_shards
 from tarflow_dist.errors import UserError
-from tarflow_dist.evaluation import pipeline
-from tarflow_dist.evaluation.draw import sample_labels
+from tarflow_dist.evaluation import features, report, result
 from tarflow_dist.evaluation.feature_set import FeatureSet
-from tarflow_dist.evaluation.features import PixelFeatures
+from tarflow_dist.evaluation.features import Features, PixelFeatures
 from tarflow_dist.evaluation.image_sets import check_image_shape, open_samples
+from tarflow_dist.evaluation.metrics import FIGURES
 from tarflow_dist.evaluation.reference_set import open_reference
+from tarflow_dist.evaluation.settings import sample_labels
 from tarflow_dist.evaluation.statistics import Gaussian
 from tarflow_dist.files import lock_folder, sha256
 from tarflow_dist.models.tarflow import TarFlow
@@ -147,12 +149,12 @@ def test_the_mix_of_the_reference(model: Path) -> None:
     assert settings.to_json()["class_counts"] == [3, *[1] * 9]
     with pytest.raises(UserError, match="doesn't say how many images each class has"):
         sweep_settings(args, flow, "")
-    assert pipeline.another_mix("random", (9, 131)) == [
+    assert result.another_mix("random", (9, 131)) == [
         "labels are drawn evenly, and the reference's classes have 9 to 131 images: --labels "
         "reference draws its mix"
     ]
-    assert pipeline.another_mix("random", (70, 131)) == []
-    assert pipeline.another_mix("reference", (9, 131)) == []
+    assert result.another_mix("random", (70, 131)) == []
+    assert result.another_mix("reference", (9, 131)) == []
 
 
 def test_the_policy_in_force_is_a_setting(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +214,7 @@ def test_a_model_of_other_classes_is_refused_before_any_work(
                 "val",
                 image_shape=flow.image_shape,
                 num_classes=num_classes,
-                extractor=extractor,
+                extractors=[extractor],
             )
     with pytest.raises(UserError, match=told):
         open_shards(digits / "mds", "val").check_classes(num_classes)
@@ -222,7 +224,7 @@ def draw_without_pictures(command: list[str]) -> None:
     def fail(*args: object) -> None:
         raise OSError("no pictures today")
 
-    pipeline.write_grid = fail
+    report.write_grid = fail
     with pytest.raises(OSError, match="no pictures today"):
         main(command)
 
@@ -234,6 +236,42 @@ def test_figures_are_there_even_if_the_pictures_fail(
     command += ["--features", "pixels", "--num-samples", "10", "--out", str(tmp_path)]
     ranks.run(draw_without_pictures, command)
     assert json.loads((tmp_path / "result.json").read_text())["frechet_distance"] > 0
+
+
+class RowMeans:
+    """Instead of Inception, whose weights are not here."""
+
+    name, weights_sha256 = "row means", None
+    dim, spatial_dim, num_classes = 8, 0, 0
+
+    def __call__(self, images: torch.Tensor) -> Features:
+        return Features(images.double().mean(dim=(1, 2)))
+
+
+def run_with_row_means(command: list[str]) -> None:
+    make = features.make_extractor
+    features.make_extractor = lambda name, **options: (
+        RowMeans() if name == "inception" else make(name, **options)
+    )
+    sample_fid.check_features = lambda *_: None
+    main(command)
+
+
+def test_several_features_of_one_draw(model: Path, digits: Path, tmp_path: Path) -> None:
+    """Each as if it had been alone, over one set of samples."""
+    reference = ["--reference", str(digits / "mds"), "--split", "val"]
+    draw = ["--model", str(model), *reference, "--num-samples", "40"]
+    folders = {names: tmp_path / names for names in ("pixels,inception", "pixels", "inception")}
+    for names, out in folders.items():
+        ranks.run(run_with_row_means, [*draw, "--features", names, "--out", str(out)])
+    both, *alone = map(outcome, folders.values())
+    assert both["chunks_drawn"] == 1
+    assert len({result["samples_sha256"] for result in (both, *alone)}) == 1
+    (more,) = both["more_features"]
+    assert (both["features"], more["features"]) == ("pixels", "row means")
+    for found, expected in zip((both, more), alone, strict=True):
+        assert [found[name] for name in FIGURES] == [expected[name] for name in FIGURES]
+    assert "on row means" in (folders["pixels,inception"] / "report.html").read_text()
 
 
 def test_reference_of_another_shape() -> None:

@@ -37,15 +37,16 @@ def test_mean_and_covariance_equal_numpy_over_uneven_batches() -> None:
     statistics = Statistics(7)
     for batch in np.split(x, [1, 40, 41]):
         statistics.add(torch.from_numpy(batch))
-    np.testing.assert_allclose(statistics.mean(), x.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(statistics.covariance(), np.cov(x, rowvar=False), rtol=1e-10)
+    found = statistics.gaussian()
+    np.testing.assert_allclose(found.mean, x.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, np.cov(x, rowvar=False), rtol=1e-10)
 
 
 def test_float32_features_are_summed_in_float64() -> None:
     x = torch.from_numpy(features(50, 3)).float()
     statistics = Statistics(3)
     statistics.add(x)
-    np.testing.assert_allclose(statistics.mean(), x.double().mean(0), rtol=1e-14)
+    np.testing.assert_allclose(statistics.gaussian().mean, x.double().mean(0), rtol=1e-14)
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -53,7 +54,7 @@ def test_too_few_images(count: int) -> None:
     statistics = Statistics(2)
     statistics.add(torch.zeros(count, 2))
     with pytest.raises(UserError, match=f"at least 2 images, and there are {count}"):
-        statistics.covariance()
+        statistics.gaussian()
 
 
 def _two_ranks(folder: Path, x: np.ndarray) -> None:
@@ -62,7 +63,7 @@ def _two_ranks(folder: Path, x: np.ndarray) -> None:
     rank = distributed.rank()
     statistics.add(torch.from_numpy(x[:10] if rank == 0 else x[10:]))
     statistics.reduce()
-    np.save(folder / f"{rank}.npy", statistics.covariance())
+    np.save(folder / f"{rank}.npy", statistics.gaussian().covariance)
     distributed.shutdown()
 
 
