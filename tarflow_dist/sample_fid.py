@@ -225,14 +225,12 @@ def denoising_ways(args: argparse.Namespace, flow: "TarFlow") -> "dict[str, Deno
     asked = [denoising_of(flow, count, wanted=any(wanted), **more) for count in steps]
     if flow.sigma_range is not None:
         asked = [replace(way, steps=way.steps or flow.config.denoising_steps) for way in asked]
+    denoised: dict[str, Denoising | None] = {f"denoise-1-steps-{w.steps}": w for w in asked}
+    if len(asked) == 1:
+        denoised = {"denoise-1": asked[0]}
     ways: dict[str, Denoising | None] = {}
     for denoise in wanted:
-        if not denoise:
-            ways["denoise-0"] = None
-        elif len(asked) == 1:
-            ways["denoise-1"] = asked[0]
-        else:
-            ways |= {f"denoise-1-steps-{way.steps}": way for way in asked}
+        ways |= denoised if denoise else {"denoise-0": None}
     return ways
 
 
@@ -258,7 +256,7 @@ def run(args: argparse.Namespace) -> None:
     from tarflow_dist.evaluation.point import Stages, given
     from tarflow_dist.evaluation.reference_set import open_reference
     from tarflow_dist.evaluation.report import report
-    from tarflow_dist.evaluation.result import compare, describe_machine
+    from tarflow_dist.evaluation.result import compare
     from tarflow_dist.evaluation.training_run import find_training_run, log_to_run
     from tarflow_dist.files import sha256
 
@@ -312,14 +310,10 @@ def run(args: argparse.Namespace) -> None:
             )
             for place, extractor in enumerate(extractors)
         ]
-        facts = {
-            **({"model": model.name} if args.model is not None else {}),
-            **measured[0].about,
-            **reference.describe(),
-            **describe_machine(device),
-            "command": args.command,
-        }
-        results = compare(points, measured, facts, reference.class_counts, device)
+        facts = {"command": args.command}
+        if args.model is not None:
+            facts["model"] = model.name
+        results = compare(points, measured, reference, facts, device)
         if distributed.is_main():
             report(
                 args.out,

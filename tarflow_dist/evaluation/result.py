@@ -16,6 +16,7 @@ from tarflow_dist.evaluation.feature_set import FeatureSet
 from tarflow_dist.evaluation.measure import Measured
 from tarflow_dist.evaluation.metrics import METRICS
 from tarflow_dist.evaluation.point import Point
+from tarflow_dist.evaluation.reference_set import Reference
 from tarflow_dist.files import write_whole
 from tarflow_dist.telemetry.environment import describe_environment
 
@@ -25,18 +26,18 @@ UNEVEN = 2  # how many times the images of the smallest class the largest may ha
 def compare(
     points: list[Point],
     measured: list[Measured],
+    reference: Reference,
     facts: dict[str, Any],
-    class_counts: Sequence[int] | None,
     device: torch.device,
 ) -> list[dict[str, Any]]:
     """The result of each point, on rank 0. Collective.
 
     Args:
         measured: on each kind of features; those after the first stand under "more_features".
-        facts: of all points, the first kind of features among them.
-        class_counts: the reference's images of each class.
+        facts: further ones, of all points.
     """
     results = []
+    common = {**facts, **measured[0].about, **reference.describe(), **describe_machine(device)}
     for place, point in enumerate(points):
         found = []
         for on in measured:
@@ -49,11 +50,11 @@ def compare(
             continue
         first = found[0]
         more = [{**f, **on.about} for f, on in zip(found[1:], measured[1:], strict=True)]
-        first["warnings"] += another_mix(point.facts.get("labels"), class_counts)
+        first["warnings"] += another_mix(point.facts.get("labels"), reference.class_counts)
         results.append(
             {
                 **first,
-                **facts,
+                **common,
                 **point.facts,
                 **({"more_features": more} if more else {}),
                 "samples_sha256": samples.about["samples_sha256"],
