@@ -37,11 +37,12 @@ class Recordings:
         if z.shape[1] == 1:
             return z.clone()
         key = _key(block, z, condition, guidance)
-        if block not in self._of or self._of[block].key != key:
-            self._of.pop(block, None)  # its memory first
-            caches = self._caches(block, len(z) * (2 if guidance.active else 1))
-            self._of[block] = _Recording(key, block, z, condition, guidance, caches)
-        return self._of[block](z, condition)
+        with torch.inference_mode(False), torch.no_grad():  # it shall serve in either mode
+            if block not in self._of or self._of[block].key != key:
+                self._of.pop(block, None)  # its memory first
+                caches = self._caches(block, len(z) * (2 if guidance.active else 1))
+                self._of[block] = _Recording(key, block, z, condition, guidance, caches)
+            return self._of[block](z, condition)
 
     def _caches(self, block: FlowBlock, rows: int) -> Tensor:
         """(layers, 2, rows, heads, N, head_dim), in the memory of all blocks' caches."""

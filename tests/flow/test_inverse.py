@@ -143,6 +143,16 @@ def test_a_block_is_recorded_once(recorded: list) -> None:
     assert new_recordings(3) == 2
 
 
+def test_what_is_recorded_in_inference_mode_serves_outside(recorded: list) -> None:
+    flow = random_flow(random.Random(2), num_classes=4)
+    z = torch.randn(2, flow.num_patches, flow.patch_dim, dtype=torch.float64)
+    with torch.inference_mode():
+        inside = flow.decode(z, [1, 2], guidance=1.0)
+    count = len(recorded)
+    assert torch.equal(flow.decode(z, [1, 2], guidance=1.0), inside)
+    assert len(recorded) == count
+
+
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [1, 4])
