@@ -114,6 +114,18 @@ def test_what_a_gpu_repeats_is_the_sequential_inverse(
     assert (x - expected).abs().max() < 1e-8 * bound
 
 
+def test_windows_on_a_gpu_meet_few_sizes_of_batch(recorded: list) -> None:
+    flow = random_flow(random.Random(5), image_size=12, num_classes=0, num_blocks=1)
+    sizes = []
+    layer = flow.blocks[0].attn_blocks[0]
+    layer.mlp.register_forward_hook(lambda module, given, out: sizes.append(len(out)))
+    noise = torch.randn(11, flow.num_patches, flow.patch_dim, dtype=torch.float64)
+    z = noise * torch.linspace(0.01, 2, 11, dtype=torch.float64)[:, None, None]  # easy to hard
+    x = flow.decode(z, solvers=[Solver(8, 1e-6)])
+    assert {11, 5} < set(sizes) <= {11, 5, 2, 1}
+    assert (flow.encode(x) - z).abs().max() < 1e-4
+
+
 def test_a_block_is_recorded_once(recorded: list) -> None:
     """For other latents, labels and values of weights; anew for another batch, guidance or type, of
     which the last alone is kept; a copy of the model records its own."""
