@@ -31,7 +31,7 @@ from data_prep.sources import Folder
 
 SIZE, PHOTOS, ROUNDS = 256, 4000, 3
 OPTIONS = {"png": {}, "webp": {"lossless": True}, "jpeg": {"quality": 95, "subsampling": 0}}
-SECONDS_BETWEEN_LOOKS = 0.05
+SECONDS_BETWEEN_LOOKS = 0.5  # a look costs a millisecond, which counts where all cores are busy
 
 
 def ours(photos: Path, encode: str, workers: int, peaks: list[float]) -> float:
