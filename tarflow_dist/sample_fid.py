@@ -304,6 +304,7 @@ def run(args: argparse.Namespace) -> None:
                 reference,
                 extractor,
                 file="features.npz" if place == 0 else f"features-{extractor.name}.npz",
+                search=place == 0,  # the report shows no others
                 batch_size=args.batch_size,
                 device=device,
                 stages=stages,

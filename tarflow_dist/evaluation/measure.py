@@ -32,7 +32,7 @@ class Measured:
         files: of each point's `FeatureSet`.
         reference: what they are compared with.
         nearest: for each point the images of the reference nearest to its first samples, on rank 0;
-            none where the reference has no images to search.
+            none where nothing was searched, or the reference has no images.
     """
 
     about: dict[str, Any]
@@ -47,18 +47,23 @@ def measure_points(
     extractor: FeatureExtractor,
     *,
     file: str,
+    search: bool,
     batch_size: int,
     device: torch.device,
     stages: Stages,
 ) -> Measured:
-    """Leaves each point's features in its folder as `file`. Collective."""
+    """Leaves each point's features in its folder as `file`. Collective.
+
+    Args:
+        search: whether the images of the reference nearest to samples are looked for.
+    """
     first: list[torch.Tensor] = []
     for point in points:
         with point.stages.stage("sample_features"):
             first.append(
                 _measure_samples(point, extractor, point.folder / file, batch_size, device)
             )
-    searched = reference.searchable
+    searched = reference.searchable if search else None
     neighbours = None
     if searched is not None:
         neighbours = Neighbours(torch.cat(first), SHOWN_NEIGHBOURS[1], device)
