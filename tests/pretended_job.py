@@ -11,6 +11,12 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from pretended_cuda import FREE_MEMORY, TOTAL_MEMORY, Card, CudaTensor, pretended_cuda
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+LOWER = (F.linear, torch.matmul, F.scaled_dot_product_attention)
+ACCURATE = (F.layer_norm, torch.exp)
 
 
 class Stream:
@@ -38,6 +44,26 @@ def alone(out: Any = None, source: Any = None, *args: Any, **kwargs: Any) -> Any
     out.view(-1)[: source.numel()].copy_(source.reshape(-1))
     work = SimpleNamespace(wait=lambda *a: True, is_completed=lambda: True)
     return work if kwargs.get("async_op") else None
+
+
+class Autocast(TorchFunctionMode):
+    """CUDA's, as far as a flow needs it: torch's own doesn't take a pretended tensor for CUDA's."""
+
+    def __init__(self, device_type: str, dtype: Any = None, enabled: bool = True, **others: Any):
+        super().__init__()
+        lower = dict.fromkeys(LOWER, dtype) | dict.fromkeys(ACCURATE, torch.float32)
+        self._dtypes = lower if enabled else {}
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        def cast(given: Any) -> Any:
+            is_cast = isinstance(given, torch.Tensor) and given.is_floating_point()
+            return given.to(self._dtypes[function]) if is_cast else given
+
+        given = (args, kwargs or {})
+        args, kwargs = tree_map(cast, given) if function in self._dtypes else given
+        return function(*args, **kwargs)
 
 
 @contextmanager
@@ -78,6 +104,7 @@ def pretended_job() -> Iterator[Card]:
         enter(mock.patch.object(CudaTensor, "record_stream", nothing))
         enter(mock.patch.object(torch.Tensor, "pin_memory", lambda self, *args: self))
         enter(mock.patch.object(dist, "init_process_group", init_gloo))
+        enter(mock.patch.object(torch, "autocast", Autocast))
         for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
             for module in (dist, dist.distributed_c10d):
                 enter(mock.patch.object(module, name, alone))
