@@ -11,11 +11,10 @@ difference may be 1 more. For float32 that is 99.9 % equal, and none off by more
 
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING
 
 from tarflow_dist.errors import UserError, enough_memory, run_command
@@ -31,13 +30,10 @@ from tarflow_dist.options import (
 )
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-    from tarflow_dist.flow.block import FlowBlock
     from tarflow_dist.flow.guidance import Guidance
     from tarflow_dist.flow.inverse import Solver
-    from tarflow_dist.flow.recordings import Recordings
     from tarflow_dist.models.sampling_policy import Calibration
     from tarflow_dist.models.tarflow import TarFlow
 
@@ -45,11 +41,8 @@ TOLERANCES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
 WINDOWS = (4, 8, 16, 32, 64, 128, 256)
 WORTHWHILE = 0.9
 """Windows must take less than this share of the sequential time: noise shall not choose them."""
-HOPELESS = 1.5
-"""Windows that took more than this many times the sequential time once are not measured again."""
 FEWER_EQUAL = 0.001
 FURTHER_OFF = 1
-REPEATS = 3
 
 
 def main(argv: list[str]) -> None:
@@ -107,14 +100,10 @@ def calibrate(
 
     z, y = inputs(flow, batch, seed=seed)
     sequential = [SEQUENTIAL] * len(flow.blocks)
-
-    def decode(solvers: Sequence["Solver"]) -> "Tensor":
-        return flow.decode(z, y, **guidance.arguments(), solvers=solvers)
-
+    decode = partial(flow.decode, z, y, **guidance.arguments())
     solvers, closeness = faithful(flow, guidance, fastest_solvers(flow, z, y, guidance), goal, seed)
-    seconds, sequential_seconds = race(
-        [lambda: decode(solvers), lambda: decode(sequential)], flow.device
-    )
+    seconds = seconds_of(partial(decode, solvers=solvers))
+    sequential_seconds = seconds_of(partial(decode, solvers=sequential))
     if not seconds < WORTHWHILE * sequential_seconds:
         solvers, closeness, seconds = sequential, goal.sequential, sequential_seconds
     share_equal, largest = closeness
@@ -136,53 +125,32 @@ def calibrate(
 def fastest_solvers(
     flow: "TarFlow", z: "Tensor", y: "Tensor | None", guidance: "Guidance"
 ) -> list["Solver"]:
-    """For each block; all windows have the coarsest tolerance."""
+    """For each block the window that takes least, if that is less than the sequential way takes;
+    all windows have the coarsest tolerance."""
     from tarflow_dist.flow.block import FlowBlock
+    from tarflow_dist.flow.inverse import SEQUENTIAL, Solver, invert_block
     from tarflow_dist.telemetry.progress import Progress
 
     latents = [z * flow.var.to(z.dtype).sqrt()]
     flow.decode(z, y, **guidance.arguments(), on_block=latents.append)
+    windows = [Solver(window, TOLERANCES[0]) for window in WINDOWS if window < z.shape[1]]
     solvers = []
     with Progress(f"batch {len(z)}", len(flow.blocks), unit="block") as progress:
         for block, latent, guided in zip(
             flow.blocks, latents[-2::-1], guidance.per_block(len(flow.blocks)), strict=True
         ):
             assert isinstance(block, FlowBlock)
-            solvers.append(fastest_solver(block, latent, y, guided, flow.recordings))
+            invert = partial(invert_block, block, latent, y, guided, recordings=flow.recordings)
+            best, least = SEQUENTIAL, float("inf")
+            for solver in windows:  # until one is slower than that before
+                seconds = seconds_of(partial(invert, solver))
+                if seconds > least:
+                    break
+                best, least = solver, seconds
+            worthwhile = least < WORTHWHILE * seconds_of(partial(invert, SEQUENTIAL))
+            solvers.append(best if worthwhile else SEQUENTIAL)
             progress.update(1)
     return solvers
-
-
-def fastest_solver(
-    block: "FlowBlock",
-    z: "Tensor",
-    y: "Tensor | None",
-    guidance: "Guidance",
-    recordings: "Recordings",
-) -> "Solver":
-    """The best window that a search finds, if it then beats the sequential way once more."""
-    from tarflow_dist.flow.inverse import SEQUENTIAL, Solver, invert_block
-
-    def inversion(solver: Solver) -> Callable[[], object]:
-        return lambda: invert_block(block, z, y, guidance, solver, recordings=recordings)
-
-    def seconds_of(solver: Solver) -> float:
-        if z.device.type == "cuda":
-            inversion(solver)()  # a first call loads kernels and records
-        return timed(inversion(solver), z.device)
-
-    sequential_once = seconds_of(SEQUENTIAL)
-    best, before = SEQUENTIAL, float("inf")
-    for window in (w for w in WINDOWS if w < z.shape[1]):  # until one is slower than that before
-        solver = Solver(window, TOLERANCES[0])
-        seconds = seconds_of(solver)
-        if seconds > before:
-            break
-        best, before = solver, seconds
-    if best == SEQUENTIAL or before > HOPELESS * sequential_once:
-        return SEQUENTIAL
-    seconds, sequential_seconds = race([inversion(best), inversion(SEQUENTIAL)], z.device)
-    return best if seconds < WORTHWHILE * sequential_seconds else SEQUENTIAL
 
 
 def faithful(
@@ -271,25 +239,13 @@ def inputs(flow: "TarFlow", batch: int, *, seed: int) -> tuple["Tensor", "Tensor
     return flow.noise_of(index, seed=seed), y
 
 
-def race(ways: Sequence[Callable[[], object]], device: "torch.device") -> list[float]:
-    """Median seconds of each; they take turns, so that all meet the same machine."""
-    rounds = [[timed(way, device) for way in ways] for _ in range(REPEATS)]
-    return [median(took) for took in zip(*rounds, strict=True)]
-
-
-def timed(work: Callable[[], object], device: "torch.device") -> float:
-    """Seconds; of the processor where one thread does it all, which a busy machine doesn't blur."""
+def seconds_of(work: Callable[[], object]) -> float:
+    """Median, after a first time, which loads kernels and records."""
     import torch
+    from torch.utils.benchmark import Timer
 
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if alone else time.perf_counter
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = clock()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return clock() - began
+    threads = torch.get_num_threads()
+    return Timer("work()", globals={"work": work}, num_threads=threads).blocked_autorange().median
 
 
 if __name__ == "__main__":
