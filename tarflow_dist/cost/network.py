@@ -112,7 +112,6 @@ def network_estimate(
     Raises:
         UserError: the batch can't be cut over the GPUs.
     """
-
     step = partial(training_step, config, card, between, gpus_per_node, mfu)
     own = config.train.zero_stage, config.train.reduce_precision
     every = config.train.activation_checkpointing
