@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.sampling import load_peer
-from benchmarks.side_by_side import alternate, ratio
+from benchmarks.side_by_side import alternate, ratio, timed
 from tarflow_dist import TarFlow
-from tarflow_dist.calibrate import timed
 from tarflow_dist.flow.flops import FlowCost
 
 SMALL = {"patch_size": 2, "width": 256, "layers_per_block": 4}

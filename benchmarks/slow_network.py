@@ -170,8 +170,8 @@ def expected(config: Any, rate: int, sent: float, alone: float) -> tuple[float, 
 
         def step(bandwidth: float) -> network.Step:
             link = network.Network("", bandwidth)
-            own = {"stage": config.train.zero_stage, "reduce_precision": "fp32"}
-            return network.training_step(config, card, link, 2, 1, 1.0, **own)
+            own = 2, config.train.zero_stage, "fp32"
+            return network.training_step(config, card, link, 1, 1.0, *own)
 
         whole = step(1.0)  # seconds at 1 byte a second: what one of two ranks sends
         found = step(rate * 1e6 / 8 * whole.communication / sent)

@@ -1,6 +1,7 @@
 """Errors that are the user's to mend, and how a command reports them."""
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -56,29 +57,18 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
     sys.exit(code)
 
 
-class _Unbreakable:
-    """A standard stream that drops what it can't write: its reader is gone, or its disk is full."""
+class _Unbreakable(io.FileIO):
+    """A standard stream's file, which drops what it can't take: its reader is gone, or its disk is
+    full."""
 
-    def __init__(self, stream: Any):
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        self._attempt(lambda: self._stream.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        self._attempt(self._stream.flush)
-
-    def _attempt(self, action: Callable[[], object]) -> None:
+    def write(self, data: Any) -> int:
         try:
-            action()
+            return super().write(data) or len(data)
         except OSError as error:
             if error.errno in (errno.EPIPE, errno.EIO):  # for good; processes it started, too
                 with open(os.devnull, "w") as nowhere:
-                    os.dup2(nowhere.fileno(), self._stream.fileno())
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+                    os.dup2(nowhere.fileno(), self.fileno())
+            return len(data)
 
 
 def _keep_streams_open() -> None:
@@ -87,9 +77,9 @@ def _keep_streams_open() -> None:
             os.fstat(descriptor)
         except OSError:  # closed: or the next file that is opened would get the stream's number
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
-        setattr(sys, name, _Unbreakable(stream))
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        file = io.BufferedWriter(_Unbreakable(descriptor, "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(file, errors="backslashreplace", line_buffering=True))
 
 
 def _end_with_torchrun() -> None:

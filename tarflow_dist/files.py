@@ -1,7 +1,6 @@
 """Files and folders that become visible whole or not at all."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -14,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import xxhash
+from filelock import FileLock, Timeout
 
 from tarflow_dist.errors import UserError
 
@@ -85,14 +85,14 @@ class NotRegularError(OSError):
     """A pipe, a device or a folder, which could be read for ever."""
 
 
-def open_regular(file: Path, flags: int = os.O_RDONLY) -> int:
+def open_regular(file: Path) -> int:
     """A descriptor of `file`.
 
     Raises:
         NotRegularError: it is no regular file.
         OSError: it is not there, or can't be opened.
     """
-    descriptor = os.open(file, flags | os.O_NONBLOCK, 0o666)  # a pipe would wait for its other end
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for its other end
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise NotRegularError(errno.EINVAL, "it is not a regular file", str(file))
@@ -249,28 +249,15 @@ def lock_folder(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another run is in there.
     """
-    file = folder / ".lock"
-    while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_open_at(descriptor, file):  # not one that its owner has just removed
-                break
-        except BlockingIOError as error:
-            raise UserError(
-                f"another run is writing to {folder}: wait for it, or choose another folder"
-            ) from error
-        os.close(descriptor)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"another run is writing to {folder}: wait for it, or choose another folder"
+        ) from error
     try:
         yield
     finally:
-        if _is_open_at(descriptor, file):  # nobody has removed it, or put another there
-            file.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _is_open_at(descriptor: int, file: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), file.stat())
-    except FileNotFoundError:
-        return False
+        (folder / ".lock").unlink(missing_ok=True)  # still held: who has it open takes another
+        lock.release()

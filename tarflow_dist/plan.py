@@ -156,25 +156,18 @@ def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
         yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
 
 
-HEADS = (
-    *("", "ZeRO", "recompute", "weights", "masters", "optimiser", "gradients", "buffers"),
-    *("activations", "peak", "fits", "largest micro-batch"),
-)
+SIZES = ("weights", "masters", "optimiser", "gradients", "buffers", "activations", "peak")
+HEADS = ("", "ZeRO", "recompute", *SIZES, "fits", "largest micro-batch")
 
 
 def _cells(layout: Layout) -> tuple[str, ...]:
     """A row below HEADS."""
     every = layout.checkpoint_every
-    memory = layout.memory
-    sizes = (
-        *(memory.weights, memory.masters, memory.optimiser, memory.gradients, memory.buffers),
-        *(memory.activations, memory.peak),
-    )
     return (
         "*" if layout.chosen else "",
         str(layout.stage),
         {0: "none", 1: "all"}.get(every, f"1 in {every}"),
-        *(f"{size / GIB:.2f}" for size in sizes),
+        *(f"{getattr(layout.memory, size) / GIB:.2f}" for size in SIZES),
         "yes" if layout.fits else "no",
         str(layout.largest_micro_batch or "none"),
     )

@@ -27,22 +27,14 @@ CARD, RESULT, GRID = "README.md", "result.json", "grid.png"
 def main(argv: list[str]) -> None:
     parser = command_parser("push", __doc__)
     add = parser.add_argument
-    add("model", type=Path, metavar="MODEL", help="folder of model.safetensors and config.json")
+    add("folder", type=Path, metavar="MODEL", help="folder of model.safetensors and config.json")
     add("repo", metavar="USER/NAME", help="its name at the hub; made if there is none")
     add("--private", action="store_true", help="if it is made: for those alone whom you let in")
     add("--license", help="as the hub calls it, such as apache-2.0; the card says if there is none")
     add("--samples", type=Path, help="folder of sample_fid's result.json and grid.png, to be shown")
     add("--new-card", action="store_true", help="write the card anew, if one is there already")
     args = parser.parse_args(argv)
-    url = push(
-        args.model,
-        args.repo,
-        private=args.private,
-        license=args.license,
-        samples=args.samples,
-        new_card=args.new_card,
-    )
-    print(f"{args.model} is at {url}")
+    print(f"{args.folder} is at {push(**vars(args))}")
 
 
 def push(

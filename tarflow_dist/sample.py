@@ -53,20 +53,15 @@ def main(argv: list[str]) -> None:
         flow, args.denoise_steps, wanted=not noisy, **{name: vars(args)[name] for name in DENOISING}
     )
     y = labels_of(args, flow)
-    try:
-        with enough_memory("so many images at once", "ask for fewer images"):
-            if args.reconstruct:
-                rows = reconstruct(flow, read_images(flow, args.reconstruct), y)
-            elif args.interpolate:
-                rows = interpolate(flow, read_images(flow, args.interpolate), y, args.steps or 8)
-            elif args.trace:
-                rows = trace(flow, y, guidance, denoising, args)
-            else:
-                rows = sample(flow, y, guidance, denoising, args)
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    with enough_memory("so many images at once", "ask for fewer images"):
+        if args.reconstruct:
+            rows = reconstruct(flow, read_images(flow, args.reconstruct), y)
+        elif args.interpolate:
+            rows = interpolate(flow, read_images(flow, args.interpolate), y, args.steps or 8)
+        elif args.trace:
+            rows = trace(flow, y, guidance, denoising, args)
+        else:
+            rows = sample(flow, y, guidance, denoising, args)
     with write_whole(args.out) as part:
         picture_grid(list(rows.cpu().numpy()), captions(args, flow, y)).save(part, "PNG")
     print(f"{args.out}: {len(rows)} x {rows.shape[1]} images")
@@ -224,12 +219,10 @@ def interpolate(flow: "TarFlow", x: "Tensor", y: "Tensor | None", steps: int) ->
     level = least_level(flow)
     z = flow.encode(x, y, level)
     start, end = z[:1], z[1:]
-    angle = torch.arccos(torch.cosine_similarity(start.flatten(), end.flatten(), dim=0))
+    cosine = torch.cosine_similarity(start.flatten(), end.flatten(), dim=0)
+    angle = torch.arccos(cosine.clamp(max=1 - 5e-7))  # from there on the circle is a straight line
     along = torch.linspace(0, 1, steps, dtype=z.dtype, device=z.device)[:, None, None]
-    if angle > 1e-3:
-        z = (torch.sin((1 - along) * angle) * start + torch.sin(along * angle) * end) / angle.sin()
-    else:
-        z = (1 - along) * start + along * end
+    z = (torch.sin((1 - along) * angle) * start + torch.sin(along * angle) * end) / angle.sin()
     # the label changes half way, where there are two
     labels = None if y is None else torch.where(along.flatten() < 0.5, y[0], y[1])
     return shown(flow, flow.decode(z, labels, sigma=level)[None])

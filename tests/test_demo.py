@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import time
-from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
@@ -40,21 +39,3 @@ def test_an_interrupted_demo_leaves_nothing_running(
     process.send_signal(number)
     assert process.wait() == 130
     assert processes_of(str(tmp_path)) == []
-
-
-@pytest.mark.parametrize("then", ["pass", "raise AttributeError"])
-def test_an_interrupt_that_gets_lost_in_an_import_is_acted_on(
-    then: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / f"cut_{len(then)}.py").write_text(
-        f"import signal\ntry:\n    signal.raise_signal(signal.SIGINT)\nexcept:\n    {then}\n"
-    )
-
-    def run() -> None:
-        with demo.Steps() as steps:
-            import_module(f"cut_{len(then)}")
-            steps.run("this", [])
-
-    with pytest.raises(KeyboardInterrupt):
-        run()

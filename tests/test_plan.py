@@ -311,7 +311,7 @@ def test_a_step_waits_as_messages_one_after_another_do(
     monkeypatch.setattr(networks, "BUCKET", counts.num_parameters / buckets)
     between = networks.network(str(gb_per_second))
     step = networks.training_step(
-        config, card("h100"), between, 8, 8, 0.5, stage=stage, reduce_precision="fp32"
+        config, card("h100"), between, 8, 0.5, nodes=8, stage=stage, reduce_precision="fp32"
     )
     flops = 0.5 * 989e12
     forward = 12 / passes * counts.forward_flops / flops

@@ -30,8 +30,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_calibrate(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "WINDOWS", (4, 8))
     monkeypatch.setattr(calibrate, "WORTHWHILE", 1e9)  # whatever the clock says
-    monkeypatch.setattr(calibrate, "HOPELESS", 1e9)
-    monkeypatch.setattr(calibrate, "REPEATS", 1)
     with pretended_job() as card:
         calibrate.main([str(model), "--guidance", "1", "--batch-sizes", "2", "--images", "2"])
     assert card.graphs

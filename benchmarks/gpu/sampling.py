@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.gpu.models import RECIPES, Bench, attempt
 from tarflow_dist import TarFlow
-from tarflow_dist.calibrate import Goal, calibrate
+from tarflow_dist.calibrate import Calibrator
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.flow.windows import SEQUENTIAL
 
@@ -31,9 +31,11 @@ def against_the_published(bench: Bench) -> Iterator[dict[str, Any]]:
                     found["published / ours"] = round(found["published"] / found["seconds"], 2)
                 yield {key: found}
             bench.free()
-        goal = attempt(partial(Goal.of, flow, GUIDANCE, images=4 if bench.tiny else 16, seed=0))
+        images = 4 if bench.tiny else 16
+        made = attempt(partial(Calibrator, flow, GUIDANCE, images=images, seed=0))
         for batch in (1, 2) if bench.tiny else (1, 16):
-            found = attempt(partial(windows, flow, batch, goal)) if isinstance(goal, Goal) else goal
+            measured = isinstance(made, Calibrator)
+            found = attempt(partial(windows, made, batch)) if measured else made
             yield {f"{recipe}, windows, batch {batch}": found}
 
 
@@ -48,9 +50,9 @@ def sequential(bench: Bench, flow: TarFlow, batch: int) -> dict[str, float]:
     return {"first": round(first, 4), "seconds": round(again, 4), "peak_gib": bench.peak_gib()}
 
 
-def windows(flow: TarFlow, batch: int, goal: Goal) -> dict[str, Any]:
+def windows(calibrator: Calibrator, batch: int) -> dict[str, Any]:
     """What `calibrate` finds for `batch` samples."""
-    found = calibrate(flow, batch, GUIDANCE, goal, seed=0)
+    found = calibrator.calibrate(batch)
     return {"solver": str(found.solvers[0]), **found.measured}
 
 

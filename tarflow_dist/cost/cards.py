@@ -75,8 +75,5 @@ def card(name: str) -> Card:
 def find_card(device_name: str) -> Card | None:
     """The card that CUDA calls `device_name` (torch.cuda.get_device_name), such as "NVIDIA H100
     80GB HBM3"; None if it is not among `CARDS`."""
-    words = device_name.replace("-", " ").split()
-    for known in CARDS.values():
-        if all(word in words for word in known.match):
-            return known
-    return None
+    words = set(device_name.replace("-", " ").split())
+    return next((known for known in CARDS.values() if words.issuperset(known.match)), None)

@@ -6,12 +6,12 @@ first or last bucket. Latency, and the network inside a node, are left out.
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from tarflow_dist.config import Config
 from tarflow_dist.cost.cards import Card
-from tarflow_dist.cost.estimate import Layout, estimate, fitting_micro_batch
+from tarflow_dist.cost.estimate import estimate, fitting_micro_batch
 from tarflow_dist.cost.memory import BUCKET, FP32, LIVE_WEIGHTS, Precision, Stage
 from tarflow_dist.errors import UserError
 from tarflow_dist.flow.flops import FlowCost
@@ -112,18 +112,14 @@ def network_estimate(
     Raises:
         UserError: the batch can't be cut over the GPUs.
     """
-
-    def step(nodes: int, stage: Stage, reduced: Precision) -> Step:
-        return training_step(
-            config, card, between, nodes, gpus_per_node, mfu, stage=stage, reduce_precision=reduced
-        )
-
+    step = partial(training_step, config, card, between, gpus_per_node, mfu)
     own = config.train.zero_stage, config.train.reduce_precision
+    every = config.train.activation_checkpointing
     layouts = estimate(config, card, nodes * gpus_per_node, mfu=mfu).layouts
-    found = [
-        Advice(stage, reduced, step(nodes, stage, reduced))
-        for stage, reduced in _settings(config, layouts)
-    ]
+    stages = [a.stage for a in layouts if a.fits and a.checkpoint_every == every]
+    kinds: list[Precision] = ["fp32"] if config.train.precision == "fp32" else ["fp32", "bf16"]
+    # the simplest first
+    found = [Advice(at, kind, step(nodes, at, kind)) for kind in kinds for at in stages]
     least = min((advice.step.seconds for advice in found), default=0.0)
     return NetworkEstimate(
         between,
@@ -149,26 +145,13 @@ def advised(advice: Advice) -> str:
     return f"{settings}: {advice.step.share:.1%} of a step waited for"
 
 
-def _settings(config: Config, layouts: list[Layout]) -> Iterator[tuple[Stage, Precision]]:
-    """Those that fit into memory, the simplest first."""
-    every = config.train.activation_checkpointing
-    kinds: tuple[Precision, ...] = (
-        ("fp32",) if config.train.precision == "fp32" else ("fp32", "bf16")
-    )
-    for reduced in kinds:
-        for layout in layouts:
-            if layout.fits and layout.checkpoint_every == every:
-                yield layout.stage, reduced
-
-
 def training_step(
     config: Config,
     card: Card,
     between: Network,
-    nodes: int,
     gpus_per_node: int,
     mfu: float,
-    *,
+    nodes: int,
     stage: Stage,
     reduce_precision: Precision,
 ) -> Step:

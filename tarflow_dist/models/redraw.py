@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tarflow_dist.errors import UserError
 from tarflow_dist.flow.config import Noise
 from tarflow_dist.flow.noise import to_pixels
 
@@ -29,7 +30,7 @@ def draw_until_finite(draw: Callable[..., Tensor], index: Tensor, noise: Noise) 
     them, (B, C, H, W), in a batch of one shape: a sample doesn't depend on which others are lost.
 
     Raises:
-        ValueError: some are lost in each of ATTEMPTS.
+        UserError: some are lost in each of ATTEMPTS.
     """
     lost = torch.ones(len(index), dtype=torch.bool)
     images, again = None, ~lost
@@ -45,7 +46,7 @@ def draw_until_finite(draw: Callable[..., Tensor], index: Tensor, noise: Noise) 
             return Draws(to_pixels(images, noise).permute(0, 2, 3, 1), again)
     bad = index[lost].tolist()
     named = f"{bad[:5]} and {len(bad) - 5} more" if len(bad) > 5 else bad
-    raise ValueError(
+    raise UserError(
         f"samples {named} are not finite or ran away in {ATTEMPTS} attempts: train longer, "
         "or lower the guidance if there is one"
     )

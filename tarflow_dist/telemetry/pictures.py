@@ -33,14 +33,11 @@ def strip(images: NDArray[np.uint8], largest: int | None = None) -> Image.Image:
     `largest` pixels made smaller."""
     if largest is not None and images.shape[1] > largest:
         images = np.stack([_smaller(image, largest) for image in images])
-    B, H, W, C = images.shape
-    scale = max(1, SMALLEST // H)
+    scale = max(1, SMALLEST // images.shape[1])
     large = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    width = W * scale + GUTTER
-    canvas = np.full((H * scale, B * width, C), 255, np.uint8)
-    for i, image in enumerate(large):
-        canvas[:, i * width : i * width + W * scale] = image
-    return Image.fromarray(canvas.squeeze(2) if C == 1 else canvas)
+    gutter = ((0, 0), (0, 0), (0, GUTTER), (0, 0))
+    canvas = np.concatenate(np.pad(large, gutter, constant_values=255), axis=1)
+    return Image.fromarray(canvas.squeeze(2) if canvas.shape[2] == 1 else canvas)
 
 
 def _smaller(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:

@@ -1,7 +1,6 @@
 """sampling.json: what is measured is used, just there, and damage is told."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -270,21 +269,21 @@ def test_windows_are_judged_within_the_noise_of_the_models_type() -> None:
     flow = a_flow(image_size=16, width=64, head_dim=64, layers_per_block=2).bfloat16()
     for block in flow.blocks:
         torch.nn.init.normal_(block.proj_out.weight, std=0.05)
-    goal = calibrate.Goal.of(flow, GUIDED, images=8, seed=0)
-    share, largest = goal.sequential
+    bf16 = calibrate.Calibrator(flow, GUIDED, images=8, seed=0)
+    share, largest = bf16.closeness
     assert share < 0.999
     assert largest > 1
 
-    def judged(sequential: tuple[float, float]) -> list[int]:
-        wider = replace(goal, sequential=sequential)
-        solvers, _ = calibrate.faithful(flow, GUIDED, [Solver(8, 1.0)] * 2, wider, seed=0)
+    def judged(closeness: tuple[float, float]) -> list[int]:
+        bf16.closeness = closeness
+        solvers, _ = bf16.faithful([Solver(8, 1.0)] * 2)
         return [solver.window for solver in solvers]
 
     assert judged((share - 0.02, largest + 4)) == [8, 8]
     assert judged((1.0, 0.0)) == [1, 1]
-    exact = calibrate.Goal.of(flow.float(), GUIDED, images=8, seed=0)
-    assert exact.sequential == (1.0, 0.0)
-    assert (exact.exact.int() - goal.exact.int()).abs().max() <= 1
+    fp32 = calibrate.Calibrator(flow.float(), GUIDED, images=8, seed=0)
+    assert fp32.closeness == (1.0, 0.0)
+    assert (fp32.exact.int() - bf16.exact.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize(("option", "dtype"), [(None, "float32"), ("bfloat16", "bfloat16")])
