@@ -19,8 +19,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the checkout, not this folder
 
-from slurm import job_states, local, monitor, submission, summary, tasks
-from slurm.resources import Resources, add_options, read_options
+from slurm import local, monitor, submission, summary, tasks
+from slurm.resources import add_options, read_options
 from slurm.tasks import Task
 from tarflow_dist.errors import UserError, run_command
 
@@ -37,30 +37,29 @@ def _launch(argv: list[str]) -> int:
     own, words = _split(argv)
     arguments = _parser().parse_intermixed_args(own)
     resources = read_options(arguments)
-    task = tasks.make(arguments.task, [*arguments.arguments, *words], resources)
-    chain = [task]
+    chain = [tasks.make(arguments.task, [*arguments.arguments, *words], resources)]
     if arguments.then:
-        if task.name != "train":
+        if arguments.task != "train":
             raise UserError("--then comes after training: leave out --task")
-        chain.append(tasks.after_training(shlex.split(arguments.then), task))
+        chain.append(tasks.after_training(shlex.split(arguments.then), chain[0], resources))
     if arguments.local:
-        resources = local.here(resources)
-    if not arguments.local and not arguments.dry_run:
-        _check_partition(resources)
+        chain = local.here(chain)
+    elif not arguments.dry_run:
+        submission.check_partition(resources)
 
-    plan = summary.describe(chain, resources)
-    print(plan.text, flush=True)
+    plan, problem = summary.describe(chain)
+    print(plan, flush=True)
     if arguments.dry_run:
-        _show_scripts(chain, resources)
-        if plan.problem:
-            print(f"would be refused: {plan.problem}", file=sys.stderr)
+        _show_scripts(chain)
+        if problem:
+            print(f"would be refused: {problem}", file=sys.stderr)
         return 0
-    if plan.problem and not arguments.force:
-        raise UserError(f"{plan.problem}; --force takes it nevertheless")
+    if problem and not arguments.force:
+        raise UserError(f"{problem}; --force takes it nevertheless")
     if arguments.local:
-        return local.run(chain, resources)
-    submission.submit(chain, resources, command=shlex.join(["slurm/launch.py", *argv]))
-    print(f"python slurm/launch.py status {shlex.quote(str(task.folder))}")
+        return local.run(chain)
+    submission.submit(chain, command=shlex.join(["slurm/launch.py", *argv]))
+    print(f"python slurm/launch.py status {shlex.quote(str(chain[0].folder))}")
     return 0
 
 
@@ -96,19 +95,12 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(argv[:at]), list(argv[at + 1 :])
 
 
-def _check_partition(resources: Resources) -> None:
-    known = job_states.partitions()
-    for name in (resources.partition or "").split(","):
-        if name and name not in known:
-            raise UserError(f"there is no partition {name}: choose among {', '.join(known)}")
-
-
-def _show_scripts(chain: Sequence[Task], resources: Resources) -> None:
-    for task in chain:
+def _show_scripts(chain: Sequence[Task]) -> None:
+    first, *later = chain
+    for task in (first, *(submission.after(task, "ID") for task in later)):
         folder = submission.new_folder(task)
         print(f"\n----- {folder / 'ID_submission.sh'}")
-        print(submission.make_executor(task, resources, folder).script(), end="")
-        resources = submission.following(resources, "ID")
+        print(submission.make_executor(task, folder).script(), end="")
     sys.stdout.flush()
 
 

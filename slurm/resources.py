@@ -102,6 +102,10 @@ class Resources(SbatchOptions):
             )
         return self
 
+    def with_workers(self, count: int) -> Self:
+        """With cores for `count` worker processes a rank, unless their number was given."""
+        return self.model_copy(update={"cpus": self.cpus or count + 2})
+
     @property
     def ranks_per_node(self) -> int:
         return self.tasks_per_node or self.gpus_per_node or 1
