@@ -24,7 +24,7 @@ from submitit.helpers import TorchDistributedEnvironment
 from slurm.records import OUTCOME
 from slurm.tasks import MODULES, Task
 from tarflow_dist.cost.estimate import checkpoint_bytes
-from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError
+from tarflow_dist.errors import UserError, refusal
 from tarflow_dist.flow.flops import FlowCost
 from tarflow_dist.train import EXIT_INTERRUPTED
 
@@ -57,16 +57,15 @@ class Job:
             signal.signal(number, self._leave)
         try:
             interrupted = self._run()
-        except (UserError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in REFUSED_BY_MACHINE:
-                self._note_crash(error)
-                raise
-            if self._note("refused", str(error)):
-                print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
         except BaseException as error:
-            self._note_crash(error)
-            raise
+            if (sentence := refusal(error)) is None:
+                what = " ".join(f"{type(error).__name__}: {error}".split())
+                rank = f"rank {os.environ['RANK']} on {socket.gethostname()}"
+                self._note("crashed", f"{rank}: {what}")
+                raise
+            if self._note("refused", sentence):
+                print(f"error: {sentence}", file=sys.stderr)
+            sys.exit(2)
         if interrupted or os.environ["RANK"] == "0":  # others may be done long before the task is
             self._note("interrupted" if interrupted else "finished")
 
@@ -86,10 +85,6 @@ class Job:
     def _leave(self, number: int, frame: FrameType | None) -> None:
         self._note("interrupted")
         os._exit(EXIT_INTERRUPTED)
-
-    def _note_crash(self, error: BaseException) -> None:
-        sentence = " ".join(f"{type(error).__name__}: {error}".split())
-        self._note("crashed", f"rank {os.environ['RANK']} on {socket.gethostname()}: {sentence}")
 
     def _note(self, state: str, reason: str = "") -> bool:
         """Writes the outcome, unless another rank was first: a first error's victims come later."""

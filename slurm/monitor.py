@@ -1,6 +1,5 @@
 """`launch.py status RUN` and `launch.py stop RUN`."""
 
-import argparse
 import datetime
 import time
 from pathlib import Path
@@ -15,9 +14,8 @@ SHOWN = 4  # submissions
 SECONDS_BETWEEN_LOOKS = 1.0
 
 
-def status(argv: list[str]) -> int:
+def status(run: Path) -> None:
     """Prints how a run and its jobs stand, as Slurm and the run's files have it."""
-    run = _parse("status", "how a run and its jobs stand", argv)
     known = records(run) if (run / configs.SAVED_FILE).exists() else _submitted(run)
     rows = [("run", str(run)), *_progress(run)]
     if not known:
@@ -31,12 +29,10 @@ def status(argv: list[str]) -> int:
             rows.append(("  last error", error))
         rows.append(("  logs", f"{record.folder}/{record.job_id}_*_log.{{out,err}}"))
     print("\n".join(f"{name:<16}{text}" for name, text in rows))
-    return 0
 
 
-def stop(argv: list[str]) -> int:
+def stop(run: Path) -> None:
     """Ends a run's jobs: a running one saves first, a waiting one is taken from the queue."""
-    run = _parse("stop", "ends a run's jobs, with a checkpoint", argv)
     signalled: set[str] = set()
     stopped = False
     for record in _submitted(run):
@@ -56,14 +52,6 @@ def stop(argv: list[str]) -> int:
             print(f"job {record.job_id}: {state.name}, {saved}")
     if not stopped:
         raise UserError(f"no job of {run} is running or waiting")
-    return 0
-
-
-def _parse(name: str, description: str, argv: list[str]) -> Path:
-    parser = argparse.ArgumentParser(prog=f"python slurm/launch.py {name}", description=description)
-    parser.add_argument("run", type=Path, metavar="RUN", help="its folder, such as runs/in256")
-    run: Path = parser.parse_args(argv).run
-    return run
 
 
 def _submitted(run: Path) -> list[Record]:

@@ -126,6 +126,8 @@ def make_executor(task: Task, folder: Path) -> Executor:
     """The executor for `task`, whose job keeps its files in `folder`."""
     resources = task.resources
     container = _container_arguments(task)
+    named = {name: getattr(resources, name) for name in SbatchOptions.model_fields}
+    given = {name: value for name, value in named.items() if value} | resources.slurm
     program = resources.python or ("python3" if container else sys.executable)
     python = f"env {code_first(folder)} {shlex.quote(program)} -P"
     executor = Executor(folder, python=python)
@@ -154,15 +156,9 @@ def make_executor(task: Task, folder: Path) -> Executor:
         ],
         teardown=_teardown(python, container, folder),
         wckey=None,  # submitit's own, which clusters with their own keys refuse
-        additional_parameters=_sbatch_options(resources),
+        additional_parameters={"requeue": True, **given},
     )
     return executor
-
-
-def _sbatch_options(resources: Resources) -> dict[str, str | int | bool]:
-    options: dict[str, str | int | bool] = {"requeue": True}
-    given = {name: getattr(resources, name) for name in SbatchOptions.model_fields}
-    return options | {name: value for name, value in given.items() if value} | resources.slurm
 
 
 def environment(resources: Resources) -> list[str]:
