@@ -147,8 +147,8 @@ def check_node(task: Task) -> None:
                 f"{needed / 1e9:.1f} GB"
             )
     if task.shards is not None and "://" not in task.shards:
-        try:
-            os.listdir(task.shards)
+        try:  # a reference to compare with may be a file
+            os.listdir(task.shards) if os.path.isdir(task.shards) else os.stat(task.shards)
         except OSError as error:
             raise NodeError(f"the shards {task.shards} can't be read: {error.strerror}") from error
 

@@ -51,10 +51,10 @@ def _launch(argv: list[str]) -> int:
     arguments = _parser().parse_intermixed_args(own)
     resources = read_options(arguments)
     chain = [tasks.make(arguments.task, [*arguments.arguments, *words], resources)]
-    if arguments.then:
+    if arguments.then is not None:
         if arguments.task != "train":
             raise UserError("--then comes after training: leave out --task")
-        chain.append(tasks.after_training(shlex.split(arguments.then), chain[0], resources))
+        chain.append(tasks.after_training(arguments.then, chain[0], resources))
     if arguments.local:
         chain = local.here(chain)
     elif not arguments.dry_run:
@@ -113,7 +113,7 @@ def _show_scripts(chain: Sequence[Task]) -> None:
     for task in (first, *(submission.after(task, "ID") for task in later)):
         folder = submission.new_folder(task)
         print(f"\n----- {folder / 'ID_submission.sh'}")
-        print(submission.make_executor(task, folder).script(), end="")
+        print(submission.make_executor(task, folder).script())
     sys.stdout.flush()
 
 

@@ -1,6 +1,7 @@
 """The commands that can be launched, each checked as far as can be before it is submitted."""
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from slurm.resources import Resources
 from tarflow_dist import config_file as configs
 from tarflow_dist.config import Config
 from tarflow_dist.errors import UserError
+from tarflow_dist.models import hub
 
 MODULES = {
     "train": "tarflow_dist.train",
@@ -62,22 +64,26 @@ def make(name: str, arguments: Sequence[str], resources: Resources) -> Task:
     if name == "data_prep":
         return _preparation(arguments, resources)
     parsed = _parse_evaluation(name, arguments)
-    folder = JOBS / f"{name}-{parsed.model.resolve().name}"
+    measured = parsed.model or parsed.samples
+    folder = JOBS / f"{name}-{measured.resolve().name}"
     shards = str(getattr(parsed, DATA_OPTIONS[name]))
     return Task(name, tuple(arguments), folder, resources.with_workers(0), shards)
 
 
-def after_training(words: Sequence[str], train: Task, resources: Resources) -> Task:
+def after_training(line: str, train: Task, resources: Resources) -> Task:
     """The task of --then: `sample_fid` or `evaluate_bpd` with its options, of the trained model on
     the run's data.
 
     Raises:
         UserError: another task, or a wrong option.
     """
-    name, *arguments = words or [""]
+    try:
+        name, *arguments = shlex.split(line) or [""]
+    except ValueError as error:
+        raise UserError(f"--then {line}: {str(error).lower()}") from error
     if name not in DATA_OPTIONS:
         raise UserError(f"--then {name!r}: only sample_fid or evaluate_bpd can come after training")
-    if "--model" in arguments:
+    if any(word.partition("=")[0] == "--model" for word in arguments):
         raise UserError(f"--then {name}: its model is the one that is trained, leave --model out")
     data = f"--{DATA_OPTIONS[name]}"
     if data not in arguments:
@@ -110,7 +116,9 @@ def _parse_evaluation(name: str, arguments: Sequence[str]) -> argparse.Namespace
     from tarflow_dist import evaluate_bpd, sample_fid
 
     if name == "evaluate_bpd":
-        return evaluate_bpd.parse_arguments(list(arguments))
+        parsed = evaluate_bpd.parse_arguments(list(arguments))
+        hub.check(parsed.model)
+        return parsed
     parsed = sample_fid.parse_arguments(list(arguments))
     sample_fid.check_arguments(parsed)
     return parsed
