@@ -18,39 +18,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from submitit.helpers import TorchDistributedEnvironment
 
+from slurm.records import OUTCOME
 from slurm.tasks import MODULES, Task
-from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError
-from tarflow_dist.files import read_json
+from tarflow_dist.cost.estimate import checkpoint_bytes
+from tarflow_dist.errors import UserError, refusal
+from tarflow_dist.flow.flops import FlowCost
 from tarflow_dist.train import EXIT_INTERRUPTED
-
-OUTCOME = "outcome.json"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A task on all ranks.
-
-    Attributes:
-        folder: the job's, with its code, config and logs.
-        gpus: whether each rank should see a GPU.
-        bytes_to_write: what must be free in the task's folder.
-    """
+    """A task on all ranks. `folder` is the job's, with its code, config and logs."""
 
     folder: Path
     task: Task
-    gpus: bool
-    bytes_to_write: int
 
     def __call__(self) -> None:
         """`run` as one of submitit's ranks."""
         environment = TorchDistributedEnvironment()
         if "MASTER_PORT" not in os.environ:
-            # below those that Linux gives the near ends of connections, which may be in use
-            environment.master_port = 20_000 + environment.master_port % 12_000
+            environment.master_port = port(environment.master_port)
         # DeepSpeed picks the GPU by LOCAL_RANK, and needs to see those of the whole node for it
         environment.export(set_cuda_visible_devices=False, overwrite=True)
         self.run()
@@ -67,24 +57,23 @@ class Job:
             signal.signal(number, self._leave)
         try:
             interrupted = self._run()
-        except (UserError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in REFUSED_BY_MACHINE:
-                self._note_crash(error)
-                raise
-            if self._note("refused", str(error)):
-                print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
         except BaseException as error:
-            self._note_crash(error)
-            raise
+            if (sentence := refusal(error)) is None:
+                what = " ".join(f"{type(error).__name__}: {error}".split())
+                rank = f"rank {os.environ['RANK']} on {socket.gethostname()}"
+                self._note("crashed", f"{rank}: {what}")
+                raise
+            if self._note("refused", sentence):
+                print(f"error: {sentence}", file=sys.stderr)
+            sys.exit(2)
         if interrupted or os.environ["RANK"] == "0":  # others may be done long before the task is
             self._note("interrupted" if interrupted else "finished")
 
     def _run(self) -> bool:
         """Whether the task was interrupted."""
         task, arguments = self.task, list(self.task.arguments)
-        check_node(task.folder, self.bytes_to_write, task.shards, gpus=self.gpus)
-        if not task.apart:
+        check_node(task)
+        if task.name != "data_prep":  # whose ranks don't wait for one another
             with ranks_together():
                 if task.of_run:
                     arguments = [*_newest_model(task), *arguments]
@@ -97,10 +86,6 @@ class Job:
         self._note("interrupted")
         os._exit(EXIT_INTERRUPTED)
 
-    def _note_crash(self, error: BaseException) -> None:
-        sentence = " ".join(f"{type(error).__name__}: {error}".split())
-        self._note("crashed", f"rank {os.environ['RANK']} on {socket.gethostname()}: {sentence}")
-
     def _note(self, state: str, reason: str = "") -> bool:
         """Writes the outcome, unless another rank was first: a first error's victims come later."""
         outcome = {"state": state, "reason": reason, "rank": int(os.environ["RANK"])}
@@ -112,12 +97,10 @@ class Job:
         return True
 
 
-def read_outcome(folder: Path) -> dict[str, Any] | None:
-    """What the first rank to end noted in a job's folder; None if it was killed before it could."""
-    try:
-        return dict(read_json(folder / OUTCOME))
-    except (OSError, TypeError, ValueError):
-        return None
+def port(number: int) -> int:
+    """A port for the ranks to meet at, one of many by `number`, below those that Linux gives the
+    near ends of connections, which may be in use."""
+    return 20_000 + number % 12_000
 
 
 def _newest_model(task: Task) -> list[str]:
@@ -147,25 +130,27 @@ class NodeError(RuntimeError):
         super().__init__(f"node {socket.gethostname()} is unfit: {problem}")
 
 
-def check_node(folder: Path, bytes_to_write: int, shards: str | None, *, gpus: bool) -> None:
-    """Looks at this rank's device, the disk below `folder` and the shards.
+def check_node(task: Task) -> None:
+    """Looks at this rank's device, the disk below the task's folder and its shards.
 
     Raises:
         NodeError: naming the node and what is wrong there.
     """
-    _check_device(int(os.environ["LOCAL_RANK"]), gpus=gpus)
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < bytes_to_write:
-        raise NodeError(
-            f"{folder} has {free / 1e9:.1f} GB free, and two checkpoints take "
-            f"{bytes_to_write / 1e9:.1f} GB"
-        )
-    if shards is not None and "://" not in shards:
-        try:
-            os.listdir(shards)
+    _check_device(int(os.environ["LOCAL_RANK"]), gpus=task.resources.gpus_per_node > 0)
+    task.folder.mkdir(parents=True, exist_ok=True)
+    if task.config is not None:
+        free = shutil.disk_usage(task.folder).free
+        needed = 2 * checkpoint_bytes(FlowCost(task.config.model))
+        if free < needed:
+            raise NodeError(
+                f"{task.folder} has {free / 1e9:.1f} GB free, and two checkpoints take "
+                f"{needed / 1e9:.1f} GB"
+            )
+    if task.shards is not None and "://" not in task.shards:
+        try:  # a reference to compare with may be a file
+            os.listdir(task.shards) if os.path.isdir(task.shards) else os.stat(task.shards)
         except OSError as error:
-            raise NodeError(f"the shards {shards} can't be read: {error.strerror}") from error
+            raise NodeError(f"the shards {task.shards} can't be read: {error.strerror}") from error
 
 
 def _check_device(local_rank: int, *, gpus: bool) -> None:

@@ -1,12 +1,10 @@
 """`launch.py status RUN` and `launch.py stop RUN`."""
 
-import argparse
 import datetime
 import time
 from pathlib import Path
 
-from slurm import job_states
-from slurm.records import STOP, Record, last_error, records
+from slurm.records import STOP, Record, ask_slurm, last_error, records
 from tarflow_dist import config_file as configs
 from tarflow_dist.errors import UserError
 from tarflow_dist.telemetry.metrics_log import METRICS_FILE, read_metrics
@@ -16,66 +14,48 @@ SHOWN = 4  # submissions
 SECONDS_BETWEEN_LOOKS = 1.0
 
 
-def status(argv: list[str]) -> int:
+def status(run: Path) -> None:
     """Prints how a run and its jobs stand, as Slurm and the run's files have it."""
-    run = _parse("status", "how a run and its jobs stand", argv)
-    known = _submitted(run) if (run / configs.SAVED_FILE).exists() else _records(run)
+    known = records(run) if (run / configs.SAVED_FILE).exists() else _submitted(run)
     rows = [("run", str(run)), *_progress(run)]
     if not known:
         rows.append(("jobs", "none of Slurm's: it was started with torchrun or --local"))
     for record in known[-SHOWN:]:
-        state = job_states.job_state(record.job_id)
+        state = record.state()
         restarts = f", {state.restarts} restarts" if state.restarts else ""
         detail = f" ({state.detail})" if state.detail else ""
-        rows.append((record.task, f"job {record.job_id} {state.state}{detail}{restarts}"))
+        rows.append((record.task, f"job {record.job_id} {state.name}{detail}{restarts}"))
         if error := last_error(record.folder):
             rows.append(("  last error", error))
         rows.append(("  logs", f"{record.folder}/{record.job_id}_*_log.{{out,err}}"))
     print("\n".join(f"{name:<16}{text}" for name, text in rows))
-    return 0
 
 
-def stop(argv: list[str]) -> int:
-    """Ends a run's jobs: a running one saves first, a waiting one is taken from the states."""
-    run = _parse("stop", "ends a run's jobs, with a checkpoint", argv)
+def stop(run: Path) -> None:
+    """Ends a run's jobs: a running one saves first, a waiting one is taken from the queue."""
     signalled: set[str] = set()
     stopped = False
-    for record in _records(run):
-        while (state := job_states.job_state(record.job_id)).active:
+    for record in _submitted(run):
+        while (state := record.state()).active:
             stopped = True
             (record.folder / STOP).touch()
-            if state.state == "PENDING":
-                job_states.ask("scancel", record.job_id)
-            elif state.state == "RUNNING" and record.job_id not in signalled:
+            if state.name == "PENDING":
+                ask_slurm("scancel", record.job_id)
+            elif state.name == "RUNNING" and record.job_id not in signalled:
                 print(f"job {record.job_id}: told to save and end", flush=True)
-                job_states.ask("scancel", "--signal=USR2", record.job_id)
+                ask_slurm("scancel", "--signal=USR2", record.job_id)
                 signalled.add(record.job_id)
             time.sleep(SECONDS_BETWEEN_LOOKS)
         if record.job_id in signalled:
-            print(f"job {record.job_id}: {state.state}, {_saved(record)}")
+            newest = record.newest_checkpoint()
+            saved = f"saved at {int(newest):,} images" if newest else "nothing to save"
+            print(f"job {record.job_id}: {state.name}, {saved}")
     if not stopped:
         raise UserError(f"no job of {run} is running or waiting")
-    return 0
-
-
-def _saved(record: Record) -> str:
-    newest = record.newest_checkpoint()
-    return f"saved at {int(newest):,} images" if newest else "nothing to save"
-
-
-def _parse(name: str, description: str, argv: list[str]) -> Path:
-    parser = argparse.ArgumentParser(prog=f"python slurm/launch.py {name}", description=description)
-    parser.add_argument("run", type=Path, metavar="RUN", help="its folder, such as runs/in256")
-    run: Path = parser.parse_args(argv).run
-    return run
 
 
 def _submitted(run: Path) -> list[Record]:
-    return [record for record in records(run) if record.job_id]
-
-
-def _records(run: Path) -> list[Record]:
-    if known := _submitted(run):
+    if known := records(run):
         return known
     raise UserError(f"no job was submitted for {run}: name a run's folder, such as runs/in256")
 

@@ -8,11 +8,11 @@ import json
 import os
 import sys
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from slurm.job import read_outcome
-from slurm.records import STOP, Record, last_error
+from slurm.records import STOP, Record, last_error, read_outcome
 from tarflow_dist.errors import UserError
 from tarflow_dist.train import EXIT_INTERRUPTED
 from tarflow_dist.training import run_folder
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     if (folder / STOP).exists():
         print("stopped as asked; the same launch command goes on", file=sys.stderr)
         return 1
-    without_progress = _ends_without_progress(folder, counts_interruptions=record.is_training)
+    without_progress = _ends_without_progress(record)
     if without_progress >= record.attempts:
         at = f"checkpoint {end['checkpoint']}" if end["checkpoint"] else "no checkpoint yet"
         _note_failure(
@@ -61,18 +61,16 @@ def _killed(folder: Path, code: int) -> dict[str, Any]:
     return {"state": "crashed", "reason": reason}
 
 
-def _ends_without_progress(folder: Path, *, counts_interruptions: bool) -> int:
-    """How often in a row the job has ended at the checkpoint that it ended at now."""
+def _ends_without_progress(record: Record) -> int:
+    """How often in a row the job has ended at the checkpoint that it ended at now. What has no
+    checkpoints may be interrupted as often as Slurm likes."""
     ends: list[dict[str, Any]] = []
-    for line in (folder / ENDS).read_text(errors="replace").splitlines():
+    for line in (record.folder / ENDS).read_text(errors="replace").splitlines():
         with suppress(ValueError):  # what a lost disk left of one
             ends.append({"checkpoint": None, "state": None} | json.loads(line))
-    count = 0
-    for end in reversed(ends):
-        if end["checkpoint"] != ends[-1]["checkpoint"]:
-            break
-        count += counts_interruptions or end["state"] == "crashed"
-    return count
+    now = ends[-1]["checkpoint"]
+    there = takewhile(lambda end: end["checkpoint"] == now, reversed(ends))
+    return sum(record.task == "train" or end["state"] == "crashed" for end in there)
 
 
 def _note_failure(run: Path, reason: str) -> None:

@@ -102,6 +102,10 @@ class Resources(SbatchOptions):
             )
         return self
 
+    def with_workers(self, count: int) -> Self:
+        """With cores for `count` worker processes a rank, unless their number was given."""
+        return self.model_copy(update={"cpus": self.cpus or count + 2})
+
     @property
     def ranks_per_node(self) -> int:
         return self.tasks_per_node or self.gpus_per_node or 1
@@ -164,11 +168,13 @@ def read_options(arguments: argparse.Namespace) -> Resources:
         value = getattr(arguments, name)
         if value is None:
             continue
+        before = tree.get(name, field.default)
         if isinstance(field.default, dict):
-            value = {**tree.get(name, {}), **dict(_pair(name, text) for text in value)}
+            value = dict(_pair(name, text) for text in value)
+            value = before | value if isinstance(before, dict) else before
         elif isinstance(field.default, list):
-            value = [*tree.get(name, []), *value]
-        tree[name] = value
+            value = before + value if isinstance(before, list) else before
+        tree[name] = value  # what the file has of another kind is told now
     try:
         return Resources.model_validate(tree)
     except ValidationError as error:
@@ -177,9 +183,9 @@ def read_options(arguments: argparse.Namespace) -> Resources:
 
 def _pair(name: str, text: str) -> tuple[str, str | bool]:
     key, equals, value = text.partition("=")
-    if not equals and name == "slurm":
+    if key and not equals and name == "slurm":
         return key, True  # an option without a value, such as hold
-    if not equals:
+    if not key or not equals:
         raise UserError(f"--{name} {text} should look like NAME=VALUE")
     return key, value
 

@@ -6,8 +6,8 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +15,8 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import clean_env, environment_variables
 
-from slurm import job_states, summary
-from slurm.job import OUTCOME, Job
-from slurm.records import FOLDER, Record, records
+from slurm.job import Job
+from slurm.records import FOLDER, OUTCOME, Record, ask_slurm, records
 from slurm.resources import Resources, SbatchOptions
 from slurm.tasks import JOBS, Task
 from tarflow_dist import config_file as configs
@@ -31,7 +30,7 @@ PACKAGES = ("tarflow_dist", "data_prep", "slurm")
 CODE = "code"  # a copy of theirs, in the job's folder
 
 
-def submit(chain: Sequence[Task], resources: Resources, *, command: str) -> None:
+def submit(chain: Sequence[Task], *, command: str) -> None:
     """Submits the tasks, each to start when the one before it has finished.
 
     Raises:
@@ -41,16 +40,23 @@ def submit(chain: Sequence[Task], resources: Resources, *, command: str) -> None
     home.mkdir(parents=True, exist_ok=True)
     with lock_folder(home):
         _refuse_second_job(chain[0])
+        job_id = ""
         for task in chain:
-            job = prepare(task, resources, new_folder(task))
-            record = Record(
-                job.folder, task.folder.absolute(), task.name, resources.attempts, command
-            )
+            job = prepare(after(task, job_id) if job_id else task, new_folder(task))
+            attempts = task.resources.attempts
+            record = Record(job.folder, task.folder.absolute(), task.name, attempts, command)
             record.write()
-            record = replace(record, job_id=_send(job, resources))
-            record.write()
-            print(f"job {record.job_id}: {task.name}, logs in {job.folder}", flush=True)
-            resources = following(resources, record.job_id)
+            job_id = _send(job)
+            replace(record, job_id=job_id).write()
+            print(f"job {job_id}: {task.name}, logs in {job.folder}", flush=True)
+
+
+def check_partition(resources: Resources) -> None:
+    """Raises `UserError` if there is no such partition, or no Slurm here."""
+    known = sorted(set((ask_slurm("sinfo", "--noheader", "--format=%R") or "").split()))
+    for name in (resources.partition or "").split(","):
+        if name and name not in known:
+            raise UserError(f"there is no partition {name}: choose among {', '.join(known)}")
 
 
 def new_folder(task: Task) -> Path:
@@ -59,17 +65,13 @@ def new_folder(task: Task) -> Path:
     return (task.folder / FOLDER / f"{stamp}-{task.name}").absolute()
 
 
-def following(resources: Resources, job_id: str) -> Resources:
-    """`resources` for a job after job `job_id`, which goes if that one fails."""
-    return resources.model_copy(
-        update={
-            "dependency": f"afterok:{job_id}",
-            "slurm": {**resources.slurm, "kill-on-invalid-dep": "yes"},
-        }
-    )
+def after(task: Task, job_id: str) -> Task:
+    """`task`, which waits for job `job_id` to finish and goes if that one fails."""
+    slurm = {**task.resources.slurm, "kill-on-invalid-dep": "yes"}
+    return task.asking(dependency=f"afterok:{job_id}", slurm=slurm)
 
 
-def prepare(task: Task, resources: Resources, folder: Path) -> Job:
+def prepare(task: Task, folder: Path) -> Job:
     """Makes the job's folder, with a copy of the code and the resolved config, which the job runs
     from whatever happens to the checkout while it waits."""
     for package in PACKAGES:
@@ -82,42 +84,31 @@ def prepare(task: Task, resources: Resources, folder: Path) -> Job:
         file = folder / "config.yaml"
         file.write_text(configs.dump(task.config))
         task = replace(task, arguments=(str(file),))
-    gpus = resources.gpus_per_node > 0 and not task.apart
-    return Job(folder, task, gpus, summary.bytes_to_write(task))
-
-
-def _send(job: Job, resources: Resources) -> str:
-    """Slurm's id for the job."""
-    executor = make_executor(job.task, resources, job.folder)
-    try:
-        with _outside_of_jobs():
-            return executor.submit(job).job_id
-    except (FailedJobError, FailedSubmissionError) as error:
-        shutil.rmtree(job.folder)
-        raise UserError(f"Slurm refuses the job: {' '.join(str(error).split())}") from error
-
-
-@contextmanager
-def _outside_of_jobs() -> Iterator[None]:
-    """Hides the job in which this may run; leaves what tells users' commands how to reach Slurm."""
-    if "SLURM_JOB_ID" not in os.environ:
-        yield
-        return
-    kept = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
-    with clean_env(), environment_variables(**kept):
-        yield
+    return Job(folder, task)
 
 
 def _refuse_second_job(task: Task) -> None:
     for record in records(task.folder):
-        if record.task == task.name and record.job_id:
-            state = job_states.job_state(record.job_id)
-            if state.active:
-                end = shlex.join(["python", "slurm/launch.py", "stop", str(task.folder)])
-                raise UserError(
-                    f"job {record.job_id} ({state.state}) is at {task.folder} already: wait for "
-                    f"it, or end it with {end}"
-                )
+        if record.task == task.name and (state := record.state()).active:
+            end = shlex.join(["python", "slurm/launch.py", "stop", str(task.folder)])
+            raise UserError(
+                f"job {record.job_id} ({state.name}) is at {task.folder} already: wait for it, or "
+                f"end it with {end}"
+            )
+
+
+def _send(job: Job) -> str:
+    """Slurm's id for the job."""
+    executor = make_executor(job.task, job.folder)
+    # the job in which this may run is hidden, but not what tells users' commands how to reach Slurm
+    hidden = clean_env() if "SLURM_JOB_ID" in os.environ else nullcontext()
+    kept = {name: value for name, value in os.environ.items() if name == "SLURM_CONF"}
+    try:
+        with hidden, environment_variables(**kept):
+            return executor.submit(job).job_id
+    except (FailedJobError, FailedSubmissionError) as error:
+        shutil.rmtree(job.folder)
+        raise UserError(f"Slurm refuses the job: {' '.join(str(error).split())}") from error
 
 
 class Executor(submitit.SlurmExecutor):
@@ -131,54 +122,56 @@ class Executor(submitit.SlurmExecutor):
         return self._make_submission_file_text(self._submitit_command_str, uid="")
 
 
-def make_executor(task: Task, resources: Resources, folder: Path) -> Executor:
+def make_executor(task: Task, folder: Path) -> Executor:
     """The executor for `task`, whose job keeps its files in `folder`."""
-    cpus = resources.cpus or task.workers + 2
-    gpus = 0 if task.apart else resources.gpus_per_node
-    container = _container_arguments(task, resources)
-    python = _python(resources.python or ("python3" if container else sys.executable), folder)
+    resources = task.resources
+    container = _container_arguments(task)
+    named = {name: getattr(resources, name) for name in SbatchOptions.model_fields}
+    given = {name: value for name, value in named.items() if value} | resources.slurm
+    program = resources.python or ("python3" if container else sys.executable)
+    python = f"env {code_first(folder)} {shlex.quote(program)} -P"
     executor = Executor(folder, python=python)
     executor.update_parameters(
         job_name=task.folder.name
         if task.folder.parent == JOBS
         else f"{task.name}-{task.folder.name}",
         nodes=resources.nodes,
-        ntasks_per_node=task.ranks_a_node(resources),
-        cpus_per_task=cpus,
-        gpus_per_node=gpus or None,
+        ntasks_per_node=resources.ranks_per_node,
+        cpus_per_task=resources.cpus,
+        gpus_per_node=resources.gpus_per_node or None,
         time=resources.minutes,
         signal_delay_s=resources.signal_delay,
-        setup=_setup(resources, folder),
+        setup=[
+            "trap : TERM  # meant for the ranks; this script waits for them",
+            f"rm -f {shlex.quote(str(folder / OUTCOME))}",
+            *environment(resources),
+        ],
         srun_args=[
             "--kill-on-bad-exit=1",  # a dead rank ends the job at once
-            f"--cpus-per-task={cpus}",  # srun no longer takes it over from sbatch
+            f"--cpus-per-task={resources.cpus}",  # srun no longer takes it over from sbatch
             "--cpu-bind=none",
-            *(["--gpu-bind=none"] if gpus else []),
+            *(["--gpu-bind=none"] if resources.gpus_per_node else []),
             *container,
             *resources.srun_args,
         ],
         teardown=_teardown(python, container, folder),
         wckey=None,  # submitit's own, which clusters with their own keys refuse
-        additional_parameters=_sbatch_options(resources),
+        additional_parameters={"requeue": True, **given},
     )
     return executor
 
 
-def _sbatch_options(resources: Resources) -> dict[str, str | int | bool]:
-    options: dict[str, str | int | bool] = {"requeue": True}
-    given = {name: getattr(resources, name) for name in SbatchOptions.model_fields}
-    return options | {name: value for name, value in given.items() if value} | resources.slurm
+def environment(resources: Resources) -> list[str]:
+    """The shell lines that set up what the ranks run in."""
+    variables = {"OMP_NUM_THREADS": "1", **resources.env}
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
+    return [*exports, *resources.setup]
 
 
-def _setup(resources: Resources, folder: Path) -> list[str]:
-    """The lines before srun."""
-    environment = {"OMP_NUM_THREADS": "1", **resources.env}
-    return [
-        "trap : TERM  # meant for the ranks; this script waits for them",
-        f"rm -f {shlex.quote(str(folder / OUTCOME))}",
-        *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
-        *resources.setup,
-    ]
+def code_first(folder: Path) -> str:
+    """The shell's assignment with which Python, given -P, finds the job's own copy of the code
+    before all others; without -P the current folder, which is likely the checkout, comes first."""
+    return f'PYTHONPATH={shlex.quote(str(folder / CODE))}"${{PYTHONPATH:+:$PYTHONPATH}}"'
 
 
 def _teardown(python: str, container: list[str], folder: Path) -> list[str]:
@@ -193,16 +186,8 @@ def _teardown(python: str, container: list[str], folder: Path) -> list[str]:
     ]
 
 
-def _python(python: str, folder: Path) -> str:
-    """The shell words that start Python with the job's own copy of the code before all others; -P
-    keeps the current folder, which is likely the checkout, from coming first."""
-    inherited = "${PYTHONPATH:+:$PYTHONPATH}"
-    code = shlex.quote(str(folder / CODE))
-    return f'env PYTHONPATH={code}"{inherited}" {shlex.quote(python)} -P'
-
-
-def _container_arguments(task: Task, resources: Resources) -> list[str]:
-    if resources.container_image is None:
+def _container_arguments(task: Task) -> list[str]:
+    if task.resources.container_image is None:
         return []
     here = Path.cwd()
     needed = [here, task.folder.resolve()]
@@ -212,10 +197,10 @@ def _container_arguments(task: Task, resources: Resources) -> list[str]:
         needed.append(task.config.init.resolve())
     seen = [path for path in needed if path == here or not path.is_relative_to(here)]
     mounts = [f"{path}:{path}" for path in seen]
-    if resources.container_mounts:
-        mounts.append(resources.container_mounts)
+    if task.resources.container_mounts:
+        mounts.append(task.resources.container_mounts)
     return [
-        f"--container-image={resources.container_image}",
+        f"--container-image={task.resources.container_image}",
         f"--container-mounts={','.join(mounts)}",
         f"--container-workdir={here}",
     ]

@@ -25,6 +25,15 @@ class UserError(ValueError):
     """Something the user can put right. Its message is one sentence that says what to do."""
 
 
+def refusal(error: BaseException) -> str | None:
+    """What an error that is the user's to mend says; None for others."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in REFUSED_BY_MACHINE:
+        return f"{error.filename or 'writing'}: {error.strerror}"
+    return None
+
+
 @contextmanager
 def enough_memory(what: str, advice: str) -> Iterator[None]:
     """Raises `UserError` if the device's memory is too small for the body: `what` names that, in
@@ -45,12 +54,10 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
     _end_with_torchrun()
     try:
         code = main(sys.argv[1:]) or 0
-    except UserError as error:
-        code = _report(str(error))
-    except OSError as error:
-        if error.errno not in REFUSED_BY_MACHINE:
+    except (UserError, OSError) as error:
+        if (sentence := refusal(error)) is None:
             raise
-        code = _report(f"{error.filename or 'writing'}: {error.strerror}")
+        code = _report(sentence)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED_EXIT_CODE

@@ -11,8 +11,10 @@ import pytest
 from strikes import ROOT, TINY
 
 from slurm import requeue
+from slurm.job import NodeError, check_node
 from slurm.records import Record
-from slurm.resources import parse_minutes
+from slurm.resources import Resources, parse_minutes
+from slurm.tasks import Task
 
 
 def launch(*arguments: object, code: int = 0, cwd: Path = ROOT, **environment: str) -> str:
@@ -128,6 +130,12 @@ def test_the_examples_of_clusters_work(name: str) -> None:
         (["--task=data_prep", "--nodes=2", "--", "digits", "s3://b/x"], "one rank alone can write"),
         (["--task=sample_fid", "--", "--model=x", "--reference=y", "--num-samples=9"], "folder x"),
         (["--then=evaluate_bpd --draws 0", "configs/in256.yaml"], "must be at least 1"),
+        (["--then=evaluate_bpd 'a", "configs/in256.yaml"], "no closing quotation"),
+        (["--then=evaluate_bpd --model=x", "configs/in256.yaml"], "leave --model out"),
+        (["--then=", "configs/in256.yaml"], "only sample_fid or evaluate_bpd"),
+        (["--task=evaluate_bpd", "--", "--model=x", "--data=y"], "folder x"),
+        (["--env==x", "configs/in256.yaml"], "--env =x should look like NAME=VALUE"),
+        (["--slurm=", "configs/in256.yaml"], "--slurm  should look like NAME=VALUE"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(arguments: list[str], sentence: str) -> None:
@@ -176,6 +184,44 @@ def test_a_time_without_quotes_is_caught(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("time: 24:00:00\n")
     told = launch("--cluster", tmp_path / "mine.yaml", "configs/in256.yaml", code=2)
     assert "put it in quotes" in told
+
+
+@pytest.mark.parametrize(
+    ("content", "option", "sentence"),
+    [
+        ("env:", "--env=A=1", "env is None: input should be a valid dictionary"),
+        ("setup: module load a", "--setup=b", "setup is 'module load a'"),
+    ],
+)
+def test_what_a_cluster_file_has_of_another_kind_is_told(
+    content: str, option: str, sentence: str, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text(content)
+    told = launch("--cluster", tmp_path / "mine.yaml", option, "configs/in256.yaml", code=2)
+    assert sentence in told
+    assert "Traceback" not in told
+
+
+def test_samples_are_measured_against_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, reference = tmp_path / "drawn", tmp_path / "VIRTUAL.npz"
+    samples.mkdir()
+    reference.touch()
+    arguments = ["--samples", samples, "--reference", reference, "--features", "pixels"]
+    options = ["--gpus-per-node=0", "--task=sample_fid", "--dry-run"]
+    shown = launch(*options, "--", *arguments, "--out", tmp_path / "out")
+    assert re.search(r"folder +jobs/sample_fid-drawn", shown)
+    assert "would be refused" not in shown
+
+    resources = Resources(gpus_per_node=0)
+    task = Task("sample_fid", (), tmp_path / "job", resources, str(reference))
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    check_node(task)
+    reference.unlink()
+    with pytest.raises(NodeError, match=r"VIRTUAL\.npz can't be read: No such file"):
+        check_node(task)
 
 
 @pytest.mark.parametrize(
