@@ -27,8 +27,6 @@ from tarflow_dist.errors import UserError, run_command
 from tarflow_dist.evaluation.features import EXTRACTORS, check_features
 from tarflow_dist.models import hub
 from tarflow_dist.options import (
-    DENOISING,
-    GUIDANCE,
     MODEL_HELP,
     add_denoising_options,
     add_dtype_option,
@@ -189,12 +187,11 @@ def sweep_settings(
             f"--labels reference: {args.reference} doesn't say how many images each class has: "
             "give the data set, or a file that tarflow_dist.reference wrote"
         )
-    guiding = {name: vars(args)[name] for name in GUIDANCE}
     points = {}
     for weight, (way, denoising) in product(args.guidance, denoising_ways(args, flow).items()):
         # the options are for a sweep's guided points
         unguided = weight == 0 and len(args.guidance) > 1
-        guidance = Guidance() if unguided else guidance_of(flow, weight, **guiding)
+        guidance = Guidance() if unguided else guidance_of(flow, weight, args)
         points[f"guidance-{weight:g}-{way}"] = SampleSettings(
             weights_sha256=weights_sha256,
             config_sha256=hashlib.sha256(config).hexdigest(),
@@ -221,8 +218,7 @@ def denoising_ways(args: argparse.Namespace, flow: "TarFlow") -> "dict[str, Deno
             "--denoise out"
         )
     steps = args.denoise_steps or [None]
-    more = {name: vars(args)[name] for name in DENOISING}
-    asked = [denoising_of(flow, count, wanted=any(wanted), **more) for count in steps]
+    asked = [denoising_of(flow, count, args, wanted=any(wanted)) for count in steps]
     if flow.sigma_range is not None:
         asked = [replace(way, steps=way.steps or flow.config.denoising_steps) for way in asked]
     denoised: dict[str, Denoising | None] = {f"denoise-1-steps-{w.steps}": w for w in asked}
