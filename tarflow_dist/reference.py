@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
 
     from tarflow_dist import distributed
     from tarflow_dist.evaluation.features import make_extractor
-    from tarflow_dist.evaluation.measure import describe_extractor, measure_reference
+    from tarflow_dist.evaluation.measure import measure_reference
     from tarflow_dist.evaluation.reference_set import open_shards_reference
     from tarflow_dist.telemetry.environment import describe_environment
 
@@ -59,7 +59,6 @@ def main(argv: list[str]) -> None:
         about = {
             **measured.about,
             **reference.describe(),
-            **describe_extractor(extractor),
             "image_shape": list(reference.images.image_shape),
             "class_names": reference.class_names,
             "class_counts": reference.class_counts,

@@ -27,7 +27,7 @@ class FeatureSet:
         pooled: moments of the features.
         spatial: moments of the spatial features, for sFID; None where there are none.
         features: float32 (K, F) of K of the images, in order; None where there are none.
-        split_scores: the Inception Score of each of ten splits; None without class scores.
+        split_scores: the Inception Score of each of ten splits of those; None without class scores.
         about: JSON values that say where all this is from; "count" is the number of images, None
             where a file doesn't tell.
     """

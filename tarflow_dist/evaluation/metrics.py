@@ -59,30 +59,10 @@ class Metric:
         return self.title if features.startswith("inception") else self.plain_title or self.title
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What two feature sets say of each other.
-
-    Attributes:
-        figures: by the keys in `FIGURES`; None where a figure was not measured.
-        not_measured: and why.
-        warnings: sentences on what makes the figures less than they seem.
-    """
-
-    figures: dict[str, float | None]
-    not_measured: dict[str, str]
-    warnings: list[str]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **self.figures,
-            "not_measured": self.not_measured,
-            "warnings": self.warnings,
-        }
-
-
-def compare(samples: FeatureSet, reference: FeatureSet, device: Device = "cpu") -> Comparison:
-    """All of `METRICS` that the two sets, the same on all ranks, allow. Collective."""
+def compare(samples: FeatureSet, reference: FeatureSet, device: Device = "cpu") -> dict[str, Any]:
+    """All of `METRICS` that the two sets, the same on all ranks, allow, as a result says them: by
+    the keys in `FIGURES`, None where one was not measured; "not_measured" says why, "warnings" what
+    makes the figures less than they seem. Collective."""
     mine: dict[str, tuple[float, ...] | str] = {}
     alone = [metric for metric in METRICS if not metric.shared]
     together = [metric for metric in METRICS if metric.shared]
@@ -101,7 +81,11 @@ def compare(samples: FeatureSet, reference: FeatureSet, device: Device = "cpu") 
             missing[metric.name] = value
         else:
             figures |= dict(zip(names, value, strict=True))
-    return Comparison(figures, missing, warnings(figures, samples, reference))
+    return {
+        **figures,
+        "not_measured": missing,
+        "warnings": warnings(figures, samples, reference),
+    }
 
 
 def _own(parts: Sequence[T]) -> Sequence[T]:

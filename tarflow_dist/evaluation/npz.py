@@ -8,15 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import read_npy_header, regular
-
-IMAGES = "arr_0"
-"""ADM's name for images in an .npz, uint8 (N, H, W, C)."""
-LABELS = "arr_1"
-"""And for their labels (N,)."""
 
 
 @contextmanager
@@ -62,33 +56,3 @@ def _check_sizes(file: Path) -> None:
                     raise ValueError(f"{member.filename} is pickled")
                 if math.prod(shape) * dtype.itemsize != member.file_size - stream.tell():
                     raise ValueError(f"{member.filename} is not as long as it says")
-
-
-def shape_of_images(file: Path) -> tuple[int, ...] | None:
-    """(N, H, W, C) of the images that an .npz of ADM's holds, or None where it holds none."""
-    try:
-        with zipfile.ZipFile(file) as archive, archive.open(f"{IMAGES}.npy") as stream:
-            shape, fortran_order, dtype = read_npy_header(stream)
-    except KeyError:
-        return None
-    if fortran_order or dtype != np.uint8 or len(shape) != 4:
-        raise UserError(f"{file}: {IMAGES} is {dtype} {shape}, and images are uint8 (N, H, W, C)")
-    if shape[0] < 2:
-        raise UserError(f"{file} holds {shape[0]} images, and a comparison needs two or more")
-    return shape
-
-
-def image_batches(
-    file: Path, batch_size: int, *, rank: int, world_size: int
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
-    """Rank's share of the images that an .npz of ADM's holds: their places (B,) and the images
-    uint8 (B, H, W, C). Holds one batch in memory at a time."""
-    with zipfile.ZipFile(file) as archive, archive.open(f"{IMAGES}.npy") as stream:
-        shape, _, dtype = read_npy_header(stream)
-        size = int(np.prod(shape[1:]))
-        for number, start in enumerate(range(0, shape[0], batch_size)):
-            count = min(batch_size, shape[0] - start)
-            data = stream.read(count * size)
-            if number % world_size == rank:
-                images = np.frombuffer(data, dtype).reshape(count, *shape[1:])
-                yield np.arange(start, start + count), images

@@ -7,16 +7,17 @@ from typing import Any
 
 from tarflow_dist.data.shards import open_shards
 from tarflow_dist.errors import UserError
-from tarflow_dist.evaluation import npz
 from tarflow_dist.evaluation.feature_set import FeatureSet
 from tarflow_dist.evaluation.features import FeatureExtractor
 from tarflow_dist.evaluation.image_sets import (
+    IMAGES,
     ImageSet,
     ImageShape,
     NpzImages,
     ShardImages,
     check_image_shape,
 )
+from tarflow_dist.evaluation.npz import open_npz
 from tarflow_dist.files import sha256
 
 KEPT_FEATURES = 10_000
@@ -117,15 +118,14 @@ def open_shards_reference(path: str, split: str, keep: int = KEPT_FEATURES) -> R
 def _open_file(
     file: Path, image_shape: ImageShape, extractors: Sequence[FeatureExtractor]
 ) -> Reference:
-    with npz.open_npz(file) as arrays:
-        has_moments = "mu" in arrays.files
-        has_images = npz.shape_of_images(file) is not None
-    images = NpzImages(file, image_shape[0]) if has_images else None
+    with open_npz(file) as arrays:
+        there = arrays.files
+    images = NpzImages(file, image_shape[0]) if IMAGES in there else None
     if images is not None:
         # grey ones may be repeated, and are compared in three channels
         channels = images.image_shape[0] if image_shape[0] == 1 else 3
         check_image_shape(file, images.image_shape, (channels, *image_shape[1:]))
-    statistics = FeatureSet.load(file) if has_moments or images is None else None
+    statistics = FeatureSet.load(file) if "mu" in there or images is None else None
     if statistics is not None:
         for extractor in extractors:
             _check(file, statistics, image_shape, extractor)

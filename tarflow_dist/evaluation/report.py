@@ -1,10 +1,14 @@
 """The last stage of `sample_fid`: what is written of the results. Grids of samples are rows of one
-class each, small images magnified; report.html is one file that needs nothing else."""
+class each, small images magnified; report.html is one file that needs nothing else; a sweep, over
+the guidance weight and the steps of denoising, has a table and curves besides."""
 
 import base64
+import csv
 import io
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +18,25 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
-from tarflow_dist.evaluation import sweep
 from tarflow_dist.evaluation.export import WRITERS
-from tarflow_dist.evaluation.image_sets import Samples
+from tarflow_dist.evaluation.image_sets import NO_LABEL, Samples
 from tarflow_dist.evaluation.metrics import FIGURES, METRICS
-from tarflow_dist.evaluation.neighbours import NeighboursOf
-from tarflow_dist.evaluation.point import Point, Stages
+from tarflow_dist.evaluation.neighbours import Neighbours, NeighboursOf
+from tarflow_dist.evaluation.point import Point, stage
 from tarflow_dist.evaluation.result import best_of, denoising, figures, samples, write_result
 from tarflow_dist.evaluation.result import show as show_result
-from tarflow_dist.evaluation.sample_store import NO_LABEL, SampleStore
+from tarflow_dist.evaluation.sample_store import SampleStore
 from tarflow_dist.files import write_whole
 from tarflow_dist.telemetry.pictures import picture_grid, strip
 
 ROWS, COLUMNS = 20, 10  # classes, and samples of each
 LARGEST = 128  # pixels of an image's side as shown
+
+CSV_COLUMNS = (
+    *("guidance", "denoise", "denoise_steps", *FIGURES),
+    *("num_samples", "redrawn_samples", "samples_sha256"),
+)
+PLOTTED = ("frechet_distance", "inception_score", "precision", "recall")
 
 # A class id, or None without classes, and sample indexes
 Row = tuple[int | None, list[int]]
@@ -46,14 +55,19 @@ def report(
     *,
     formats: list[str],
     class_names: list[str] | None,
-    nearest: list[list[NeighboursOf]],
-    stages: Stages,
+    neighbours: Neighbours | None,
+    seconds: dict[str, float],
 ) -> None:
     """Writes each point's result and grid, its samples in further `formats`, and the report, and
-    prints the gist. The figures are there before what can fail."""
+    prints the gist. The figures are there before what can fail.
+
+    Args:
+        neighbours: in the reference, of the points' samples, where they were looked for.
+        seconds: that the stages took which all points share.
+    """
     best = best_of(results)
     _save(out, points, results)
-    with stages.stage("outputs"):
+    with stage(seconds, "outputs"):
         for point in points:
             for form in formats:
                 assert isinstance(point.samples, SampleStore)
@@ -62,22 +76,22 @@ def report(
         plot = None
         if len(points) > 1:
             plot = out / "sweep.png"
-            sweep.write_csv(results, out / "sweep.csv")
-            sweep.plot(results, plot)
+            write_csv(results, out / "sweep.csv")
+            plot_sweep(results, plot)
         write_report(
             out / "report.html",
             results,
             best,
             drawn=points[best].samples,
             class_names=class_names,
-            neighbours=nearest[best],
+            neighbours=[] if neighbours is None else neighbours.of(best),
             sweep_plot=plot,
         )
     for one in results:
-        one["seconds"] |= stages.seconds
+        one["seconds"] |= seconds
     _save(out, points, results)
     if len(points) > 1:
-        sweep.show(results, best)
+        show_sweep(results, best)
     show_result(results[best], out)
 
 
@@ -180,3 +194,59 @@ def data_url(picture: Image.Image) -> Markup:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return Markup("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())
+
+
+def write_csv(results: list[dict[str, Any]], file: Path) -> None:
+    """A row a point; empty where a figure was not measured."""
+    with write_whole(file) as part, part.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, CSV_COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(results)
+
+
+def show_sweep(results: list[dict[str, Any]], best: int) -> None:
+    """Prints the table, `results[best]` marked."""
+    header = ["guidance", "denoising", *figures(results[0])]
+    rows = [[f"{r['guidance']:g}", denoising(r), *figures(r).values()] for r in results]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for place, row in enumerate([header, *rows], -1):
+        cells = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print((cells + ("  best" if place == best else "")).rstrip())
+
+
+def plot_sweep(results: list[dict[str, Any]], file: Path) -> None:
+    """Draws the figures that there are into a PNG, with error bars of one standard error: against
+    the guidance weight, a curve for each way of denoising; or at one weight against the steps."""
+    from matplotlib.figure import Figure
+
+    panels = [m for m in METRICS if m.name in PLOTTED and results[0][m.name] is not None]
+    by_steps = len({r["guidance"] for r in results}) == 1
+    by_steps = by_steps and len({r.get("denoise_steps") for r in results if r["denoise"]}) > 1
+    curves: dict[str, list[tuple[float, dict[str, Any]]]] = defaultdict(list)
+    for result in results:
+        if by_steps:
+            place = result["denoise_steps"] if result["denoise"] else 0
+            curves[f"w = {result['guidance']:g}"].append((place, result))
+        else:
+            curves[denoising(result)].append((result["guidance"], result))
+    figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for label, points in curves.items():
+            points.sort(key=itemgetter(0))
+            axes.errorbar(
+                [place for place, _ in points],
+                [r[metric.name] for _, r in points],
+                yerr=[r[metric.spread] or 0 for _, r in points] if metric.spread else None,
+                label=label,
+                marker="o",
+                markersize=4,
+                capsize=3,
+            )
+        axes.set(
+            xlabel="denoising steps" if by_steps else "guidance w",
+            title=metric.title_on(results[0]["features"]),
+        )
+        axes.grid(alpha=0.3)
+        axes.legend()
+    with write_whole(file) as part:
+        figure.savefig(part, dpi=120, format="png")

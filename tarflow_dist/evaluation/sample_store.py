@@ -14,11 +14,16 @@ from torch import Tensor
 
 from tarflow_dist.distributed import rank, world_size
 from tarflow_dist.errors import UserError
+from tarflow_dist.evaluation.image_sets import (
+    NO_LABEL,
+    FolderImages,
+    NpzImages,
+    Pixels,
+    Samples,
+)
 from tarflow_dist.files import read_sealed, regular, write_sealed, write_whole
 from tarflow_dist.flow.config import MOST_CLASSES
 
-Pixels = NDArray[np.uint8]
-NO_LABEL = -1
 SETTINGS_FILE = "settings.json"
 VERSION = 1
 
@@ -31,7 +36,7 @@ class Facts(NamedTuple):
     redrawn: int
 
 
-class SampleStore:
+class SampleStore(Samples):
     """`num_samples` images, indexes 0, 1, 2, …, cut into chunks of `chunk_size`, one parquet each:
     columns index (int64), label (int64, −1 for none) and png (bytes); its metadata hold the SHA-256
     of labels and pixels, the device that drew them, and how many of them were drawn again.
@@ -55,23 +60,8 @@ class SampleStore:
         self.num_chunks = -(-self.num_samples // self.chunk_size)
         self._check_settings()
 
-    @classmethod
-    def open(cls, folder: Path) -> "SampleStore":
-        """The store that is there.
-
-        Raises:
-            UserError: there is none.
-        """
-        return cls(folder, _read_settings(folder))
-
     def __len__(self) -> int:
         return self.num_samples
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W); of a store that has its first chunk."""
-        _, height, width, channels = self.read_images(0, [0]).shape
-        return channels, height, width
 
     def _check_settings(self) -> None:
         if not any(self.folder.glob("samples-*.parquet")):
@@ -240,6 +230,22 @@ class SampleStore:
         return UserError(
             f"{self.chunk_file(chunk)} is damaged: delete it and run the same command again"
         )
+
+
+def open_samples(path: Path) -> Samples:
+    """The samples at `path`: a folder of `sample_fid`'s, an .npz of ADM's, or a folder of pictures.
+
+    Raises:
+        UserError: there is no such thing.
+    """
+    if path.is_file():
+        return NpzImages(path)
+    if not (path / SETTINGS_FILE).exists():
+        return FolderImages(path)
+    store = SampleStore(path, _read_settings(path))
+    if missing := store.missing_chunks():
+        raise UserError(f"{path} lacks {len(missing)} of its chunks: draw them first")
+    return store
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
