@@ -5,6 +5,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,7 @@ from tarflow_dist.data.loader import eval_batches
 from tarflow_dist.data.shards import Shards
 from tarflow_dist.distributed import rank, world_size
 from tarflow_dist.errors import UserError
-from tarflow_dist.evaluation.npz import open_npz
-from tarflow_dist.files import read_npy_header, sha256
+from tarflow_dist.files import read_npy_header, regular, sha256
 
 NUM_WORKERS = 2
 """Processes a rank that read and decode a data set."""
@@ -109,14 +109,16 @@ class NpzImages(Samples):
             if IMAGES not in arrays.files:
                 raise UserError(f"{file} holds no images ({IMAGES})")
             self._labels = arrays[LABELS] if LABELS in arrays.files else None
-        self._file = file
-        stream = zipfile.ZipFile(file).open(f"{IMAGES}.npy")  # noqa: SIM115
-        shape, fortran_order, dtype = read_npy_header(stream)
-        if fortran_order or dtype != np.uint8 or len(shape) != 4:
-            raise UserError(
-                f"{file}: {IMAGES} is {dtype} {shape}, and images are uint8 (N, H, W, C)"
-            )
-        self._stream, self._start = stream, stream.tell()
+            archive = zipfile.ZipFile(file)
+            stream = archive.open(f"{IMAGES}.npy")
+            shape, fortran_order, dtype = read_npy_header(stream)
+            if fortran_order or dtype != np.uint8 or len(shape) != 4:
+                raise UserError(
+                    f"{file}: {IMAGES} is {dtype} {shape}, and images are uint8 (N, H, W, C)"
+                )
+            if stream.tell() + math.prod(shape) != archive.getinfo(stream.name).file_size:
+                raise ValueError("there are other than it says")
+        self._file, self._stream, self._start = file, stream, stream.tell()
         self._count, self._height, self._width, self._stored_channels = shape
         if len(self) < 2:
             raise UserError(f"{file} holds {len(self)} images, and a comparison needs two or more")
@@ -207,6 +209,35 @@ def open_picture(file: Path) -> Iterator[Image.Image]:
         raise
     except Exception as error:  # Pillow's are of every kind
         raise UserError(f"{file} is no image that can be read: {error}") from error
+
+
+@contextmanager
+def open_npz(file: Path) -> Iterator[Any]:
+    """The arrays of an .npz, images or statistics of features, none of them unpickled.
+
+    Raises:
+        UserError: it is missing, damaged, no .npz, or holds pickles.
+    """
+    try:
+        regular(file)
+    except OSError as error:
+        raise UserError(f"{file} can't be read: {error.strerror}") from error
+    try:
+        with np.load(file, allow_pickle=False) as npz:
+            if not isinstance(npz, np.lib.npyio.NpzFile):
+                raise UserError(f"{file} is a single array and no .npz")
+            yield npz
+    except UserError:
+        raise
+    except Exception as error:  # whatever damage does to a parser
+        if not zipfile.is_zipfile(file):
+            reason = "is no .npz, or damaged"
+        else:
+            reason = "holds pickled objects" if "pickle" in str(error).lower() else "is damaged"
+        raise UserError(
+            f"{file} {reason}, and is not opened: give an .npz of statistics, such as `python -m "
+            "tarflow_dist.reference` writes or ADM's VIRTUAL_*.npz"
+        ) from error
 
 
 def check_image_shape(folder: Path | str, shape: ImageShape, image_shape: ImageShape) -> None:

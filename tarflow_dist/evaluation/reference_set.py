@@ -16,8 +16,8 @@ from tarflow_dist.evaluation.image_sets import (
     NpzImages,
     ShardImages,
     check_image_shape,
+    open_npz,
 )
-from tarflow_dist.evaluation.npz import open_npz
 from tarflow_dist.files import sha256
 
 KEPT_FEATURES = 10_000

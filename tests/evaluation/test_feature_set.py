@@ -174,9 +174,6 @@ def test_damaged_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"sigma": -np.eye(DIM)}, "holds no covariance"),
-        ({"sigma": np.triu(np.ones((DIM, DIM)))}, "holds no covariance"),
-        ({"sigma": 5 - 4 * np.eye(DIM)}, "holds no covariance"),
         ({"sigma": np.eye(DIM) * 1e200}, "out of all bounds"),
         ({"mu": np.zeros(DIM, complex)}, "its mean are complex128, and not real numbers"),
         ({"mu": np.full(DIM, "text")}, "its mean are <U4, and not real numbers"),
@@ -206,6 +203,16 @@ def test_no_room_is_made_for_what_is_not_there(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", sigma=np.eye(1))
     with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
         archive.writestr("mu.npy", header.getvalue())
+    with pytest.raises(UserError, match="is damaged"):
+        measured(tmp_path / "a.npz")
+
+
+def test_images_that_are_not_there(tmp_path: Path) -> None:
+    header = BytesIO()
+    about = {"descr": "|u1", "fortran_order": False, "shape": (25, 2, 2, 3)}
+    np.lib.format.write_array_header_1_0(header, about)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + images(24).tobytes())
     with pytest.raises(UserError, match="is damaged"):
         measured(tmp_path / "a.npz")
 
