@@ -100,15 +100,12 @@ def open_reference(
 def open_shards_reference(path: str, split: str, keep: int = KEPT_FEATURES) -> Reference:
     """A split of a set that data_prep wrote: every image once, as it is stored."""
     shards = open_shards(path, split)
-    words, names = shards.classes.words, list(shards.classes.names)
-    if words:  # synonyms of WordNet's: the first is enough
-        names = [synonyms.partition(",")[0] for synonyms in words]
     return Reference(
         path,
         split,
         len(shards),
         sha256(shards.manifest),
-        names,
+        shards.classes.shown,
         tuple(shards.class_counts),
         images=ShardImages(shards),
         keep=keep,

@@ -149,8 +149,8 @@ def samples(result: dict[str, Any]) -> str:
     return f"{count} samples at guidance {result['guidance']:g}{annealed}, {denoising(result)}"
 
 
-def show(result: dict[str, Any], folder: Path) -> None:
-    """Prints the gist."""
+def described(result: dict[str, Any]) -> dict[str, str]:
+    """The figures by their titles, and what was measured, for people."""
     count = result["reference_images"]
     digest = f"sha256 {result['samples_sha256'][:16]}…"
     rows = figures(result) | {"features": result["features"]}
@@ -167,12 +167,17 @@ def show(result: dict[str, Any], folder: Path) -> None:
         }
     else:
         rows["samples"] = f"{samples(result)}, {digest}"
-    rows |= {
-        "reference": " ".join(filter(None, (result["reference"], result["reference_split"])))
-        + f", {'an unsaid number of' if count is None else format(count, ',')} images",
-        "seconds": ", ".join(f"{stage} {s:.1f}" for stage, s in result["seconds"].items()),
-        "written to": str(folder),
-    }
+    rows["reference"] = (
+        " ".join(filter(None, (result["reference"], result["reference_split"])))
+        + f", {'an unsaid number of' if count is None else format(count, ',')} images"
+    )
+    return rows
+
+
+def show(result: dict[str, Any], folder: Path) -> None:
+    """Prints the gist."""
+    seconds = ", ".join(f"{stage} {s:.1f}" for stage, s in result["seconds"].items())
+    rows = described(result) | {"seconds": seconds, "written to": str(folder)}
     for name, value in rows.items():
         print(f"{name:<18}{value}")
     for sentence in result["warnings"]:
