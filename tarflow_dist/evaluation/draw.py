@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -29,28 +28,6 @@ LOOK_EVERY_SECONDS = 0.2
 # Sample indexes (B,) and the places of the stores to draw for → labels (B,), −1 for none, and
 # what each of those stores takes
 Draw = Callable[[Tensor, list[int]], tuple[Tensor, list[Draws]]]
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What a sitting did, on all ranks."""
-
-    chunks: list[int]
-    """Chunks it drew for each store."""
-    seconds: float
-    """Ranks' seconds spent in it, added up."""
-    model_seconds: float
-    """Those of them that the model took."""
-
-    def describe(self, place: int) -> dict[str, Any]:
-        """What a result says of it, for the store at `place`. "sampling_overhead" is the share of
-        the ranks' time that the model did not have: waiting for the last chunk to be written, and
-        for the slowest rank."""
-        overhead = 1 - self.model_seconds / self.seconds if any(self.chunks) else None
-        return {
-            "chunks_drawn": self.chunks[place],
-            "sampling_overhead": None if overhead is None else round(overhead, 4),
-        }
 
 
 def draw(
@@ -79,7 +56,7 @@ def draw(
                 **store.settings,
                 "sample_devices": store.devices(),
                 "redrawn_samples": store.redrawn(),
-                **drawn.describe(place),
+                **drawn[place],
             }
             points.append(Point(names[place], store.folder, store, facts, dict(seconds)))
     return points
@@ -114,7 +91,7 @@ def make_draw(flow: TarFlow, settings: Sequence[SampleSettings]) -> Draw:
 
 def draw_missing_chunks(
     stores: Sequence[SampleStore], draw: Draw, label: str = "sampling", device: str = "cpu"
-) -> Drawn:
+) -> list[dict[str, Any]]:
     """Draws the chunks that `stores` lack, those of one number together. Each rank takes the next
     one when it is done with its last, so that a slow rank holds up nobody; which rank draws a chunk
     changes nothing in it. One chunk is written while the next is drawn.
@@ -123,6 +100,11 @@ def draw_missing_chunks(
         stores: of as many samples and chunks each.
         label: says in the progress, which is over all ranks, what is drawn.
         device: the kind of device that draws, noted with the samples.
+
+    Returns:
+        What a result says of this sitting, for each store. "sampling_overhead" is the share of the
+        ranks' time that the model did not have: waiting for the last chunk to be written, and for
+        the slowest rank.
 
     Raises:
         UserError: on every rank, if on one `draw` raised `ValueError`, or its device's memory or
@@ -177,9 +159,10 @@ def draw_missing_chunks(
     for message in filter(None, gather(problem)):
         raise UserError(message)
     seconds = time.monotonic() - began  # with the wait for the slowest
-    sums = torch.tensor(gather((seconds, model_seconds)), dtype=torch.float64).sum(dim=0)
+    whole, of_model = torch.tensor(gather((seconds, model_seconds)), dtype=torch.float64).sum(dim=0)
+    overhead = round(float(1 - of_model / whole), 4) if missing else None
     chunks = [sum(place in places for _, places in missing) for place in range(len(stores))]
-    return Drawn(chunks, *sums.tolist())
+    return [{"chunks_drawn": count, "sampling_overhead": overhead} for count in chunks]
 
 
 def _missing_chunks(stores: Sequence[SampleStore]) -> list[tuple[int, list[int]]]:
