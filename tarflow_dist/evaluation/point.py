@@ -51,16 +51,15 @@ class SampleSettings:
 
     def to_json(self) -> dict[str, Any]:
         """As settings.json and result.json have them."""
-        own = {name: value for name, value in vars(self).items() if name not in _APART}
-        saved = {**own, **self.guidance.arguments(), "denoise": self.denoising is not None}
-        if self.class_counts is not None:
+        saved = {**vars(self), **self.guidance.arguments(), "denoise": self.denoising is not None}
+        del saved["denoising"]
+        if self.class_counts is None:
+            del saved["class_counts"]
+        else:
             saved["class_counts"] = list(self.class_counts)
         if self.denoising is not None and self.denoising.steps is not None:
             saved |= self.denoising.arguments()
         return saved
-
-
-_APART = ("guidance", "denoising", "class_counts")
 
 
 def sample_labels(

@@ -6,7 +6,6 @@ import base64
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Iterator
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tarflow_dist.evaluation.export import WRITERS
-from tarflow_dist.evaluation.image_sets import NO_LABEL, Samples
+from tarflow_dist.evaluation.image_sets import NO_LABEL, Pixels, Samples
 from tarflow_dist.evaluation.metrics import FIGURES, METRICS
 from tarflow_dist.evaluation.neighbours import Neighbours, NeighboursOf
 from tarflow_dist.evaluation.point import Point, stage
@@ -118,22 +117,20 @@ def class_rows(labels: NDArray[np.int64], rows: int, columns: int) -> list[Row]:
     return [(int(c), np.flatnonzero(labels == c)[:columns].tolist()) for c in classes[spread]]
 
 
-def write_grid(
-    drawn: Samples,
-    file: Path,
-    names: list[str] | None = None,
-) -> None:
-    """A PNG with a row for each of up to 20 classes, under their `names` or numbers."""
-    wanted = class_rows(drawn.labels(), ROWS, COLUMNS)
-    named = [class_name(label, names) for label, _ in wanted if label is not None]
-    pictures = [drawn.images(indexes) for _, indexes in wanted]
+def shown_rows(drawn: Samples, names: list[str] | None) -> list[tuple[str, Pixels]]:
+    """Samples (B, H, W, C) of each of up to 20 classes, under its name, or its number where that
+    isn't known; an unconditional model's under none."""
+    rows = class_rows(drawn.labels(), ROWS, COLUMNS)
+    called = ["" if label is None else names[label] if names else str(label) for label, _ in rows]
+    return [(name, drawn.images(row)) for name, (_, row) in zip(called, rows, strict=True)]
+
+
+def write_grid(drawn: Samples, file: Path, names: list[str] | None = None) -> None:
+    """A PNG of `shown_rows`."""
+    rows = shown_rows(drawn, names)
+    grid = picture_grid([images for _, images in rows], [n for n, _ in rows if n], LARGEST)
     with write_whole(file) as part:
-        picture_grid(pictures, named, LARGEST).save(part, "PNG")
-
-
-def class_name(label: int, names: list[str] | None) -> str:
-    """What a class is called, or its number where that isn't known."""
-    return names[label] if names else str(label)
+        grid.save(part, "PNG")
 
 
 def write_report(
@@ -174,20 +171,13 @@ def write_report(
         meanings={metric.title_on(shown["features"]): metric.meaning for metric in METRICS},
         dependencies={k: v for k, v in shown.items() if k not in SHOWN_ELSEWHERE}
         | shown["environment"],
-        rows=list(_rows(drawn, class_names)),
+        rows=shown_rows(drawn, class_names),
         neighbours=neighbours,
         strip=partial(strip, largest=LARGEST),
         sweep_plot=sweep_plot and Image.open(sweep_plot),
     )
     with write_whole(file) as part:
         part.write_text(page, encoding="utf-8")
-
-
-def _rows(drawn: Samples, class_names: list[str] | None) -> Iterator[tuple[str, Image.Image]]:
-    """A name and a strip of samples for each class that is shown."""
-    for label, indexes in class_rows(drawn.labels(), ROWS, COLUMNS):
-        name = "" if label is None else class_name(label, class_names)
-        yield name, strip(drawn.images(indexes), LARGEST)
 
 
 def data_url(picture: Image.Image) -> Markup:
