@@ -58,36 +58,31 @@ class SampleStore(Samples):
         self.num_samples: int = settings["num_samples"]
         self.chunk_size: int = settings["chunk_size"]
         self.num_chunks = -(-self.num_samples // self.chunk_size)
-        self._check_settings()
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def _check_settings(self) -> None:
-        if not any(self.folder.glob("samples-*.parquet")):
-            return
-        there = _read_settings(self.folder)
+        there = _read_settings(folder) if any(folder.glob("samples-*.parquet")) else settings
         differing = [
-            f"{key} {there.get(key)!r}, not {self.settings.get(key)!r}"
-            for key in self.settings | there
-            if there.get(key) != self.settings.get(key)
+            f"{key} {there.get(key)!r}, not {settings.get(key)!r}"
+            for key in settings | there
+            if there.get(key) != settings.get(key)
             and not (key == "num_samples" and there[key] < self.num_samples)  # it may grow
         ]
         if differing:
             raise UserError(
-                f"{self.folder} holds samples made with {'; '.join(differing)}: choose another "
-                "--out, or the settings that are there"
+                f"{folder} holds samples made with {'; '.join(differing)}: choose another --out, "
+                "or the settings that are there"
             )
+        self._num_samples_there = there["num_samples"]
+
+    def __len__(self) -> int:
+        return self.num_samples
 
     def begin(self) -> None:
         """Writes the settings; one rank does this before any chunk is written. If there are fewer
         samples than are asked for now, a chunk that was the last and short is drawn again."""
+        before = self._num_samples_there
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if any(self.folder.glob("samples-*.parquet")):
-                before = _read_settings(self.folder)["num_samples"]
-                if before < self.num_samples and before % self.chunk_size:
-                    self.chunk_file(before // self.chunk_size).unlink(missing_ok=True)
+            if before < self.num_samples and before % self.chunk_size:
+                self.chunk_file(before // self.chunk_size).unlink(missing_ok=True)
             write_sealed(self.folder / SETTINGS_FILE, self.settings, version=VERSION)
         except OSError as error:
             raise UserError(f"{self.folder} can't be written: {error}") from error
