@@ -30,23 +30,23 @@ def model_card(
     config = from_saved(FlowConfig, saved["model"])
     classes = from_saved(Classes, saved.get("classes", {}))
     provenance = saved.get("provenance", {})
+    measured = None
+    if result is not None:
+        fid = result["features"].startswith("inception")
+        measured = EvalResult(
+            task_type=TASK,
+            dataset_type="image-folder",
+            dataset_name=result["reference"],
+            metric_type="fid" if fid else "frechet_distance",
+            metric_value=result["frechet_distance"],
+        )
     data = ModelCardData(
         license=license,
         library_name="tarflow_dist",
         pipeline_tag=TASK,
         tags=["tarflow", "normalizing-flow", "arxiv:2412.06329"],
         model_name=repo.partition("/")[2],
-        eval_results=None
-        if result is None
-        else [
-            EvalResult(
-                task_type=TASK,
-                dataset_type="image-folder",
-                dataset_name=result["reference"],
-                metric_type="fid" if result["features"] == "inception" else "frechet_distance",
-                metric_value=result["frechet_distance"],
-            )
-        ],
+        eval_results=measured,
     )
     call = ["[0]"] if config.num_classes else []
     if result and result["guidance"]:
