@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
     if measured is not None:
         about = {
             **measured.about,
-            **reference.describe(),
+            **reference.about,
             "image_shape": list(reference.images.image_shape),
             "class_names": reference.class_names,
             "class_counts": reference.class_counts,

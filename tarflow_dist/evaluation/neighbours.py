@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,8 +25,6 @@ class NeighboursOf:
     """(k, H, W, C), the nearest first."""
     distances: list[float]
     """(k,)."""
-    among: float
-    """The distance of the nearest image to the next of these: what is usual among images."""
 
 
 class Neighbours:
@@ -40,10 +39,9 @@ class Neighbours:
         device: torch.device | str = "cpu",
     ):
         self._sets, self._reference = sets, reference
-        self._extractor, self._device = extractor, device
-        self._queries = torch.cat(
-            [self._features(images.images(range(min(QUERIES, len(images))))) for images in sets]
-        )
+        first = [images.images(range(min(QUERIES, len(images)))) for images in sets]
+        pixels = torch.from_numpy(np.concatenate(first)).permute(0, 3, 1, 2).to(device)
+        self._queries = extractor(pixels).pooled.double()
         self.distances = torch.empty(len(self._queries), 0, dtype=torch.float64, device=device)
         """(sets · queries, k), ascending; fewer columns if there were fewer images."""
         self.indexes = torch.empty(len(self._queries), 0, dtype=torch.int64, device=device)
@@ -51,7 +49,11 @@ class Neighbours:
 
     def add(self, index: Tensor, features: Tensor) -> None:
         """Takes the images `index` (B,) of the reference, with their features (B, F)."""
-        distances = _distances(self._queries, features.to(self._queries))
+        distances = torch.cdist(
+            self._queries,
+            features.to(self._queries),
+            compute_mode="donot_use_mm_for_euclid_dist",
+        )
         self._keep(distances, index.to(self.indexes).expand_as(distances))
 
     def reduce(self) -> None:
@@ -63,26 +65,16 @@ class Neighbours:
 
     def of(self, place: int) -> list[NeighboursOf]:
         """Those of the set at `place`."""
-        samples, count = self._sets[place], len(self._queries) // len(self._sets)
-        shown = []
-        for sample in range(count):
-            row = place * count + sample
-            images = self._reference.images(self.indexes[row].tolist())
-            features = self._features(images)
-            shown.append(
-                NeighboursOf(
-                    sample,
-                    samples.images([sample])[0],
-                    images,
-                    self.distances[row].tolist(),
-                    float(_distances(features[:1], features[1:]).min()),
-                )
-            )
-        return shown
-
-    def _features(self, images: Pixels) -> Tensor:
-        tensor = torch.from_numpy(images).permute(0, 3, 1, 2).to(self._device)
-        return self._extractor(tensor).pooled.double()
+        count = len(self._queries) // len(self._sets)
+        rows = slice(place * count, (place + 1) * count)
+        samples = self._sets[place].images(range(count))
+        found = zip(
+            samples, self.indexes[rows].tolist(), self.distances[rows].tolist(), strict=True
+        )
+        return [
+            NeighboursOf(index, sample, self._reference.images(nearest), distances)
+            for index, (sample, nearest, distances) in enumerate(found)
+        ]
 
     def _keep(self, distances: Tensor, indexes: Tensor) -> None:
         distances = torch.cat([self.distances, distances], dim=1)
@@ -90,7 +82,3 @@ class Neighbours:
         self.distances, nearest = distances.sort(dim=1, stable=True)
         self.distances = self.distances[:, :NEAREST]
         self.indexes = indexes.gather(1, nearest[:, :NEAREST])
-
-
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")

@@ -31,18 +31,14 @@ class Reference:
     whole set, and some images for precision and recall.
 
     Attributes:
-        path: where it lies.
-        split: of a data set; None for a file.
-        count: images that it stands for; None where a file doesn't tell.
-        sha256: of the data set's manifest, or of the file.
+        about: what a result says of it, as JSON values: where it lies, the split of a data set, how
+            many images it stands for (None where a file doesn't tell), and the SHA-256 of the data
+            set's manifest or of the file.
         class_counts: images of each class; None where a file doesn't tell.
         keep: images whose features are kept.
     """
 
-    path: str
-    split: str | None
-    count: int | None
-    sha256: str
+    about: dict[str, Any]
     class_names: list[str] | None
     class_counts: tuple[int, ...] | None = None
     images: ImageSet | None = None
@@ -54,14 +50,10 @@ class Reference:
         """The images, if any of them is found at once."""
         return self.images if isinstance(self.images, ShardImages) else None
 
-    def describe(self) -> dict[str, Any]:
-        """What a result says of it, as JSON values."""
-        return {
-            "reference": self.path,
-            "reference_split": self.split,
-            "reference_images": self.count,
-            "reference_sha256": self.sha256,
-        }
+
+def _about(path: str, split: str | None, count: int | None, sha256: str) -> dict[str, Any]:
+    keys = ("reference", "reference_split", "reference_images", "reference_sha256")
+    return dict(zip(keys, (path, split, count, sha256), strict=True))
 
 
 def open_reference(
@@ -101,10 +93,7 @@ def open_shards_reference(path: str, split: str, keep: int = KEPT_FEATURES) -> R
     """A split of a set that data_prep wrote: every image once, as it is stored."""
     shards = open_shards(path, split)
     return Reference(
-        path,
-        split,
-        len(shards),
-        sha256(shards.manifest),
+        _about(path, split, len(shards), sha256(shards.manifest)),
         shards.classes.shown,
         tuple(shards.class_counts),
         images=ShardImages(shards),
@@ -126,17 +115,15 @@ def _open_file(
     if statistics is not None:
         for extractor in extractors:
             _check(file, statistics, image_shape, extractor)
-    about = {} if statistics is None else statistics.about
+    count = 0 if images is None else len(images)
+    about: dict[str, Any] = {"count": count} if statistics is None else statistics.about
     return Reference(
-        str(file),
-        None,
-        about["count"] if images is None or statistics is not None else len(images),
-        sha256(file),
+        _about(str(file), None, about["count"], sha256(file)),
         about.get("class_names"),
         tuple(about["class_counts"]) if about.get("class_counts") else None,
         images,
         statistics,
-        keep=0 if images is None else len(images),
+        keep=count,
     )
 
 

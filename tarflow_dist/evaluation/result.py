@@ -54,7 +54,7 @@ def results_of(
             "more_features".
         facts: further ones, of all points.
     """
-    common = {**facts, **reference.describe(), **describe_machine(device)}
+    common = {**facts, **reference.about, **describe_machine(device)}
     environment = describe_environment()
     results = []
     for point, first, *more in zip(points, *found, strict=True):

@@ -81,7 +81,7 @@ def test_adms_file(tmp_path: Path, save: Any) -> None:
     pixels = images().transpose(0, 3, 1, 2).reshape(25, -1) / 127.5 - 1
     np.testing.assert_allclose(there.features, pixels, atol=1e-6)  # type: ignore[arg-type]
     reference = opened(file)
-    assert reference.describe() == {
+    assert reference.about == {
         "reference": str(file),
         "reference_split": None,
         "reference_images": None,

@@ -71,8 +71,6 @@ def test_those_of_one_set_are_shown() -> None:
     for each, row in zip(shown, nearest, strict=True):
         np.testing.assert_array_equal(each.sample, SETS[1].pixels[each.index])
         np.testing.assert_array_equal(each.images, REFERENCE.pixels[row])
-        x = REFERENCE.features()[row]
-        assert each.among == pytest.approx(float((x[1:] - x[0]).norm(dim=1).min()))
 
 
 def test_fewer_images_than_wanted() -> None:
