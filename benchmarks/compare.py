@@ -50,7 +50,7 @@ def compare(folder: Path, rank: int, ranks: int, port: int) -> None:
     samples, reference = (FeatureSet.load(folder / f"{name}.npz") for name in ("x", "y"))
     distributed.barrier()
     began, computed = time.perf_counter(), time.process_time()
-    figures = metrics.compare(samples, reference, device).figures
+    figures = metrics.compare(samples, reference, device)
     seconds = time.perf_counter() - began
     busiest = max(distributed.gather(time.process_time() - computed))
     if distributed.is_main():

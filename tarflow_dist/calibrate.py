@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 from tarflow_dist.errors import UserError, enough_memory, run_command
 from tarflow_dist.models import hub
 from tarflow_dist.options import (
-    GUIDANCE,
     MODEL_HELP,
     add_dtype_option,
     add_guidance_options,
@@ -74,7 +73,7 @@ def main(argv: list[str]) -> None:
         )
     except UserError as error:
         print(f"starting anew: {error}", file=sys.stderr)
-    guidance = guidance_of(flow, args.guidance, **{name: vars(args)[name] for name in GUIDANCE})
+    guidance = guidance_of(flow, args.guidance, args)
     with enough_memory(f"{args.images} images at once", "lower --images"):
         measured = Calibrator(flow, guidance, images=args.images, seed=args.seed)
     for batch in sorted(set(args.batch_sizes)):

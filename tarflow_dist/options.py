@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from tarflow_dist.errors import UserError
 
@@ -71,10 +71,6 @@ def several(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
     return parts
 
 
-GUIDANCE = ("annealed", "guide", "attn_temp", "rule", "guide_blocks")
-"""What `add_guidance_options` adds, as `guidance_of` takes it."""
-
-
 def add_guidance_options(add: Callable[..., object]) -> None:
     """A command's own is --guidance, the weight or several."""
     add("--annealed", action="store_true", help="let w grow along the sequence, as published")
@@ -99,10 +95,8 @@ def add_guidance_options(add: Callable[..., object]) -> None:
     )
 
 
-def guidance_of(
-    flow: "Flow", weight: float, *, guide_blocks: Sequence[int] | None, **options: Any
-) -> "Guidance":
-    """The guidance of `weight`; the others are the `GUIDANCE` options.
+def guidance_of(flow: "Flow", weight: float, args: argparse.Namespace) -> "Guidance":
+    """The guidance of `weight`, in the way that `add_guidance_options` let choose.
 
     Raises:
         UserError: this model can't have it.
@@ -110,7 +104,9 @@ def guidance_of(
     from tarflow_dist.flow.guidance import Guidance
 
     try:
-        guidance = Guidance(weight, blocks=guide_blocks, **options)
+        guidance = Guidance(
+            weight, args.annealed, args.guide, args.attn_temp, args.rule, args.guide_blocks
+        )
         guidance.check(conditional=flow.num_classes > 0, volume_preserving=flow.volume_preserving)
         guidance.per_block(len(flow.blocks))
     except ValueError as error:
@@ -118,14 +114,10 @@ def guidance_of(
     return guidance
 
 
-DENOISING = ("denoise_order", "denoise_clip", "denoise_stochastic")
-"""What `add_denoising_options` adds besides --denoise-steps, as `denoising_of` takes it."""
-
-
 def add_denoising_options(
     add: Callable[..., object], *, steps: Callable[[str], object], more: str = ""
 ) -> None:
-    """`DENOISING`, and --denoise-steps, of the type `steps`."""
+    """--denoise-steps is of the type `steps`."""
     add(
         "--denoise-steps",
         type=steps,
@@ -153,15 +145,9 @@ def add_denoising_options(
 
 
 def denoising_of(
-    flow: "Flow",
-    steps: int | None,
-    *,
-    wanted: bool,
-    denoise_order: int,
-    denoise_clip: bool,
-    denoise_stochastic: bool,
+    flow: "Flow", steps: int | None, args: argparse.Namespace, *, wanted: bool
 ) -> "Denoising":
-    """The denoising in `steps`; the others are the `DENOISING` options.
+    """The denoising in `steps`, in the way that `add_denoising_options` let choose.
 
     Args:
         wanted: whether anything is denoised.
@@ -172,7 +158,7 @@ def denoising_of(
     from tarflow_dist.flow.denoise import Denoising
 
     try:
-        asked = Denoising(steps, denoise_clip, denoise_stochastic, denoise_order)
+        asked = Denoising(steps, args.denoise_clip, args.denoise_stochastic, args.denoise_order)
     except ValueError as error:
         raise UserError(f"--denoise-…: {error}") from error
     if asked != Denoising() and (flow.sigma_range is None or not wanted):

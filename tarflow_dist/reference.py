@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
 
     from tarflow_dist import distributed
     from tarflow_dist.evaluation.features import make_extractor
-    from tarflow_dist.evaluation.measure import describe_extractor, measure_reference
+    from tarflow_dist.evaluation.measure import measure_reference
     from tarflow_dist.evaluation.reference_set import open_shards_reference
     from tarflow_dist.telemetry.environment import describe_environment
 
@@ -58,8 +58,7 @@ def main(argv: list[str]) -> None:
     if measured is not None:
         about = {
             **measured.about,
-            **reference.describe(),
-            **describe_extractor(extractor),
+            **reference.about,
             "image_shape": list(reference.images.image_shape),
             "class_names": reference.class_names,
             "class_counts": reference.class_counts,

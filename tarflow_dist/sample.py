@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING
 from tarflow_dist.errors import UserError, enough_memory, run_command
 from tarflow_dist.files import write_whole
 from tarflow_dist.options import (
-    DENOISING,
-    GUIDANCE,
     MODEL_HELP,
     add_denoising_options,
     add_dtype_option,
@@ -47,11 +45,9 @@ def main(argv: list[str]) -> None:
     from tarflow_dist.telemetry.pictures import picture_grid
 
     flow = load_model(args.model, args.device, args.dtype)
-    guidance = guidance_of(flow, args.guidance, **{name: vars(args)[name] for name in GUIDANCE})
+    guidance = guidance_of(flow, args.guidance, args)
     noisy = args.no_denoise or args.reconstruct or args.interpolate
-    denoising = denoising_of(
-        flow, args.denoise_steps, wanted=not noisy, **{name: vars(args)[name] for name in DENOISING}
-    )
+    denoising = denoising_of(flow, args.denoise_steps, args, wanted=not noisy)
     y = labels_of(args, flow)
     with enough_memory("so many images at once", "ask for fewer images"):
         if args.reconstruct:

@@ -27,8 +27,6 @@ from tarflow_dist.errors import UserError, run_command
 from tarflow_dist.evaluation.features import EXTRACTORS, check_features
 from tarflow_dist.models import hub
 from tarflow_dist.options import (
-    DENOISING,
-    GUIDANCE,
     MODEL_HELP,
     add_denoising_options,
     add_dtype_option,
@@ -43,7 +41,7 @@ from tarflow_dist.options import (
 )
 
 if TYPE_CHECKING:
-    from tarflow_dist.evaluation.settings import SampleSettings
+    from tarflow_dist.evaluation.point import SampleSettings
     from tarflow_dist.flow.denoise import Denoising
     from tarflow_dist.models.tarflow import TarFlow
 
@@ -178,7 +176,7 @@ def sweep_settings(
     Raises:
         UserError: guidance, denoising or labels that this model can't have.
     """
-    from tarflow_dist.evaluation.settings import UINT8_RULES, SampleSettings
+    from tarflow_dist.evaluation.point import UINT8_RULES, SampleSettings
     from tarflow_dist.flow.guidance import Guidance
     from tarflow_dist.models.sampling_policy import dtype_name
 
@@ -189,12 +187,11 @@ def sweep_settings(
             f"--labels reference: {args.reference} doesn't say how many images each class has: "
             "give the data set, or a file that tarflow_dist.reference wrote"
         )
-    guiding = {name: vars(args)[name] for name in GUIDANCE}
     points = {}
     for weight, (way, denoising) in product(args.guidance, denoising_ways(args, flow).items()):
         # the options are for a sweep's guided points
         unguided = weight == 0 and len(args.guidance) > 1
-        guidance = Guidance() if unguided else guidance_of(flow, weight, **guiding)
+        guidance = Guidance() if unguided else guidance_of(flow, weight, args)
         points[f"guidance-{weight:g}-{way}"] = SampleSettings(
             weights_sha256=weights_sha256,
             config_sha256=hashlib.sha256(config).hexdigest(),
@@ -221,8 +218,7 @@ def denoising_ways(args: argparse.Namespace, flow: "TarFlow") -> "dict[str, Deno
             "--denoise out"
         )
     steps = args.denoise_steps or [None]
-    more = {name: vars(args)[name] for name in DENOISING}
-    asked = [denoising_of(flow, count, wanted=any(wanted), **more) for count in steps]
+    asked = [denoising_of(flow, count, args, wanted=any(wanted)) for count in steps]
     if flow.sigma_range is not None:
         asked = [replace(way, steps=way.steps or flow.config.denoising_steps) for way in asked]
     denoised: dict[str, Denoising | None] = {f"denoise-1-steps-{w.steps}": w for w in asked}
@@ -251,24 +247,27 @@ def run(args: argparse.Namespace) -> None:
     from tarflow_dist import distributed
     from tarflow_dist.evaluation.draw import draw
     from tarflow_dist.evaluation.features import make_extractor
-    from tarflow_dist.evaluation.image_sets import open_samples
-    from tarflow_dist.evaluation.measure import measure_points
-    from tarflow_dist.evaluation.point import Stages, given
+    from tarflow_dist.evaluation.measure import measure_points, measure_reference
+    from tarflow_dist.evaluation.neighbours import Neighbours
+    from tarflow_dist.evaluation.point import Point, stage
     from tarflow_dist.evaluation.reference_set import open_reference
     from tarflow_dist.evaluation.report import report
-    from tarflow_dist.evaluation.result import compare
+    from tarflow_dist.evaluation.result import compare_points, results_of
+    from tarflow_dist.evaluation.sample_store import open_samples
     from tarflow_dist.evaluation.training_run import find_training_run, log_to_run
     from tarflow_dist.files import sha256
 
     # rank 0 reports alone, which can take minutes, and the others wait
     device = distributed.init(timeout=timedelta(days=1))
-    stages = Stages()
-    with stages.stage("loading"):
+    seconds: dict[str, float] = {}
+    facts = {"command": args.command}
+    with stage(seconds, "loading"):
         if args.model is not None:
             model = hub.find_on_all_ranks(args.model)
             flow = load_model(model.folder, str(device), args.dtype)
             image_shape, class_names = flow.image_shape, flow.class_names
             provenance = flow.provenance
+            facts["model"] = model.name
         else:
             samples = open_samples(args.samples)
             image_shape, class_names, provenance = samples.image_shape, [], {}
@@ -297,24 +296,22 @@ def run(args: argparse.Namespace) -> None:
         if args.model is not None:
             points = draw(flow, settings, args.out, device)
         else:
-            points = [given(args.samples, samples, args.out)]
-        measured = [
-            measure_points(
-                points,
-                reference,
-                extractor,
-                file="features.npz" if place == 0 else f"features-{extractor.name}.npz",
-                search=place == 0,  # the report shows no others
-                batch_size=args.batch_size,
-                device=device,
-                stages=stages,
-            )
-            for place, extractor in enumerate(extractors)
-        ]
-        facts = {"command": args.command}
-        if args.model is not None:
-            facts["model"] = model.name
-        results = compare(points, measured, reference, facts, device)
+            about = {"samples": str(args.samples), "num_samples": len(samples)}
+            points = [Point("", args.out, samples, about)]
+        neighbours = None
+        if reference.searchable is not None:
+            sets = [point.samples for point in points]
+            neighbours = Neighbours(sets, reference.searchable, extractors[0], device)
+        sizes: dict[str, Any] = {"batch_size": args.batch_size, "device": device}
+        found = []
+        for place, extractor in enumerate(extractors):
+            file = "features.npz" if place == 0 else f"features-{extractor.name}.npz"
+            measure_points(points, extractor, file, **sizes)
+            with stage(seconds, "reference_features"):
+                sought = neighbours if place == 0 else None  # the report shows no others
+                real = measure_reference(reference, extractor, **sizes, neighbours=sought)
+            found.append(compare_points(points, file, real, device))
+        results = results_of(points, found, reference, facts, device)
         if distributed.is_main():
             report(
                 args.out,
@@ -322,8 +319,8 @@ def run(args: argparse.Namespace) -> None:
                 results,
                 formats=args.write,
                 class_names=class_names or reference.class_names,
-                nearest=measured[0].nearest,
-                stages=stages,
+                neighbours=neighbours,
+                seconds=seconds,
             )
             if training_run:
                 by_folder = {p.folder: one for p, one in zip(points, results, strict=True)}

@@ -168,7 +168,7 @@ def _change_npz(file: Path, draw: random.Random, values: tuple[Any, ...]) -> Non
         np.array(draw.choice(["text", 0, 1e300])),
         array.astype(complex) if array.dtype.kind in "fiu" else np.zeros(3, complex),
         np.full(array.shape, np.nan),
-        -np.ones(array.shape) if name.startswith("sigma") else np.full(array.shape, np.inf),
+        np.full(array.shape, np.inf),
         array[None],
         np.full(array.shape, 1e200),
         array.reshape(-1)[: max(1, array.size // 2)],

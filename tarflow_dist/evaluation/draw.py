@@ -4,55 +4,30 @@ images whatever that number."""
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tarflow_dist.distributed import Counter, device_name, from_main, gather, is_main
 from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError, enough_memory
-from tarflow_dist.evaluation.point import Point, Stages
-from tarflow_dist.evaluation.sample_store import NO_LABEL, SampleStore
-from tarflow_dist.evaluation.settings import SampleSettings, sample_labels
+from tarflow_dist.evaluation.image_sets import NO_LABEL
+from tarflow_dist.evaluation.point import Point, SampleSettings, sample_labels, stage
+from tarflow_dist.evaluation.sample_store import SampleStore
 from tarflow_dist.models.redraw import Draws
 from tarflow_dist.models.tarflow import TarFlow
 from tarflow_dist.telemetry.progress import Progress
 
 LOOK_EVERY_SECONDS = 0.2
 
-T = TypeVar("T")
 # Sample indexes (B,) and the places of the stores to draw for → labels (B,), −1 for none, and
 # what each of those stores takes
 Draw = Callable[[Tensor, list[int]], tuple[Tensor, list[Draws]]]
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What a sitting did, on all ranks."""
-
-    chunks: list[int]
-    """Chunks it drew for each store."""
-    seconds: float
-    """Ranks' seconds spent in it, added up."""
-    model_seconds: float
-    """Those of them that the model took."""
-
-    def describe(self, place: int) -> dict[str, Any]:
-        """What a result says of it, for the store at `place`. "sampling_overhead" is the share of
-        the ranks' time that the model did not have: waiting for the last chunk to be written, and
-        for the slowest rank."""
-        overhead = 1 - self.model_seconds / self.seconds if any(self.chunks) else None
-        return {
-            "chunks_drawn": self.chunks[place],
-            "sampling_overhead": None if overhead is None else round(overhead, 4),
-        }
 
 
 def draw(
@@ -65,38 +40,25 @@ def draw(
             store.begin()
         for sampler in dict.fromkeys(chosen.sampler for chosen in settings.values()):
             print(f"sampler: {sampler}", flush=True)
-    points: list[Point] = []
-    # points that differ in the denoising alone share the decoding
-    for _, names in groupby(settings, lambda name: settings[name].guidance):
-        alike = {name: settings[name] for name in names}
-        points += _draw_together(flow, alike, [stores[name] for name in alike], device)
-    return points
-
-
-def _draw_together(
-    flow: TarFlow,
-    settings: dict[str, SampleSettings],
-    stores: list[SampleStore],
-    device: torch.device,
-) -> list[Point]:
-    """Each point has the others' time too."""
-    stages = Stages()
-    with stages.stage("sampling"):
-        drawn = draw_missing_chunks(
-            stores,
-            make_draw(flow, list(settings.values())),
-            f"sampling {', '.join(settings)}".strip(),
-            device_name(device),
-        )
     points = []
-    for place, (name, store) in enumerate(zip(settings, stores, strict=True)):
-        facts = {
-            **store.settings,
-            "sample_devices": store.devices(),
-            "redrawn_samples": store.redrawn(),
-            **drawn.describe(place),
-        }
-        points.append(Point(name, store.folder, store, facts, Stages(stages.seconds)))
+    # points that differ in the denoising alone share the decoding, and each has the others' time
+    for _, alike in groupby(settings, lambda name: settings[name].guidance):
+        names, seconds = list(alike), dict[str, float]()
+        with stage(seconds, "sampling"):
+            drawn = draw_missing_chunks(
+                [stores[name] for name in names],
+                make_draw(flow, [settings[name] for name in names]),
+                f"sampling {', '.join(names)}".strip(),
+                device_name(device),
+            )
+        for place, store in enumerate(stores[name] for name in names):
+            facts = {
+                **store.settings,
+                "sample_devices": store.devices(),
+                "redrawn_samples": store.redrawn(),
+                **drawn[place],
+            }
+            points.append(Point(names[place], store.folder, store, facts, dict(seconds)))
     return points
 
 
@@ -129,7 +91,7 @@ def make_draw(flow: TarFlow, settings: Sequence[SampleSettings]) -> Draw:
 
 def draw_missing_chunks(
     stores: Sequence[SampleStore], draw: Draw, label: str = "sampling", device: str = "cpu"
-) -> Drawn:
+) -> list[dict[str, Any]]:
     """Draws the chunks that `stores` lack, those of one number together. Each rank takes the next
     one when it is done with its last, so that a slow rank holds up nobody; which rank draws a chunk
     changes nothing in it. One chunk is written while the next is drawn.
@@ -138,6 +100,11 @@ def draw_missing_chunks(
         stores: of as many samples and chunks each.
         label: says in the progress, which is over all ranks, what is drawn.
         device: the kind of device that draws, noted with the samples.
+
+    Returns:
+        What a result says of this sitting, for each store. "sampling_overhead" is the share of the
+        ranks' time that the model did not have: waiting for the last chunk to be written, and for
+        the slowest rank.
 
     Raises:
         UserError: on every rank, if on one `draw` raised `ValueError`, or its device's memory or
@@ -151,46 +118,51 @@ def draw_missing_chunks(
     total = stores[0].num_samples * len(stores)
     began, model_seconds, problem = time.monotonic(), 0.0, None
 
-    def drawn_chunks() -> Iterator[Callable[[], int]]:
-        nonlocal model_seconds
-        while not failed.add(0) and (turn := taken.add(1) - 1) < len(missing):
-            chunk, places = missing[turn]
-            start = chunk * stores[0].chunk_size
-            before = time.monotonic()
-            # the last chunk too is drawn at full size, and then cut: another batch shape can take
-            # other kernels, and with them other last bits
-            with enough_memory(
-                f"{stores[0].chunk_size} samples at once",
-                "lower --batch-size, with another --out if samples are there",
-            ):
-                labels, found = draw(torch.arange(start, start + stores[0].chunk_size), places)
-            arrays = [Draws(draws.images.cpu(), draws.again.cpu()) for draws in found]
-            model_seconds += time.monotonic() - before
-            there = [stores[place] for place in places]
-            yield partial(_write_chunk, there, chunk, labels, arrays, device)
-
     with (
         one_thread(),
+        ThreadPoolExecutor(1) as thread,
         Progress(label, total, start=total - lacking, enabled=is_main()) as progress,
     ):
-        shown = 0
+        shown, writing = 0, None
+
+        def show(count: int) -> None:
+            nonlocal shown
+            before, shown = shown, drawn.add(count)
+            progress.update(shown - before)
+
         try:
-            for count in _run_behind(drawn_chunks()):
-                before, shown = shown, drawn.add(count)
-                progress.update(shown - before)
+            while not failed.add(0) and (turn := taken.add(1) - 1) < len(missing):
+                chunk, places = missing[turn]
+                start = chunk * stores[0].chunk_size
+                before = time.monotonic()
+                # the last chunk too is drawn at full size, and then cut: another batch shape can
+                # take other kernels, and with them other last bits
+                with enough_memory(
+                    f"{stores[0].chunk_size} samples at once",
+                    "lower --batch-size, with another --out if samples are there",
+                ):
+                    labels, found = draw(torch.arange(start, start + stores[0].chunk_size), places)
+                arrays = [Draws(draws.images.cpu(), draws.again.cpu()) for draws in found]
+                model_seconds += time.monotonic() - before
+                if writing is not None:
+                    show(writing.result())
+                there = [stores[place] for place in places]
+                writing = thread.submit(_write_chunk, there, chunk, labels, arrays, device)
+            if writing is not None:
+                show(writing.result())
         except (ValueError, OSError) as error:
             problem = _in_words(error, stores)
             failed.add(1)
         while is_main() and shown < lacking and not failed.add(0):  # the others' last chunks
             time.sleep(LOOK_EVERY_SECONDS)
-            before, shown = shown, drawn.add(0)
-            progress.update(shown - before)
+            show(0)
     for message in filter(None, gather(problem)):
         raise UserError(message)
     seconds = time.monotonic() - began  # with the wait for the slowest
-    sums = torch.tensor(gather((seconds, model_seconds)), dtype=torch.float64).sum(dim=0)
+    whole, of_model = torch.tensor(gather((seconds, model_seconds)), dtype=torch.float64).sum(dim=0)
+    overhead = round(float(1 - of_model / whole), 4) if missing else None
     chunks = [sum(place in places for _, places in missing) for place in range(len(stores))]
-    return Drawn(chunks, *sums.tolist())
+    return [{"chunks_drawn": count, "sampling_overhead": overhead} for count in chunks]
 
 
 def _missing_chunks(stores: Sequence[SampleStore]) -> list[tuple[int, list[int]]]:
@@ -200,18 +172,6 @@ def _missing_chunks(stores: Sequence[SampleStore]) -> list[tuple[int, list[int]]
         for chunk in store.missing_chunks():
             lacking[chunk].append(place)
     return sorted(lacking.items())
-
-
-def _run_behind(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """The tasks' results, in order: each task runs in a thread while the next is being made."""
-    running: Future[T] | None = None
-    with ThreadPoolExecutor(1) as thread:
-        for task in tasks:
-            before, running = running, thread.submit(task)
-            if before is not None:
-                yield before.result()
-        if running is not None:
-            yield running.result()
 
 
 def _write_chunk(

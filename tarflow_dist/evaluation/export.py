@@ -1,6 +1,7 @@
 """A finished sample store in the field's other formats. Each holds one chunk in memory at a time,
 and the same samples make the same file."""
 
+import math
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -9,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tarflow_dist.evaluation.sample_store import NO_LABEL, SampleStore
+from tarflow_dist.evaluation.image_sets import NO_LABEL
+from tarflow_dist.evaluation.sample_store import SampleStore
 from tarflow_dist.files import publish_folder, write_whole
 
 IMAGES_A_TAR = 10_000
@@ -63,20 +65,14 @@ def write_folder(store: SampleStore) -> None:
 def write_tars(store: SampleStore) -> None:
     """wds/samples-000000.tar, …: WebDataset tars of 10,000 samples with keys png and, of a
     conditional model, cls."""
-    from webdataset import TarWriter
+    from webdataset import ShardWriter
 
     part = _fresh(store.folder / ".wds.part")
-    tar = None
-    for index, png, label in _samples(store):
-        if index % IMAGES_A_TAR == 0:
-            if tar is not None:
-                tar.close()
-            tar = TarWriter(str(part / f"samples-{index // IMAGES_A_TAR:06d}.tar"), mtime=0)
-        labelled = {} if label == NO_LABEL else {"cls": label}
-        assert tar is not None
-        tar.write({"__key__": f"{index:06d}", "png": png, **labelled})
-    assert tar is not None
-    tar.close()
+    pattern = f"{str(part).replace('%', '%%')}/samples-%06d.tar"
+    with ShardWriter(pattern, IMAGES_A_TAR, math.inf, verbose=0, mtime=0) as tars:
+        for index, png, label in _samples(store):
+            labelled = {} if label == NO_LABEL else {"cls": label}
+            tars.write({"__key__": f"{index:06d}", "png": png, **labelled})
     publish_folder(part, store.folder / "wds")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tarflow_dist.errors import UserError
-from tarflow_dist.evaluation.npz import open_npz
+from tarflow_dist.evaluation.image_sets import open_npz
 from tarflow_dist.evaluation.statistics import Gaussian
 from tarflow_dist.files import take_version, write_whole
 
@@ -27,7 +27,7 @@ class FeatureSet:
         pooled: moments of the features.
         spatial: moments of the spatial features, for sFID; None where there are none.
         features: float32 (K, F) of K of the images, in order; None where there are none.
-        split_scores: the Inception Score of each of ten splits; None without class scores.
+        split_scores: the Inception Score of each of ten splits of those; None without class scores.
         about: JSON values that say where all this is from; "count" is the number of images, None
             where a file doesn't tell.
     """
@@ -119,19 +119,7 @@ def _gaussian(file: Path, mean: NDArray, covariance: NDArray) -> Gaussian:
             f"{file} is no file of statistics: its mean is {mean.shape} and its covariance "
             f"{covariance.shape}"
         )
-    mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
-    variance = np.diag(covariance)
-    largest = np.sqrt(np.outer(variance, variance).clip(min=0)) * 1.001 + 1e-9
-    if (
-        (variance < 0).any()
-        or (abs(covariance) > largest).any()
-        or not np.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-9)
-    ):
-        raise UserError(
-            f"{file} holds no covariance: one is symmetric, with variances of 0 or more, and no "
-            "value above what they allow"
-        )
-    return Gaussian(mean, covariance)
+    return Gaussian(mean.astype(np.float64), covariance.astype(np.float64))
 
 
 def _check_numbers(file: Path, name: str, array: NDArray) -> None:

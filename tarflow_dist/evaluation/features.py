@@ -40,8 +40,6 @@ class FeatureExtractor(Protocol):
     """F."""
     spatial_dim: int
     """S; 0 if there are no spatial features."""
-    num_classes: int
-    """K; 0 if there are no logits."""
 
     def __call__(self, images: Tensor) -> Features: ...
 
@@ -53,10 +51,12 @@ def make_extractor(
     inception_weights: Path | None = None,
     device: torch.device | str = "cpu",
 ) -> FeatureExtractor:
-    """The extractor called `name`, one of `EXTRACTORS`, for images of `image_shape` (C, H, W)."""
+    """The extractor called `name`, one of `EXTRACTORS`, for images of `image_shape` (C, H, W), with
+    the weights that `check_features` found there."""
     if name == "pixels":
         return PixelFeatures(image_shape)
-    return InceptionFeatures(check_inception_weights(inception_weights), device)
+    assert inception_weights is not None
+    return InceptionFeatures(inception_weights, device)
 
 
 class PixelFeatures:
@@ -68,7 +68,7 @@ class PixelFeatures:
 
     name = "pixels"
     weights_sha256: str | None = None
-    spatial_dim = num_classes = 0
+    spatial_dim = 0
     MAX_DIM = 4096  # the covariance and its roots grow as dim² and dim³
 
     def __init__(self, image_shape: tuple[int, int, int]):
@@ -93,7 +93,7 @@ class InceptionFeatures:
     are those without the bias, as in all published Inception Scores.
 
     Args:
-        weights: a file as in `check_inception_weights`.
+        weights: pytorch-fid's file, or torch-fidelity's.
         device: where it runs.
 
     Raises:
@@ -103,7 +103,6 @@ class InceptionFeatures:
     name = "inception-v3-2048"
     dim = 2048
     spatial_dim = 17 * 17 * 7
-    num_classes = 1008
 
     def __init__(self, weights: Path, device: torch.device | str = "cpu"):
         import torch
@@ -158,23 +157,11 @@ _WANTED = (
 def check_features(names: Sequence[str], inception_weights: Path | None) -> None:
     """Raises `UserError` if the extractors `names` lack the weights that they need, or don't take
     the given."""
-    if "inception" in names:
-        check_inception_weights(inception_weights)
-    elif inception_weights is not None:
+    if "inception" not in names and inception_weights is not None:
         raise UserError(
             f"--features {','.join(names)} takes no --inception-weights: leave one of them out"
         )
-
-
-def check_inception_weights(path: Path | None) -> Path:
-    """`path` to pt_inception-2015-12-05-6726825d.pth (pytorch-fid's) or
-    weights-inception-2015-12-05-6726825d.pth (torch-fidelity's), if there is a file.
-
-    Raises:
-        UserError: nothing given, or nothing there.
-    """
-    if path is None:
+    if "inception" in names and inception_weights is None:
         raise UserError(f"Inception features need their weights on disk: {_WANTED}")
-    if not path.is_file():
-        raise UserError(f"{path} is not a file: {_WANTED}")
-    return path
+    if inception_weights is not None and not inception_weights.is_file():
+        raise UserError(f"{inception_weights} is not a file: {_WANTED}")

@@ -1,9 +1,11 @@
 """Sets of images, wherever they lie, as features are measured on them."""
 
+import math
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,71 +18,69 @@ from tarflow_dist.data.loader import eval_batches
 from tarflow_dist.data.shards import Shards
 from tarflow_dist.distributed import rank, world_size
 from tarflow_dist.errors import UserError
-from tarflow_dist.evaluation import npz
-from tarflow_dist.evaluation.sample_store import NO_LABEL, SETTINGS_FILE, Pixels, SampleStore
-from tarflow_dist.files import sha256
+from tarflow_dist.files import read_npy_header, regular, sha256
 
 NUM_WORKERS = 2
 """Processes a rank that read and decode a data set."""
+NO_LABEL = -1
+IMAGES, LABELS = "arr_0", "arr_1"
+"""ADM's names in an .npz for images, uint8 (N, H, W, C), and their labels (N,)."""
 
+Pixels = NDArray[np.uint8]
 ImageShape = tuple[int, int, int]
 """(C, H, W)."""
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Image indexes (B,) and uint8 images (B, C, H, W)."""
 
 
-class ImageSet(Protocol):
+class ImageSet:
     """Images of one shape, with indexes from 0 on."""
 
+    def __len__(self) -> int:
+        raise NotImplementedError
+
     @property
-    def image_shape(self) -> ImageShape: ...
-
-    def __len__(self) -> int: ...
-
-    def batches(self, batch_size: int) -> Batches:
-        """This rank's share of the images."""
-        ...
+    def image_shape(self) -> ImageShape:
+        height, width, channels = self.images([0]).shape[1:]
+        return channels, height, width
 
     def images(self, indexes: Sequence[int]) -> Pixels:
         """uint8 (len(indexes), H, W, C)."""
-        ...
+        raise NotImplementedError
+
+    def batches(self, batch_size: int) -> Batches:
+        """This rank's share of the images."""
+        for start in range(rank() * batch_size, len(self), world_size() * batch_size):
+            index = range(start, min(start + batch_size, len(self)))
+            yield torch.tensor(index), torch.from_numpy(self.images(index)).permute(0, 3, 1, 2)
 
 
-class Samples(ImageSet, Protocol):
+class Samples(ImageSet):
     """Images that some model drew."""
 
     def labels(self) -> NDArray[np.int64]:
         """(N,), −1 for none."""
-        ...
+        return np.full(len(self), NO_LABEL)
 
-    def sha256(self) -> str: ...
-
-
-def open_samples(path: Path) -> Samples:
-    """The samples at `path`: a folder of `sample_fid`'s, an .npz of ADM's, or a folder of pictures.
-
-    Raises:
-        UserError: there is no such thing.
-    """
-    if path.is_file():
-        return NpzImages(path)
-    if not (path / SETTINGS_FILE).exists():
-        return FolderImages(path)
-    store = SampleStore.open(path)
-    if missing := store.missing_chunks():
-        raise UserError(f"{path} lacks {len(missing)} of its chunks: draw them first")
-    return store
+    def sha256(self) -> str:
+        raise NotImplementedError
 
 
-class ShardImages:
+class ShardImages(ImageSet):
     """A data set's images as they are stored: no flips, no crops."""
 
     def __init__(self, shards: Shards):
         self._shards = shards
-        self.image_shape: ImageShape = shards.image_shape
+
+    @property
+    def image_shape(self) -> ImageShape:
+        return self._shards.image_shape
 
     def __len__(self) -> int:
         return len(self._shards)
+
+    def images(self, indexes: Sequence[int]) -> Pixels:
+        return np.stack([self._shards[index][0].transpose(1, 2, 0) for index in indexes])
 
     def batches(self, batch_size: int) -> Batches:
         batches = eval_batches(
@@ -92,12 +92,10 @@ class ShardImages:
         )
         return ((batch.index, batch.images) for batch in batches)
 
-    def images(self, indexes: Sequence[int]) -> Pixels:
-        return np.stack([self._shards[index][0].transpose(1, 2, 0) for index in indexes])
 
-
-class NpzImages:
-    """The images in an .npz of ADM's, which has grey ones in three channels.
+class NpzImages(Samples):
+    """The images in an .npz of ADM's, which has grey ones in three channels. The file is never in
+    memory as a whole.
 
     Args:
         channels: of those, one is given if this is 1; None gives what is there.
@@ -107,52 +105,54 @@ class NpzImages:
     """
 
     def __init__(self, file: Path, channels: int | None = None):
-        with npz.open_npz(file) as arrays:
-            stored = npz.shape_of_images(file)
-            labels = arrays[npz.LABELS] if npz.LABELS in arrays.files else None
-        if stored is None:
-            raise UserError(f"{file} holds no images ({npz.IMAGES})")
-        self._file, self._count = file, stored[0]
-        self._labels = labels
-        grey = channels == 1 and stored[3] == 3
-        self.image_shape: ImageShape = (1 if grey else stored[3], stored[1], stored[2])
+        with open_npz(file) as arrays:
+            if IMAGES not in arrays.files:
+                raise UserError(f"{file} holds no images ({IMAGES})")
+            self._labels = arrays[LABELS] if LABELS in arrays.files else None
+            archive = zipfile.ZipFile(file)
+            stream = archive.open(f"{IMAGES}.npy")
+            shape, fortran_order, dtype = read_npy_header(stream)
+            if fortran_order or dtype != np.uint8 or len(shape) != 4:
+                raise UserError(
+                    f"{file}: {IMAGES} is {dtype} {shape}, and images are uint8 (N, H, W, C)"
+                )
+            if stream.tell() + math.prod(shape) != archive.getinfo(stream.name).file_size:
+                raise ValueError("there are other than it says")
+        self._file, self._stream, self._start = file, stream, stream.tell()
+        self._count, self._height, self._width, self._stored_channels = shape
+        if len(self) < 2:
+            raise UserError(f"{file} holds {len(self)} images, and a comparison needs two or more")
+        grey = channels == 1 and self._stored_channels == 3
+        self._channels = 1 if grey else self._stored_channels
+
+    @property
+    def image_shape(self) -> ImageShape:
+        return self._channels, self._height, self._width
 
     def __len__(self) -> int:
         return self._count
 
-    def batches(self, batch_size: int) -> Batches:
-        for index, images in npz.image_batches(
-            self._file, batch_size, rank=rank(), world_size=world_size()
-        ):
-            yield torch.from_numpy(index), torch.tensor(self._pixels(images)).permute(0, 3, 1, 2)
-
     def images(self, indexes: Sequence[int]) -> Pixels:
-        wanted = {index: place for place, index in enumerate(indexes)}
-        C, H, W = self.image_shape
-        found = np.empty((len(indexes), H, W, C), np.uint8)
-        for index, images in npz.image_batches(self._file, 1, rank=0, world_size=1):
-            if (place := wanted.pop(int(index[0]), None)) is not None:
-                found[place] = self._pixels(images)[0]
-            if not wanted:
-                break
-        return found
+        shape = self._height, self._width, self._stored_channels
+        size, found = math.prod(shape), []
+        for index in indexes:
+            self._stream.seek(self._start + index * size)
+            found.append(np.frombuffer(self._stream.read(size), np.uint8))
+        images = np.stack(found).reshape(-1, *shape)
+        if self._channels == 1 and (images != images[..., :1]).any():
+            raise UserError(f"{self._file} holds colour images and the model's are grey")
+        return images[..., : self._channels]
 
     def labels(self) -> NDArray[np.int64]:
-        if self._labels is None or self._labels.shape != (self._count,):
-            return np.full(self._count, NO_LABEL)
+        if self._labels is None or self._labels.shape != (len(self),):
+            return super().labels()
         return self._labels.astype(np.int64)
 
     def sha256(self) -> str:
         return sha256(self._file)
 
-    def _pixels(self, images: Pixels) -> Pixels:
-        channels = self.image_shape[0]
-        if channels == 1 and (images != images[..., :1]).any():
-            raise UserError(f"{self._file} holds colour images and the model's are grey")
-        return images[..., :channels]
 
-
-class FolderImages:
+class FolderImages(Samples):
     """The pictures in a folder and those below it, in the order of their paths: all grey if the
     first is, or else RGB.
 
@@ -168,39 +168,31 @@ class FolderImages:
             raise UserError(f"{folder} holds {len(self._files)} pictures: two or more are needed")
         with open_picture(self._files[0]) as first:
             self._channels = 1 if first.mode in ("1", "L", "I;16") else 3
-            self.image_shape: ImageShape = (self._channels, first.height, first.width)
+            self._side = (first.height, first.width)
+
+    @property
+    def image_shape(self) -> ImageShape:
+        return self._channels, *self._side
 
     def __len__(self) -> int:
         return len(self._files)
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(rank() * batch_size, len(self), world_size() * batch_size):
-            index = range(start, min(start + batch_size, len(self)))
-            yield torch.tensor(index), torch.from_numpy(self.images(index)).permute(0, 3, 1, 2)
-
     def images(self, indexes: Sequence[int]) -> Pixels:
-        _, height, width = self.image_shape
-        found = np.empty((len(indexes), height, width, self._channels), np.uint8)
-        for place, index in enumerate(indexes):
-            image = self._read(index)
-            if image.shape != found.shape[1:]:
-                raise UserError(
-                    f"{self._files[index]} is {image.shape[1]}×{image.shape[0]} and "
-                    f"{self._files[0]} is {width}×{height}: they should be of one size"
-                )
-            found[place] = image
-        return found
-
-    def labels(self) -> NDArray[np.int64]:
-        return np.full(len(self), NO_LABEL)
+        return np.stack([self._read(self._files[index]) for index in indexes])
 
     def sha256(self) -> str:
         return sha256(*self._files)
 
-    def _read(self, index: int) -> Pixels:
-        with open_picture(self._files[index]) as image:
+    def _read(self, file: Path) -> Pixels:
+        """(H, W, C)."""
+        with open_picture(file) as image:
             pixels = np.asarray(to_8bit(image, self._channels))
-        return pixels.reshape(*pixels.shape[:2], self._channels)
+        if pixels.shape[:2] != self._side:
+            there, first = (f"{width}×{height}" for height, width in (pixels.shape[:2], self._side))
+            raise UserError(
+                f"{file} is {there} and {self._files[0]} is {first}: they should be of one size"
+            )
+        return pixels.reshape(*self._side, self._channels)
 
 
 @contextmanager
@@ -219,9 +211,36 @@ def open_picture(file: Path) -> Iterator[Image.Image]:
         raise UserError(f"{file} is no image that can be read: {error}") from error
 
 
-def check_image_shape(
-    folder: Path | str, shape: tuple[int, int, int], image_shape: tuple[int, int, int]
-) -> None:
+@contextmanager
+def open_npz(file: Path) -> Iterator[Any]:
+    """The arrays of an .npz, images or statistics of features, none of them unpickled.
+
+    Raises:
+        UserError: it is missing, damaged, no .npz, or holds pickles.
+    """
+    try:
+        regular(file)
+    except OSError as error:
+        raise UserError(f"{file} can't be read: {error.strerror}") from error
+    try:
+        with np.load(file, allow_pickle=False) as npz:
+            if not isinstance(npz, np.lib.npyio.NpzFile):
+                raise UserError(f"{file} is a single array and no .npz")
+            yield npz
+    except UserError:
+        raise
+    except Exception as error:  # whatever damage does to a parser
+        if not zipfile.is_zipfile(file):
+            reason = "is no .npz, or damaged"
+        else:
+            reason = "holds pickled objects" if "pickle" in str(error).lower() else "is damaged"
+        raise UserError(
+            f"{file} {reason}, and is not opened: give an .npz of statistics, such as `python -m "
+            "tarflow_dist.reference` writes or ADM's VIRTUAL_*.npz"
+        ) from error
+
+
+def check_image_shape(folder: Path | str, shape: ImageShape, image_shape: ImageShape) -> None:
     """Raises `UserError` if the images of `folder` are of another `shape` (C, H, W) than the
     model's."""
     if shape != image_shape:

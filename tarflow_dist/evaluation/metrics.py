@@ -1,12 +1,12 @@
 """What two image sets' features say of each other. A metric is one row of `METRICS`.
 
-The ranks share the work, and the figures are those of one rank to the last bit: each part of it is
-done by one rank alone, and what is added up over ranks is 0 on all others.
+The ranks share what takes long, and the figures are those of one rank to the last bit: each part of
+it is done by one rank alone, and what is added up over ranks is 0 on all others.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 
 from tarflow_dist import distributed
 from tarflow_dist.evaluation.feature_set import FeatureSet
-from tarflow_dist.evaluation.statistics import frechet_distance, symmetric_root
+from tarflow_dist.evaluation.statistics import frechet_distance
 from tarflow_dist.telemetry.progress import Progress
 
 Device = torch.device | str
-T = TypeVar("T")
 
 NEIGHBOURHOOD = 3  # k of precision and recall
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000
@@ -42,11 +41,9 @@ class Metric:
     meaning: str
     """For people who don't know it."""
     measure: Callable[[FeatureSet, FeatureSet, Device], tuple[float, ...]]
-    """Samples, reference and a device → the figure and those of `more`. Collective if `shared`."""
+    """Samples, reference and a device → the figure and those of `more`. Collective."""
     more: tuple[str, ...] = ()
     """Keys of the figures that come with it."""
-    shared: bool = False
-    """All ranks measure it together, and not one of them alone."""
     spread: str = ""
     """Key of its uncertainty, if it has one."""
     plain_title: str = ""
@@ -59,52 +56,27 @@ class Metric:
         return self.title if features.startswith("inception") else self.plain_title or self.title
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """What two feature sets say of each other.
-
-    Attributes:
-        figures: by the keys in `FIGURES`; None where a figure was not measured.
-        not_measured: and why.
-        warnings: sentences on what makes the figures less than they seem.
-    """
-
-    figures: dict[str, float | None]
-    not_measured: dict[str, str]
-    warnings: list[str]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **self.figures,
-            "not_measured": self.not_measured,
-            "warnings": self.warnings,
-        }
-
-
-def compare(samples: FeatureSet, reference: FeatureSet, device: Device = "cpu") -> Comparison:
-    """All of `METRICS` that the two sets, the same on all ranks, allow. Collective."""
-    mine: dict[str, tuple[float, ...] | str] = {}
-    alone = [metric for metric in METRICS if not metric.shared]
-    together = [metric for metric in METRICS if metric.shared]
-    for metric in [*_own(alone), *together]:
-        try:
-            mine[metric.name] = metric.measure(samples, reference, device)
-        except Unmeasurable as reason:
-            mine[metric.name] = str(reason)
-    found = {name: value for part in distributed.gather(mine) for name, value in part.items()}
+def compare(samples: FeatureSet, reference: FeatureSet, device: Device = "cpu") -> dict[str, Any]:
+    """All of `METRICS` that the two sets, the same on all ranks, allow, as a result says them: by
+    the keys in `FIGURES`, None where one was not measured; "not_measured" says why, "warnings" what
+    makes the figures less than they seem. Collective."""
     figures: dict[str, float | None] = {}
     missing: dict[str, str] = {}
     for metric in METRICS:
-        names, value = (metric.name, *metric.more), found[metric.name]
-        if isinstance(value, str):
+        names = (metric.name, *metric.more)
+        try:
+            figures |= dict(zip(names, metric.measure(samples, reference, device), strict=True))
+        except Unmeasurable as reason:
             figures |= dict.fromkeys(names)
-            missing[metric.name] = value
-        else:
-            figures |= dict(zip(names, value, strict=True))
-    return Comparison(figures, missing, warnings(figures, samples, reference))
+            missing[metric.name] = str(reason)
+    return {
+        **figures,
+        "not_measured": missing,
+        "warnings": warnings(figures, samples, reference),
+    }
 
 
-def _own(parts: Sequence[T]) -> Sequence[T]:
+def _own(parts: range) -> range:
     """Those that fall to this rank."""
     return parts[distributed.rank() :: distributed.world_size()]
 
@@ -168,30 +140,17 @@ def jackknife(
     N, groups = len(samples.features), JACKKNIFE_GROUPS
     if 2 * groups > N:
         raise Unmeasurable(f"fewer than {2 * groups} samples")
-
-    def tensor(values: NDArray) -> torch.Tensor:
-        return torch.as_tensor(values, dtype=torch.float64, device=device)
-
-    root = tensor(symmetric_root(reference.pooled.covariance))
-    real = tensor(reference.pooled.mean)
-    rest = float(np.trace(reference.pooled.covariance))
-    mean = tensor(samples.pooled.mean)
-    centred = tensor(samples.pooled.covariance) * (N - 1)  # Σ (x − μ)(x − μ)ᵀ
-
-    def distance(mean: torch.Tensor, covariance: torch.Tensor) -> float:
-        # faster than `frechet_distance`; what it loses is the same in all of these
-        overlap = torch.linalg.eigvalsh(root @ covariance @ root).clamp(min=0).sqrt().sum()
-        return float((mean - real).square().sum() + covariance.trace() + rest - 2 * overlap)
-
+    mean, covariance = samples.pooled
+    centred = covariance * (N - 1)  # Σ (x − μ)(x − μ)ᵀ
     distances = torch.zeros(groups + 1, dtype=torch.float64)  # each without a group, and of all
     own = _own(range(groups + 1))
     with Progress("spread", len(own), unit="distance", enabled=distributed.is_main()) as progress:
         for g in own:
-            group = tensor(samples.features[g * N // groups : (g + 1) * N // groups]) - mean
+            group = samples.features[g * N // groups : (g + 1) * N // groups] - mean
             n = N - len(group)
-            offset = -group.sum(dim=0) / n  # of the others' mean from the mean of all
-            others = centred - group.T @ group - n * torch.outer(offset, offset)
-            distances[g] = distance(mean + offset, others / (n - 1))
+            offset = -group.sum(axis=0) / n  # of the others' mean from the mean of all
+            others = centred - group.T @ group - n * np.outer(offset, offset)
+            distances[g] = frechet_distance(mean + offset, others / (n - 1), *reference.pooled)
             progress.update(1)
     distributed.sum_over_ranks(distances)
     values, whole = distances[:-1].numpy(), float(distances[-1])
@@ -287,19 +246,15 @@ METRICS = (
         plain_title="Fréchet distance",
         digits=5,
     ),
-    Metric(
-        *("frechet_distance_error", "", FID_ERROR, jackknife),
-        more=("frechet_distance_bias",),
-        shared=True,
-    ),
+    Metric("frechet_distance_error", "", FID_ERROR, jackknife, more=("frechet_distance_bias",)),
     Metric("spatial_frechet_distance", "sFID", SFID, _spatial),
     Metric(
         *("inception_score", "Inception Score", SCORE, _inception_score),
         more=("inception_score_std",),
         spread="inception_score_std",
     ),
-    Metric("precision", "precision", PRECISION, _precision, shared=True),
-    Metric("recall", "recall", RECALL, _recall, shared=True),
+    Metric("precision", "precision", PRECISION, _precision),
+    Metric("recall", "recall", RECALL, _recall),
     Metric(
         *("kernel_distance", "KID", KID, _kernel_distance),
         more=("kernel_distance_std",),

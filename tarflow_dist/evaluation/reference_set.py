@@ -7,15 +7,16 @@ from typing import Any
 
 from tarflow_dist.data.shards import open_shards
 from tarflow_dist.errors import UserError
-from tarflow_dist.evaluation import npz
 from tarflow_dist.evaluation.feature_set import FeatureSet
 from tarflow_dist.evaluation.features import FeatureExtractor
 from tarflow_dist.evaluation.image_sets import (
+    IMAGES,
     ImageSet,
     ImageShape,
     NpzImages,
     ShardImages,
     check_image_shape,
+    open_npz,
 )
 from tarflow_dist.files import sha256
 
@@ -30,18 +31,14 @@ class Reference:
     whole set, and some images for precision and recall.
 
     Attributes:
-        path: where it lies.
-        split: of a data set; None for a file.
-        count: images that it stands for; None where a file doesn't tell.
-        sha256: of the data set's manifest, or of the file.
+        about: what a result says of it, as JSON values: where it lies, the split of a data set, how
+            many images it stands for (None where a file doesn't tell), and the SHA-256 of the data
+            set's manifest or of the file.
         class_counts: images of each class; None where a file doesn't tell.
         keep: images whose features are kept.
     """
 
-    path: str
-    split: str | None
-    count: int | None
-    sha256: str
+    about: dict[str, Any]
     class_names: list[str] | None
     class_counts: tuple[int, ...] | None = None
     images: ImageSet | None = None
@@ -53,14 +50,10 @@ class Reference:
         """The images, if any of them is found at once."""
         return self.images if isinstance(self.images, ShardImages) else None
 
-    def describe(self) -> dict[str, Any]:
-        """What a result says of it, as JSON values."""
-        return {
-            "reference": self.path,
-            "reference_split": self.split,
-            "reference_images": self.count,
-            "reference_sha256": self.sha256,
-        }
+
+def _about(path: str, split: str | None, count: int | None, sha256: str) -> dict[str, Any]:
+    keys = ("reference", "reference_split", "reference_images", "reference_sha256")
+    return dict(zip(keys, (path, split, count, sha256), strict=True))
 
 
 def open_reference(
@@ -99,15 +92,9 @@ def open_reference(
 def open_shards_reference(path: str, split: str, keep: int = KEPT_FEATURES) -> Reference:
     """A split of a set that data_prep wrote: every image once, as it is stored."""
     shards = open_shards(path, split)
-    words, names = shards.classes.words, list(shards.classes.names)
-    if words:  # synonyms of WordNet's: the first is enough
-        names = [synonyms.partition(",")[0] for synonyms in words]
     return Reference(
-        path,
-        split,
-        len(shards),
-        sha256(shards.manifest),
-        names,
+        _about(path, split, len(shards), sha256(shards.manifest)),
+        shards.classes.shown,
         tuple(shards.class_counts),
         images=ShardImages(shards),
         keep=keep,
@@ -117,29 +104,26 @@ def open_shards_reference(path: str, split: str, keep: int = KEPT_FEATURES) -> R
 def _open_file(
     file: Path, image_shape: ImageShape, extractors: Sequence[FeatureExtractor]
 ) -> Reference:
-    with npz.open_npz(file) as arrays:
-        has_moments = "mu" in arrays.files
-        has_images = npz.shape_of_images(file) is not None
-    images = NpzImages(file, image_shape[0]) if has_images else None
+    with open_npz(file) as arrays:
+        there = arrays.files
+    images = NpzImages(file, image_shape[0]) if IMAGES in there else None
     if images is not None:
         # grey ones may be repeated, and are compared in three channels
         channels = images.image_shape[0] if image_shape[0] == 1 else 3
         check_image_shape(file, images.image_shape, (channels, *image_shape[1:]))
-    statistics = FeatureSet.load(file) if has_moments or images is None else None
+    statistics = FeatureSet.load(file) if "mu" in there or images is None else None
     if statistics is not None:
         for extractor in extractors:
             _check(file, statistics, image_shape, extractor)
-    about = {} if statistics is None else statistics.about
+    count = 0 if images is None else len(images)
+    about: dict[str, Any] = {"count": count} if statistics is None else statistics.about
     return Reference(
-        str(file),
-        None,
-        about["count"] if images is None or statistics is not None else len(images),
-        sha256(file),
+        _about(str(file), None, about["count"], sha256(file)),
         about.get("class_names"),
         tuple(about["class_counts"]) if about.get("class_counts") else None,
         images,
         statistics,
-        keep=0 if images is None else len(images),
+        keep=count,
     )
 
 

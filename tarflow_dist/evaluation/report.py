@@ -1,10 +1,13 @@
 """The last stage of `sample_fid`: what is written of the results. Grids of samples are rows of one
-class each, small images magnified; report.html is one file that needs nothing else."""
+class each, small images magnified; report.html is one file that needs nothing else; a sweep, over
+the guidance weight and the steps of denoising, has a table and curves besides."""
 
 import base64
+import csv
 import io
-from collections.abc import Iterator
+from collections import defaultdict
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +17,25 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
-from tarflow_dist.evaluation import sweep
 from tarflow_dist.evaluation.export import WRITERS
-from tarflow_dist.evaluation.image_sets import Samples
+from tarflow_dist.evaluation.image_sets import NO_LABEL, Pixels, Samples
 from tarflow_dist.evaluation.metrics import FIGURES, METRICS
-from tarflow_dist.evaluation.neighbours import NeighboursOf
-from tarflow_dist.evaluation.point import Point, Stages
+from tarflow_dist.evaluation.neighbours import Neighbours, NeighboursOf
+from tarflow_dist.evaluation.point import Point, stage
 from tarflow_dist.evaluation.result import best_of, denoising, figures, samples, write_result
 from tarflow_dist.evaluation.result import show as show_result
-from tarflow_dist.evaluation.sample_store import NO_LABEL, SampleStore
+from tarflow_dist.evaluation.sample_store import SampleStore
 from tarflow_dist.files import write_whole
 from tarflow_dist.telemetry.pictures import picture_grid, strip
 
 ROWS, COLUMNS = 20, 10  # classes, and samples of each
 LARGEST = 128  # pixels of an image's side as shown
+
+CSV_COLUMNS = (
+    *("guidance", "denoise", "denoise_steps", *FIGURES),
+    *("num_samples", "redrawn_samples", "samples_sha256"),
+)
+PLOTTED = ("frechet_distance", "inception_score", "precision", "recall")
 
 # A class id, or None without classes, and sample indexes
 Row = tuple[int | None, list[int]]
@@ -46,14 +54,19 @@ def report(
     *,
     formats: list[str],
     class_names: list[str] | None,
-    nearest: list[list[NeighboursOf]],
-    stages: Stages,
+    neighbours: Neighbours | None,
+    seconds: dict[str, float],
 ) -> None:
     """Writes each point's result and grid, its samples in further `formats`, and the report, and
-    prints the gist. The figures are there before what can fail."""
+    prints the gist. The figures are there before what can fail.
+
+    Args:
+        neighbours: in the reference, of the points' samples, where they were looked for.
+        seconds: that the stages took which all points share.
+    """
     best = best_of(results)
     _save(out, points, results)
-    with stages.stage("outputs"):
+    with stage(seconds, "outputs"):
         for point in points:
             for form in formats:
                 assert isinstance(point.samples, SampleStore)
@@ -62,22 +75,22 @@ def report(
         plot = None
         if len(points) > 1:
             plot = out / "sweep.png"
-            sweep.write_csv(results, out / "sweep.csv")
-            sweep.plot(results, plot)
+            write_csv(results, out / "sweep.csv")
+            plot_sweep(results, plot)
         write_report(
             out / "report.html",
             results,
             best,
             drawn=points[best].samples,
             class_names=class_names,
-            neighbours=nearest[best],
+            neighbours=[] if neighbours is None else neighbours.of(best),
             sweep_plot=plot,
         )
     for one in results:
-        one["seconds"] |= stages.seconds
+        one["seconds"] |= seconds
     _save(out, points, results)
     if len(points) > 1:
-        sweep.show(results, best)
+        show_sweep(results, best)
     show_result(results[best], out)
 
 
@@ -104,22 +117,20 @@ def class_rows(labels: NDArray[np.int64], rows: int, columns: int) -> list[Row]:
     return [(int(c), np.flatnonzero(labels == c)[:columns].tolist()) for c in classes[spread]]
 
 
-def write_grid(
-    drawn: Samples,
-    file: Path,
-    names: list[str] | None = None,
-) -> None:
-    """A PNG with a row for each of up to 20 classes, under their `names` or numbers."""
-    wanted = class_rows(drawn.labels(), ROWS, COLUMNS)
-    named = [class_name(label, names) for label, _ in wanted if label is not None]
-    pictures = [drawn.images(indexes) for _, indexes in wanted]
+def shown_rows(drawn: Samples, names: list[str] | None) -> list[tuple[str, Pixels]]:
+    """Samples (B, H, W, C) of each of up to 20 classes, under its name, or its number where that
+    isn't known; an unconditional model's under none."""
+    rows = class_rows(drawn.labels(), ROWS, COLUMNS)
+    called = ["" if label is None else names[label] if names else str(label) for label, _ in rows]
+    return [(name, drawn.images(row)) for name, (_, row) in zip(called, rows, strict=True)]
+
+
+def write_grid(drawn: Samples, file: Path, names: list[str] | None = None) -> None:
+    """A PNG of `shown_rows`."""
+    rows = shown_rows(drawn, names)
+    grid = picture_grid([images for _, images in rows], [n for n, _ in rows if n], LARGEST)
     with write_whole(file) as part:
-        picture_grid(pictures, named, LARGEST).save(part, "PNG")
-
-
-def class_name(label: int, names: list[str] | None) -> str:
-    """What a class is called, or its number where that isn't known."""
-    return names[label] if names else str(label)
+        grid.save(part, "PNG")
 
 
 def write_report(
@@ -160,7 +171,7 @@ def write_report(
         meanings={metric.title_on(shown["features"]): metric.meaning for metric in METRICS},
         dependencies={k: v for k, v in shown.items() if k not in SHOWN_ELSEWHERE}
         | shown["environment"],
-        rows=list(_rows(drawn, class_names)),
+        rows=shown_rows(drawn, class_names),
         neighbours=neighbours,
         strip=partial(strip, largest=LARGEST),
         sweep_plot=sweep_plot and Image.open(sweep_plot),
@@ -169,14 +180,63 @@ def write_report(
         part.write_text(page, encoding="utf-8")
 
 
-def _rows(drawn: Samples, class_names: list[str] | None) -> Iterator[tuple[str, Image.Image]]:
-    """A name and a strip of samples for each class that is shown."""
-    for label, indexes in class_rows(drawn.labels(), ROWS, COLUMNS):
-        name = "" if label is None else class_name(label, class_names)
-        yield name, strip(drawn.images(indexes), LARGEST)
-
-
 def data_url(picture: Image.Image) -> Markup:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return Markup("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())
+
+
+def write_csv(results: list[dict[str, Any]], file: Path) -> None:
+    """A row a point; empty where a figure was not measured."""
+    with write_whole(file) as part, part.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, CSV_COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(results)
+
+
+def show_sweep(results: list[dict[str, Any]], best: int) -> None:
+    """Prints the table, `results[best]` marked."""
+    header = ["guidance", "denoising", *figures(results[0])]
+    rows = [[f"{r['guidance']:g}", denoising(r), *figures(r).values()] for r in results]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for place, row in enumerate([header, *rows], -1):
+        cells = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print((cells + ("  best" if place == best else "")).rstrip())
+
+
+def plot_sweep(results: list[dict[str, Any]], file: Path) -> None:
+    """Draws the figures that there are into a PNG, with error bars of one standard error: against
+    the guidance weight, a curve for each way of denoising; or at one weight against the steps."""
+    from matplotlib.figure import Figure
+
+    panels = [m for m in METRICS if m.name in PLOTTED and results[0][m.name] is not None]
+    by_steps = len({r["guidance"] for r in results}) == 1
+    by_steps = by_steps and len({r.get("denoise_steps") for r in results if r["denoise"]}) > 1
+    curves: dict[str, list[tuple[float, dict[str, Any]]]] = defaultdict(list)
+    for result in results:
+        if by_steps:
+            place = result["denoise_steps"] if result["denoise"] else 0
+            curves[f"w = {result['guidance']:g}"].append((place, result))
+        else:
+            curves[denoising(result)].append((result["guidance"], result))
+    figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for label, points in curves.items():
+            points.sort(key=itemgetter(0))
+            axes.errorbar(
+                [place for place, _ in points],
+                [r[metric.name] for _, r in points],
+                yerr=[r[metric.spread] or 0 for _, r in points] if metric.spread else None,
+                label=label,
+                marker="o",
+                markersize=4,
+                capsize=3,
+            )
+        axes.set(
+            xlabel="denoising steps" if by_steps else "guidance w",
+            title=metric.title_on(results[0]["features"]),
+        )
+        axes.grid(alpha=0.3)
+        axes.legend()
+    with write_whole(file) as part:
+        figure.savefig(part, dpi=120, format="png")

@@ -13,55 +13,56 @@ import torch
 from tarflow_dist import distributed
 from tarflow_dist.evaluation import metrics
 from tarflow_dist.evaluation.feature_set import FeatureSet
-from tarflow_dist.evaluation.measure import Measured
 from tarflow_dist.evaluation.metrics import METRICS
-from tarflow_dist.evaluation.point import Point
+from tarflow_dist.evaluation.point import Point, stage
 from tarflow_dist.evaluation.reference_set import Reference
 from tarflow_dist.files import write_whole
 from tarflow_dist.telemetry.environment import describe_environment
 
+ABOUT = ("features", "features_sha256", "samples_sha256")  # of a feature set, said in a result
 UNEVEN = 2  # how many times the images of the smallest class the largest may have, unsaid
 
 
-def compare(
+def compare_points(
+    points: list[Point], file: str, reference: FeatureSet | None, device: torch.device
+) -> list[dict[str, Any]]:
+    """What the features of each point, which its folder has as `file`, say of the `reference`'s,
+    rank 0's. Collective."""
+    real = distributed.from_main(reference)
+    assert real is not None
+    found = []
+    for point in points:
+        dim = len(real.pooled.mean)
+        with stage(point.seconds, "metrics", f"comparing {dim} features {point.name}".rstrip()):
+            samples = FeatureSet.load(point.folder / file)  # one point's at a time
+            about = {name: samples.about[name] for name in ABOUT}
+            found.append({**metrics.compare(samples, real, device), **about})
+    return found
+
+
+def results_of(
     points: list[Point],
-    measured: list[Measured],
+    found: list[list[dict[str, Any]]],
     reference: Reference,
     facts: dict[str, Any],
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """The result of each point, on rank 0. Collective.
+    """The result of each point. Collective.
 
     Args:
-        measured: on each kind of features; those after the first stand under "more_features".
+        found: by `compare_points`, on each kind of features; those after the first stand under
+            "more_features".
         facts: further ones, of all points.
     """
+    common = {**facts, **reference.about, **describe_machine(device)}
+    environment = describe_environment()
     results = []
-    common = {**facts, **measured[0].about, **reference.describe(), **describe_machine(device)}
-    for place, point in enumerate(points):
-        found = []
-        for on in measured:
-            dim = len(on.reference.pooled.mean)
-            with point.stages.stage("metrics", f"comparing {dim} features {point.name}".rstrip()):
-                samples = FeatureSet.load(on.files[place])  # one point's at a time
-                comparison = metrics.compare(samples, on.reference, device)
-            found.append(comparison.to_json())
-        if not distributed.is_main():
-            continue
-        first = found[0]
-        more = [{**f, **on.about} for f, on in zip(found[1:], measured[1:], strict=True)]
+    for point, first, *more in zip(points, *found, strict=True):
         first["warnings"] += another_mix(point.facts.get("labels"), reference.class_counts)
-        results.append(
-            {
-                **first,
-                **common,
-                **point.facts,
-                **({"more_features": more} if more else {}),
-                "samples_sha256": samples.about["samples_sha256"],
-                "seconds": point.stages.seconds,
-                "environment": describe_environment(),
-            }
-        )
+        result = {**first, **common, **point.facts, "seconds": point.seconds}
+        if more:
+            result["more_features"] = more
+        results.append({**result, "environment": environment})
     return results
 
 
@@ -148,8 +149,8 @@ def samples(result: dict[str, Any]) -> str:
     return f"{count} samples at guidance {result['guidance']:g}{annealed}, {denoising(result)}"
 
 
-def show(result: dict[str, Any], folder: Path) -> None:
-    """Prints the gist."""
+def described(result: dict[str, Any]) -> dict[str, str]:
+    """The figures by their titles, and what was measured, for people."""
     count = result["reference_images"]
     digest = f"sha256 {result['samples_sha256'][:16]}…"
     rows = figures(result) | {"features": result["features"]}
@@ -166,12 +167,17 @@ def show(result: dict[str, Any], folder: Path) -> None:
         }
     else:
         rows["samples"] = f"{samples(result)}, {digest}"
-    rows |= {
-        "reference": " ".join(filter(None, (result["reference"], result["reference_split"])))
-        + f", {'an unsaid number of' if count is None else format(count, ',')} images",
-        "seconds": ", ".join(f"{stage} {s:.1f}" for stage, s in result["seconds"].items()),
-        "written to": str(folder),
-    }
+    rows["reference"] = (
+        " ".join(filter(None, (result["reference"], result["reference_split"])))
+        + f", {'an unsaid number of' if count is None else format(count, ',')} images"
+    )
+    return rows
+
+
+def show(result: dict[str, Any], folder: Path) -> None:
+    """Prints the gist."""
+    seconds = ", ".join(f"{stage} {s:.1f}" for stage, s in result["seconds"].items())
+    rows = described(result) | {"seconds": seconds, "written to": str(folder)}
     for name, value in rows.items():
         print(f"{name:<18}{value}")
     for sentence in result["warnings"]:

@@ -14,11 +14,16 @@ from torch import Tensor
 
 from tarflow_dist.distributed import rank, world_size
 from tarflow_dist.errors import UserError
+from tarflow_dist.evaluation.image_sets import (
+    NO_LABEL,
+    FolderImages,
+    NpzImages,
+    Pixels,
+    Samples,
+)
 from tarflow_dist.files import read_sealed, regular, write_sealed, write_whole
 from tarflow_dist.flow.config import MOST_CLASSES
 
-Pixels = NDArray[np.uint8]
-NO_LABEL = -1
 SETTINGS_FILE = "settings.json"
 VERSION = 1
 
@@ -31,7 +36,7 @@ class Facts(NamedTuple):
     redrawn: int
 
 
-class SampleStore:
+class SampleStore(Samples):
     """`num_samples` images, indexes 0, 1, 2, …, cut into chunks of `chunk_size`, one parquet each:
     columns index (int64), label (int64, −1 for none) and png (bytes); its metadata hold the SHA-256
     of labels and pixels, the device that drew them, and how many of them were drawn again.
@@ -53,51 +58,31 @@ class SampleStore:
         self.num_samples: int = settings["num_samples"]
         self.chunk_size: int = settings["chunk_size"]
         self.num_chunks = -(-self.num_samples // self.chunk_size)
-        self._check_settings()
-
-    @classmethod
-    def open(cls, folder: Path) -> "SampleStore":
-        """The store that is there.
-
-        Raises:
-            UserError: there is none.
-        """
-        return cls(folder, _read_settings(folder))
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W); of a store that has its first chunk."""
-        _, height, width, channels = self.read_images(0, [0]).shape
-        return channels, height, width
-
-    def _check_settings(self) -> None:
-        if not any(self.folder.glob("samples-*.parquet")):
-            return
-        there = _read_settings(self.folder)
+        there = _read_settings(folder) if any(folder.glob("samples-*.parquet")) else settings
         differing = [
-            f"{key} {there.get(key)!r}, not {self.settings.get(key)!r}"
-            for key in self.settings | there
-            if there.get(key) != self.settings.get(key)
+            f"{key} {there.get(key)!r}, not {settings.get(key)!r}"
+            for key in settings | there
+            if there.get(key) != settings.get(key)
             and not (key == "num_samples" and there[key] < self.num_samples)  # it may grow
         ]
         if differing:
             raise UserError(
-                f"{self.folder} holds samples made with {'; '.join(differing)}: choose another "
-                "--out, or the settings that are there"
+                f"{folder} holds samples made with {'; '.join(differing)}: choose another --out, "
+                "or the settings that are there"
             )
+        self._num_samples_there = there["num_samples"]
+
+    def __len__(self) -> int:
+        return self.num_samples
 
     def begin(self) -> None:
         """Writes the settings; one rank does this before any chunk is written. If there are fewer
         samples than are asked for now, a chunk that was the last and short is drawn again."""
+        before = self._num_samples_there
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if any(self.folder.glob("samples-*.parquet")):
-                before = _read_settings(self.folder)["num_samples"]
-                if before < self.num_samples and before % self.chunk_size:
-                    self.chunk_file(before // self.chunk_size).unlink(missing_ok=True)
+            if before < self.num_samples and before % self.chunk_size:
+                self.chunk_file(before // self.chunk_size).unlink(missing_ok=True)
             write_sealed(self.folder / SETTINGS_FILE, self.settings, version=VERSION)
         except OSError as error:
             raise UserError(f"{self.folder} can't be written: {error}") from error
@@ -240,6 +225,22 @@ class SampleStore:
         return UserError(
             f"{self.chunk_file(chunk)} is damaged: delete it and run the same command again"
         )
+
+
+def open_samples(path: Path) -> Samples:
+    """The samples at `path`: a folder of `sample_fid`'s, an .npz of ADM's, or a folder of pictures.
+
+    Raises:
+        UserError: there is no such thing.
+    """
+    if path.is_file():
+        return NpzImages(path)
+    if not (path / SETTINGS_FILE).exists():
+        return FolderImages(path)
+    store = SampleStore(path, _read_settings(path))
+    if missing := store.missing_chunks():
+        raise UserError(f"{path} lacks {len(missing)} of its chunks: draw them first")
+    return store
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

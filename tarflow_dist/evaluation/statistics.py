@@ -1,6 +1,6 @@
-"""Sums over the images of a set on any number of ranks, and the Fréchet distance."""
+"""Moments of an image set's features on any number of ranks, the Inception Score, and the Fréchet
+distance."""
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -66,41 +66,17 @@ class Statistics:
         return Gaussian(mean.cpu().numpy(), (centred / (self.count - 1)).cpu().numpy())
 
 
-class InceptionScore:
-    """exp(E KL(p(y|x) ‖ p(y))) of each of ten splits of the set, in the order of the images
-    (arXiv 1606.03498). Keeps Σp and Σ p·log p of each split, for
-    E KL(p ‖ q) = E Σ p·log p − Σ q·log q where q = E p.
-
-    Args:
-        total: N; split s has the images s·N//10 to (s + 1)·N//10.
-        num_classes: K.
-    """
-
-    def __init__(self, total: int, num_classes: int, device: torch.device | str = "cpu"):
-        self._ends = torch.tensor([(s + 1) * total // SPLITS for s in range(SPLITS)])
-        self._counts = torch.zeros(SPLITS, dtype=torch.float64, device=device)
-        self._p = torch.zeros(SPLITS, num_classes, dtype=torch.float64, device=device)
-        self._p_log_p = torch.zeros(SPLITS, dtype=torch.float64, device=device)
-
-    def add(self, index: Tensor, logits: Tensor) -> None:
-        """Takes the logits (B, K) of the images `index` (B,)."""
-        split = torch.searchsorted(self._ends, index, right=True).to(self._p.device)
-        log_p = logits.to(self._p).log_softmax(dim=1)
-        p = log_p.exp()
-        self._counts.index_add_(0, split, torch.ones_like(p[:, 0]))
-        self._p.index_add_(0, split, p)
-        self._p_log_p.index_add_(0, split, (p * log_p).sum(dim=1))
-
-    def reduce(self) -> None:
-        """Adds up all ranks' sums, in place."""
-        for total in (self._counts, self._p, self._p_log_p):
-            sum_over_ranks(total)
-
-    def of_splits(self) -> list[float]:
-        """The score of each split that has images."""
-        q = self._p / self._counts[:, None]
-        divergence = self._p_log_p / self._counts - torch.special.xlogy(q, q).sum(dim=1)
-        return [score for score in divergence.exp().tolist() if not math.isnan(score)]
+def inception_scores(logits: Tensor) -> list[float]:
+    """exp(E KL(p(y|x) ‖ p(y))) of each of ten splits of N images in their order, or of fewer where
+    there are fewer images (arXiv 1606.03498), from the logits (N, K). The divergence is the entropy
+    of the mean less the mean entropy."""
+    N, scores = len(logits), []
+    for split in range(SPLITS):
+        p = logits[split * N // SPLITS : (split + 1) * N // SPLITS].double().softmax(dim=1)
+        if len(p):
+            entropy = torch.special.entr(p.mean(dim=0)).sum()
+            scores.append(float((entropy - torch.special.entr(p).sum(dim=1).mean()).exp()))
+    return scores
 
 
 def frechet_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> float:

@@ -25,26 +25,28 @@ def model_card(
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+    from tarflow_dist.evaluation.result import described
+
     config = from_saved(FlowConfig, saved["model"])
     classes = from_saved(Classes, saved.get("classes", {}))
     provenance = saved.get("provenance", {})
+    measured = None
+    if result is not None:
+        fid = result["features"].startswith("inception")
+        measured = EvalResult(
+            task_type=TASK,
+            dataset_type="image-folder",
+            dataset_name=result["reference"],
+            metric_type="fid" if fid else "frechet_distance",
+            metric_value=result["frechet_distance"],
+        )
     data = ModelCardData(
         license=license,
         library_name="tarflow_dist",
         pipeline_tag=TASK,
         tags=["tarflow", "normalizing-flow", "arxiv:2412.06329"],
         model_name=repo.partition("/")[2],
-        eval_results=None
-        if result is None
-        else [
-            EvalResult(
-                task_type=TASK,
-                dataset_type="image-folder",
-                dataset_name=result["reference"],
-                metric_type="fid" if result["features"] == "inception" else "frechet_distance",
-                metric_value=result["frechet_distance"],
-            )
-        ],
+        eval_results=measured,
     )
     call = ["[0]"] if config.num_classes else []
     if result and result["guidance"]:
@@ -62,7 +64,7 @@ def model_card(
         images=provenance.get("images"),
         weights=WEIGHTS.get(provenance.get("weights", "")),
         names=some(classes.shown),
-        figures=None if result is None else _figures(result),
+        figures=None if result is None else described(result),
         warnings=[] if result is None else result["warnings"],
         license=license,
     )
@@ -74,17 +76,3 @@ def _noise(config: FlowConfig) -> str:
         return "uniform, within the 8-bit bins"
     levels = config.sigma_range or (config.sigma,)
     return f"Gaussian, std {' to '.join(map(str, levels))} of images in [-1, 1]"
-
-
-def _figures(result: dict[str, Any]) -> dict[str, str]:
-    from tarflow_dist.evaluation import result as shown
-
-    reference = filter(None, (result["reference"], result["reference_split"]))
-    return {
-        **shown.figures(result),
-        "features": result["features"],
-        "samples": f"{result['num_samples']:,}, labels {result['labels'] or 'none'}",
-        "guidance": shown.guidance(result),
-        "denoising": shown.denoising(result),
-        "reference": " ".join(reference),
-    }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tarflow_dist.distributed import device_name
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import read_sealed, write_sealed
+from tarflow_dist.files import from_saved, read_sealed, write_sealed
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.flow.windows import Solver
 from tarflow_dist.models.folder import POLICY_FILE
@@ -118,11 +118,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _calibration(entry: dict[str, Any]) -> Calibration:
-    return Calibration(
-        device=str(entry["device"]),
-        dtype=str(entry["dtype"]),
-        batch=int(entry["batch"]),
-        guidance=Guidance(**entry["guidance"]),
-        solvers=tuple(Solver(**solver) for solver in entry["solvers"]),
-        measured=dict(entry["measured"]),
-    )
+    typed = {
+        "guidance": Guidance(**entry["guidance"]),
+        "solvers": tuple(Solver(**solver) for solver in entry["solvers"]),
+    }
+    return from_saved(Calibration, {**entry, **typed})

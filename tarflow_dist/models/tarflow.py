@@ -90,17 +90,14 @@ class TarFlow(Flow):
             UserError: they are not exactly this model's, or of several types or whole numbers;
                 `source` is named.
         """
-        expected = {name: tensor.shape for name, tensor in self.state_dict().items()}
-        for name, shape in expected.items():
-            if name not in weights:
-                raise UserError(f"{source} is of another model: it lacks {name}")
-            if weights[name].shape != shape:
+        expected = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        there = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        for name in expected | there:
+            if expected.get(name) != there.get(name):
                 raise UserError(
-                    f"{source} is of another model size: {name} is {tuple(weights[name].shape)}, "
-                    f"its config says {tuple(shape)}"
+                    f"{source} is of another model: its {name} is {there.get(name, 'missing')}, "
+                    f"and {expected.get(name, 'missing')} in the model of its config"
                 )
-        if extra := sorted(weights.keys() - expected.keys()):
-            raise UserError(f"{source} is of another model: it has {extra[0]} and this one has not")
         types = {weights[name].dtype for name, _ in self.named_parameters()}
         if len(types) > 1 or not all(dtype.is_floating_point for dtype in types):
             named = ", ".join(sorted(map(dtype_name, types)))
@@ -232,7 +229,7 @@ class TarFlow(Flow):
         def decode(*attempts: int) -> Tensor:
             z = self.noise_of(index, seed=seed, attempt=torch.tensor(attempts, dtype=torch.int64))
             with Progress("sampling", len(self.blocks), unit="block", enabled=progress) as shown:
-                return self.decode(z, labels, on_block=partial(_count_block, shown), **guidance)
+                return self.decode(z, labels, on_block=lambda _: shown.update(1), **guidance)
 
         def finished(way: Denoising | None, *attempts: int) -> Tensor:
             x = decode(*attempts)
@@ -284,7 +281,3 @@ class TarFlow(Flow):
             epoch=torch.as_tensor(attempt, device=self.device),
         )
         return noise.to(self.dtype)
-
-
-def _count_block(progress: Progress, _: Tensor) -> None:
-    progress.update(1)

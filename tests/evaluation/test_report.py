@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tarflow_dist.evaluation import sweep
 from tarflow_dist.evaluation.neighbours import NeighboursOf
-from tarflow_dist.evaluation.report import write_report
+from tarflow_dist.evaluation.report import plot_sweep, show_sweep, write_csv, write_report
 from tarflow_dist.evaluation.sample_store import SampleStore
 
 MAGENTA, ORANGE = (255, 0, 255), (255, 128, 0)
@@ -73,9 +72,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         np.full((32, 32, 3), MAGENTA, np.uint8),
         np.full((6, 32, 32, 3), ORANGE, np.uint8),
         [1.25, 2, 3, 4, 5, 6],
-        2.5,
     )
-    sweep.plot(RESULTS, folder / "sweep.png")
+    plot_sweep(RESULTS, folder / "sweep.png")
     write_report(
         folder / "report.html",
         RESULTS,
@@ -162,7 +160,7 @@ def test_a_browser_shows_the_words(report: Path, tmp_path: Path) -> None:
         "3 of the 8 had to be drawn again",
         ">tench, Tinca tinca<",
         ">goldfish<",
-        "distances 1.25, 2, 3, 4, 5, 6; the nearest is 2.5 from the next of these",
+        "distances 1.25, 2, 3, 4, 5, 6<",
         "--model 'a &amp; b'",
         "1.5True",
         "12.3 s",
@@ -171,7 +169,7 @@ def test_a_browser_shows_the_words(report: Path, tmp_path: Path) -> None:
 
 
 def test_the_table_of_a_sweep(tmp_path: Path) -> None:
-    sweep.write_csv(RESULTS, tmp_path / "sweep.csv")
+    write_csv(RESULTS, tmp_path / "sweep.csv")
     with (tmp_path / "sweep.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["guidance"], row["denoise"], row["frechet_distance"]) for row in rows] == [
@@ -184,7 +182,7 @@ def test_the_table_of_a_sweep(tmp_path: Path) -> None:
 
 
 def test_the_table_on_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
-    sweep.show(RESULTS, 3)
+    show_sweep(RESULTS, 3)
     header, *rows = capsys.readouterr().out.splitlines()
     assert header.split()[:3] == ["guidance", "denoising", "FID"]
     assert [" ".join(row.split()[:3]) for row in rows] == [
@@ -198,7 +196,7 @@ def test_the_table_on_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_curves_of_a_sweep(tmp_path: Path) -> None:
     """Distance, Inception Score and precision, and no panel for the recall that there isn't."""
-    sweep.plot(RESULTS, tmp_path / "sweep.png")
+    plot_sweep(RESULTS, tmp_path / "sweep.png")
     width, height = Image.open(tmp_path / "sweep.png").size
     assert width == pytest.approx(3 * 4.2 * 120, abs=2)
     assert height == pytest.approx(3.6 * 120, abs=2)

@@ -19,10 +19,11 @@ from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation import features, report, result
 from tarflow_dist.evaluation.feature_set import FeatureSet
 from tarflow_dist.evaluation.features import Features, PixelFeatures
-from tarflow_dist.evaluation.image_sets import check_image_shape, open_samples
+from tarflow_dist.evaluation.image_sets import check_image_shape
 from tarflow_dist.evaluation.metrics import FIGURES
+from tarflow_dist.evaluation.point import sample_labels
 from tarflow_dist.evaluation.reference_set import open_reference
-from tarflow_dist.evaluation.settings import sample_labels
+from tarflow_dist.evaluation.sample_store import open_samples
 from tarflow_dist.evaluation.statistics import Gaussian
 from tarflow_dist.files import lock_folder, sha256
 from tarflow_dist.models.tarflow import TarFlow
@@ -242,7 +243,7 @@ class RowMeans:
     """Instead of Inception, whose weights are not here."""
 
     name, weights_sha256 = "row means", None
-    dim, spatial_dim, num_classes = 8, 0, 0
+    dim, spatial_dim = 8, 0
 
     def __call__(self, images: torch.Tensor) -> Features:
         return Features(images.double().mean(dim=(1, 2)))

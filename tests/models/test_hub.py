@@ -157,8 +157,10 @@ def test_without_huggingface_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def samples_of(folder: Path, weights_sha256: str) -> Path:
     """As sample_fid writes them."""
     folder.mkdir()
-    result = dict.fromkeys(FIGURES) | {"frechet_distance": 3.25, "features": "inception"}
+    result = dict.fromkeys(FIGURES) | {"frechet_distance": 3.25, "features": "inception-v3-2048"}
     result |= {"num_samples": 50_000, "labels": "random", "guidance": 1.5, "annealed": True}
+    result |= {"seed": 0, "samples_sha256": "ab" * 32, "redrawn_samples": 7}
+    result |= {"reference_images": 1000}
     result |= {"rule": "linear", "guide": "both", "guide_blocks": None, "attn_temp": 1.0}
     result |= {"denoise": True, "reference": "shards/pets", "reference_split": "train"}
     result |= {"warnings": ["few samples"], "weights_sha256": weights_sha256}
