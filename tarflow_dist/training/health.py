@@ -10,7 +10,6 @@ from tarflow_dist.errors import UserError
 from tarflow_dist.training.checkpoint import newest_whole
 from tarflow_dist.training.engine import Engine
 from tarflow_dist.training.latest_checkpoint import FOLDER
-from tarflow_dist.training.objective import Objective
 from tarflow_dist.training.state import RunState
 
 
@@ -18,8 +17,8 @@ class Health:
     """Counts the steps that were left out and goes back to the last checkpoint when there are too
     many in a row."""
 
-    def __init__(self, config: Config, engine: Engine, objective: Objective):
-        self._config, self._engine, self._objective = config, engine, objective
+    def __init__(self, config: Config, engine: Engine):
+        self._config, self._engine = config, engine
         self._rollbacks = 0
 
     def judge(self, problem: str | None, state: RunState) -> str | None:
@@ -58,7 +57,6 @@ class Health:
                 f"{why} at {state.images} images, before the first checkpoint: lower optimizer.lr"
             )
         self._engine.load(saved.read_part, saved.state.optimizer_steps)
-        self._objective.load(saved.read_part)
         self._rollbacks += 1
         state.skipped_in_a_row = 0
         self._say(f"{why}: back to the weights of {saved.folder}, on from {state.images} images")

@@ -2,7 +2,6 @@
 
 import math
 import time
-from itertools import chain
 
 import torch
 
@@ -66,11 +65,10 @@ def _train(
     engine = build_engine(config, micro_batch_size, device)
     classes = shards.classes if config.model.num_classes else NAMELESS
     objective = MaximumLikelihood(engine, config, device)
-    state = restore(config, engine, objective)
+    state = restore(config, engine)
     if config.init is not None and state.images == 0:
         read, said = first_state(config, classes)
         engine.load(read, optimizer_steps=0)
-        objective.load(read)
         changes += said
     changes += recognise_data(state, shards)
     batches = train_batches(
@@ -88,7 +86,7 @@ def _train(
     saver = Saver(
         config.run / latest_checkpoint.FOLDER, config.checkpoint, engine.flow.config, classes
     )
-    health = Health(config, engine, objective)
+    health = Health(config, engine)
     anyone = distributed.AnyRank(device)
     with RunLog(config, state, changes, throughput) as log:
         stop = False
@@ -120,7 +118,7 @@ def _train(
                 if engine.is_finite():
                     state.optimizer_steps = engine.optimizer_steps
                     log.sync()
-                    saver.save(chain(engine.pieces(), objective.pieces()), state)
+                    saver.save(engine.pieces(), state)
                     log.record_progress()
                 else:
                     diverged = "the weights are no longer finite"

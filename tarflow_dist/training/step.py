@@ -12,7 +12,7 @@ from tarflow_dist.config import Config
 from tarflow_dist.data.loader import Batch
 from tarflow_dist.telemetry.throughput import Throughput
 from tarflow_dist.training.engine import Engine
-from tarflow_dist.training.objective import Objective
+from tarflow_dist.training.maximum_likelihood import MaximumLikelihood
 from tarflow_dist.training.schedule import ema_decay, learning_rate
 from tarflow_dist.training.state import RunState
 
@@ -29,7 +29,7 @@ class StepResult:
         problem: why the step was left out; None if it was taken.
     """
 
-    objective: Objective
+    objective: MaximumLikelihood
     lr: float
     grad_norm: float | Tensor
     problem: str | None
@@ -46,7 +46,7 @@ class Stepper:
     def __init__(
         self,
         engine: Engine,
-        objective: Objective,
+        objective: MaximumLikelihood,
         batches: Iterator[Batch],
         config: Config,
         device: torch.device,

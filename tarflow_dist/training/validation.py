@@ -16,14 +16,14 @@ from tarflow_dist.files import write_whole
 from tarflow_dist.models.tarflow import TarFlow
 from tarflow_dist.telemetry.pictures import picture_grid
 from tarflow_dist.training.engine import Engine
-from tarflow_dist.training.objective import Objective
+from tarflow_dist.training.maximum_likelihood import MaximumLikelihood
 
 PREVIEWS = "previews"
 
 
 def held_out_loss(
     engine: Engine,
-    objective: Objective,
+    objective: MaximumLikelihood,
     shards: Shards,
     config: Config,
     batch_size: int,
@@ -54,7 +54,9 @@ def held_out_loss(
     return objective.held_out_loss(flow, told())
 
 
-def draw_preview(engine: Engine, objective: Objective, config: Config, images: int) -> Path | str:
+def draw_preview(
+    engine: Engine, objective: MaximumLikelihood, config: Config, images: int
+) -> Path | str:
     """Draws `config.preview` at `images` seen, each rank a share of the samples. Collective.
 
     Returns:

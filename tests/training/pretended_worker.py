@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -71,24 +70,24 @@ def train(config: Config, device: torch.device, waits: dict[str, int]) -> dict[s
     state.optimizer_steps = engine.optimizer_steps
     saver = Saver(config.run / FOLDER, config.checkpoint, engine.flow.config)
     waits.clear()
-    saver.save(chain(engine.pieces(), objective.pieces()), state)
+    saver.save(engine.pieces(), state)
     to_save = dict(waits)
     saver.finish()
     picture = draw_preview(engine, objective, config, state.images)
     assert isinstance(picture, Path), picture
-    before = saved(engine, objective)
-    assert restore(config, engine, objective) == state
-    after = saved(engine, objective)
+    before = saved(engine)
+    assert restore(config, engine) == state
+    after = saved(engine)
     assert all(torch.equal(after[key], values) for key, values in before.items())
     step()
     return {"losses": losses, "waits": waited, "to_save": to_save, "tensors": len(before)}
 
 
-def saved(engine: Any, objective: Any) -> dict[str, torch.Tensor]:
+def saved(engine: Any) -> dict[str, torch.Tensor]:
     """What the only rank adds to a checkpoint, in host memory."""
     return {
         f"{kind}/{piece.name}": values.to("cpu", copy=True)
-        for piece in chain(engine.pieces(), objective.pieces())
+        for piece in engine.pieces()
         for kind, values in piece.values.items()
     }
 

@@ -2,22 +2,17 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import ROOT
 from safetensors.torch import save_file
 
-from tarflow_dist import config_file as configs
 from tarflow_dist.config import CheckpointConfig
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import describe, write_sealed
 from tarflow_dist.flow.config import FlowConfig
-from tarflow_dist.flow.model import Flow
 from tarflow_dist.training.checkpoint import Checkpoint, Piece, newest_whole
 from tarflow_dist.training.latest_checkpoint import give_up_after, newest
-from tarflow_dist.training.maximum_likelihood import MaximumLikelihood
 from tarflow_dist.training.saver import Saver
 from tarflow_dist.training.state import RunState
 
@@ -334,23 +329,3 @@ def test_a_state_of_before_it_had_a_hash_is_read(tmp_path: Path) -> None:
     del content["xxh3_128"]
     file.write_text(json.dumps(content))
     assert Checkpoint(folder).state.images == 128
-
-
-def test_the_objective_keeps_its_own_part(tmp_path: Path) -> None:
-    """The prior's variance, where files of before have it."""
-    config = configs.load(ROOT / "configs" / "digits.yaml", ["model.volume_preserving=true"])
-    flows = [Flow(**config.model.to_json()) for _ in range(2)]
-    # of the engine it needs the flow alone
-    first, second = (
-        MaximumLikelihood(SimpleNamespace(flow=flow), config, torch.device("cpu"))  # type: ignore[arg-type]
-        for flow in flows
-    )
-    flows[0].update_prior(torch.rand_like(flows[0].var))
-    writing = saver(tmp_path)
-    writing.save([*pieces({"weights/a": torch.ones(2)}), *first.pieces()], RunState(images=1))
-    writing.finish()
-    saved = Checkpoint(tmp_path / f"{1:011d}")
-    assert saved.read_all("buffers").keys() == {"var"}
-    assert not torch.equal(flows[1].var, flows[0].var)
-    second.load(saved.read_part)
-    assert torch.equal(flows[1].var, flows[0].var)
