@@ -13,7 +13,6 @@ from tarflow_dist.data.loader import Batch
 from tarflow_dist.flow.bits_per_dim import loss_of
 from tarflow_dist.models.likelihood import mean_log_prob, with_noise
 from tarflow_dist.models.tarflow import TarFlow
-from tarflow_dist.training.block_monitor import BlockMonitor
 from tarflow_dist.training.engine import Engine
 from tarflow_dist.training.step_metrics import StepMetrics
 
@@ -21,38 +20,32 @@ from tarflow_dist.training.step_metrics import StepMetrics
 class MaximumLikelihood:
     """What a run minimises, and what it shows of it: −log p(x | y) in nats a dimension, less a
     constant (arXiv 2412.06329, equation 6), of an iTARFlow weighted by the images' noise levels.
-    All but `begin_step`, `loss` and `draw` are collective."""
+    All but `begin_step`, `loss` and `draw` are collective.
+
+    Attributes:
+        metrics: of the step since `begin_step`.
+    """
 
     def __init__(self, engine: Engine, config: Config, device: torch.device):
         self._engine, self._config, self._device = engine, config, device
-        self._monitor = BlockMonitor(engine.flow)
+        self.metrics = StepMetrics(engine.flow)
 
     def begin_step(self) -> None:
         """Forgets what was seen in the last step."""
-        self._metrics = StepMetrics(self._engine.flow, self._device)
+        self.metrics.begin_step()
         self._mean_squares: list[Tensor] = []  # of the prior's variance: (N, D) a pass
-        self._monitor.reset()
 
     def loss(self, batch: Batch) -> Tensor:
-        """The mean loss of this rank's images in one pass, to go backward from. What it saw is kept
-        on the device for `figures`."""
+        """The mean loss of this rank's images in one pass, to go backward from."""
         flow = self._engine.flow
         x, y, sigma = augment(batch, self._config, self._device)
         z, logdets = self._engine(x, y, sigma)
-        if sigma is None:
-            loss = flow.loss(z, logdets)
-        else:
-            losses = flow.losses(z, logdets)
-            loss = (loss_weight(self._config.train.loss_weight, sigma) * losses).mean()
-            self._metrics.add_by_noise_level(sigma, losses)
-        self._metrics.add(loss, z, logdets)
+        rule = self._config.train.loss_weight
+        loss = flow.loss(z, logdets, None if sigma is None else loss_weight(rule, sigma))
+        self.metrics.add(loss, z, logdets, sigma)
         if flow.volume_preserving:
             self._mean_squares.append(z.detach().square().mean(dim=0))
         return loss
-
-    def culprit(self, loss: Tensor) -> str:
-        """Where the numbers of a step first stopped being finite; `loss` is summed over passes."""
-        return self._monitor.offender(loss)
 
     def end_step(self, *, applied: bool) -> None:
         """The weights have been updated, or else the step was left out."""
@@ -61,10 +54,6 @@ class MaximumLikelihood:
             mine = torch.stack(self._mean_squares).mean(dim=0)
             total = distributed.sum_over_ranks(mine)
             flow.update_prior(total / distributed.world_size())
-
-    def figures(self) -> dict[str, float]:
-        """Means over the global batch of the last step, "loss" among them."""
-        return self._metrics.figures(self._monitor.mean_z2)
 
     def held_out_loss(self, flow: TarFlow, batches: Iterable[Batch]) -> float:
         """The loss of `flow` on all ranks' `batches`, without weights."""

@@ -15,6 +15,7 @@ from tarflow_dist.training.engine import Engine
 from tarflow_dist.training.maximum_likelihood import MaximumLikelihood
 from tarflow_dist.training.schedule import ema_decay, learning_rate
 from tarflow_dist.training.state import RunState
+from tarflow_dist.training.step_metrics import StepMetrics
 
 MEAN_LOSS_RATE = 0.02
 
@@ -29,47 +30,42 @@ class StepResult:
         problem: why the step was left out; None if it was taken.
     """
 
-    objective: MaximumLikelihood
+    metrics: StepMetrics
     lr: float
     grad_norm: float | Tensor
     problem: str | None
 
     def figures(self) -> dict[str, float]:
-        """The objective's, until the next step begins. Collective."""
-        return {**self.objective.figures(), "grad_norm": float(self.grad_norm), "lr": self.lr}
+        """Means over the global batch, until the next step begins. Collective."""
+        return {**self.metrics.figures(), "grad_norm": float(self.grad_norm), "lr": self.lr}
 
 
+@dataclass
 class Stepper:
     """Takes the run's optimiser steps: passes forward and backward over this rank's share of the
     batch, then the update of weights and average."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        objective: MaximumLikelihood,
-        batches: Iterator[Batch],
-        config: Config,
-        device: torch.device,
-        throughput: Throughput,
-    ):
-        self._engine, self._objective = engine, objective
-        self._batches, self._config = batches, config
-        self._device, self._throughput = device, throughput
+    engine: Engine
+    objective: MaximumLikelihood
+    batches: Iterator[Batch]
+    config: Config
+    device: torch.device
+    throughput: Throughput
 
     def step(self, state: RunState) -> StepResult:
         """Takes the step that follows `state`. One whose loss or gradient is not finite, or whose
         loss jumps, is left out on all ranks together: nothing changes but the position."""
-        config, engine, objective = self._config, self._engine, self._objective
+        config, engine, objective = self.config, self.engine, self.objective
         images = state.images + config.train.batch_size
         lr = learning_rate(config.optimizer, images, config.train.images)
         decay = ema_decay(config.optimizer, images, config.train.batch_size)
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         spike = None
         objective.begin_step()
         for number in range(engine.accumulation_steps):
-            with self._throughput.waiting():
-                batch = next(self._batches)
-            with self._throughput.working():
+            with self.throughput.waiting():
+                batch = next(self.batches)
+            with self.throughput.working():
                 loss = objective.loss(batch)
             total += loss.detach()
             last = number == engine.accumulation_steps - 1
@@ -82,15 +78,15 @@ class Stepper:
         objective.end_step(applied=applied)
         problem = None
         if not applied or spike:
-            problem = spike or f"{objective.culprit(total)} is not finite"
-        return StepResult(objective, lr, engine.grad_norm(), problem)
+            problem = spike or f"{objective.metrics.culprit(total)} is not finite"
+        return StepResult(objective.metrics, lr, engine.grad_norm(), problem)
 
     def _spike(self, loss_sum: float, state: RunState) -> str | None:
         """Whether the step's loss, summed over all passes and ranks, jumps above its recent average
         in `state`, which it otherwise joins."""
-        limit = self._config.health.loss_spike
+        limit = self.config.health.loss_spike
         assert limit is not None
-        loss = loss_sum / (self._engine.accumulation_steps * distributed.world_size())
+        loss = loss_sum / (self.engine.accumulation_steps * distributed.world_size())
         mean = state.mean_loss
         if mean is not None and loss > mean + limit:
             return f"its loss {loss:.4g} is more than {limit} above the recent average {mean:.4g}"
