@@ -96,7 +96,7 @@ class Watch:
 
         phases = [(RunLog, "write_row", "log"), (loop, "restore", "resume")]
         phases += [(Engine, "is_finite", "save")]
-        phases += [(Saver, name, "save") for name in ("save", "publish", "finish")]
+        phases += [(Saver, name, "save") for name in ("save", "publish")]
         with ExitStack() as stack:
             patch = lambda *args: stack.enter_context(mock.patch.object(*args))  # noqa: E731
             for owner, name, phase in phases:

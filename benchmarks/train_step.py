@@ -197,7 +197,7 @@ def checkpoint_cost(ours: Ours, config: Config, device: torch.device, step: floa
         meanwhile = []
         while saver.writing:
             meanwhile.append(seconds(ours.step, device))
-        saver.finish()
+        saver.publish()
         slower = sum(meanwhile) - step * len(meanwhile)
         lost = saver.stall_seconds + max(slower, 0.0)
         between = config.checkpoint.every_images / config.train.batch_size * step

@@ -159,9 +159,6 @@ class CheckpointConfig(Section):
     """Of the checkpoints, the first one past each multiple of this is never deleted."""
     keep_best: bool = False
     """Keep the one with the least held-out loss as well; needs eval.every_images."""
-    on_failure: Literal["stop", "continue"] = "stop"
-    """When a checkpoint can't be written, as on a full disk: stop the run, or train on and try
-    again at the next one."""
 
 
 class HealthConfig(Section):

@@ -187,6 +187,22 @@ class Counter:
 
 
 @contextmanager
+def together(failure: str) -> Iterator[None]:
+    """Raises on every rank what the body raises on one, if it is the user's to mend: a `UserError`,
+    or an `OSError` as one that begins with `failure`. Collective."""
+    problem = None
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"{failure}: {error.strerror or error}"
+    problem = next(filter(None, gather(problem)), None)
+    if problem is not None:
+        raise UserError(problem)
+
+
+@contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Makes `folder` and keeps other jobs out of it while the body runs. Rank 0 holds the lock for
     all.
@@ -195,16 +211,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
         UserError: on every rank, if another job writes there or the folder can't be made.
     """
     with ExitStack() as held:
-        problem = None
-        if is_main():
-            try:
+        with together(f"the folder {folder} can't be written"):
+            if is_main():
                 folder.mkdir(parents=True, exist_ok=True)
                 held.enter_context(files.lock_folder(folder))
-            except UserError as error:
-                problem = str(error)
-            except OSError as error:
-                problem = f"the folder {folder} can't be written: {error.strerror}"
-        problem = from_main(problem)
-        if problem is not None:
-            raise UserError(problem)
         yield

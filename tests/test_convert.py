@@ -118,7 +118,7 @@ def run_folder(tmp_path: Path) -> tuple[Path, dict[str, dict[str, torch.Tensor]]
     (run / "config.yaml").touch()
     saver = Saver(run / "checkpoints", CheckpointConfig(every_images=1), FlowConfig(**SIZES))
     saver.save(pieces, RunState(images=256))
-    saver.finish()
+    saver.publish()
     return run, kinds
 
 

@@ -71,7 +71,7 @@ def test_a_model_from_before_a_field_and_after_one() -> None:
 def write_state(folder: Path) -> Path:
     saver = Saver(folder, CheckpointConfig(every_images=1), FlowConfig(**SIZES))
     saver.save([Piece("a", torch.Size([2]), 0, {"ema": torch.ones(2)})], RunState(images=128))
-    saver.finish()
+    saver.publish()
     return folder / "00000000128" / "state.json"
 
 

@@ -176,6 +176,6 @@ def checkpoint_stall(bench: Bench) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         saver = Saver(Path(folder), config.checkpoint, run.engine.flow.config)
         still = bench.seconds(lambda: saver.save(run.engine.pieces(), run.state))
-        written = bench.seconds(saver.finish)
+        written = bench.seconds(saver.publish)
         size = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
     yield {"checkpoint": {"still": round(still, 3), "written": round(written, 3), "bytes": size}}

@@ -179,9 +179,8 @@ def least_val_loss(folder: Path, names: list[str]) -> str | None:
     losses = {}
     for name in names:
         try:
-            state = read_sealed(folder / name / STATE_FILE, version=VERSION)["state"]
-            losses[name] = from_saved(RunState, state).val_loss
-        except (OSError, LookupError, TypeError, ValueError):
+            losses[name] = Checkpoint(folder / name).state.val_loss
+        except UserError:
             continue  # damaged: it is named when a run would go on from it
     measured = {name: loss for name, loss in losses.items() if loss is not None}
     return min(measured, key=lambda name: measured[name], default=None)
@@ -199,23 +198,15 @@ def newest_whole(folder: Path) -> Checkpoint | None:
     problems = []
     # rank 0 chooses: over a network folder, ranks can see different ones as the newest
     for path in distributed.from_main(latest_checkpoint.candidates(folder)):
-        saved, problem = _open(path)
-        problem = next(filter(None, distributed.gather(problem)), None)
-        if problem is None:
-            assert saved is not None
+        try:
+            with distributed.together(f"{path} can't be read"):
+                saved = Checkpoint(path)
+                saved.verify()
             return saved
-        problems.append(problem)
-        if distributed.is_main():
-            print(f"{problem}; trying the one before it", file=sys.stderr)
+        except UserError as error:
+            problems.append(error)
+            if distributed.is_main():
+                print(f"{error}; trying the one before it", file=sys.stderr)
     if problems:
         raise UserError(f"{folder} holds no whole checkpoint to go on from: {problems[0]}")
     return None
-
-
-def _open(folder: Path) -> tuple[Checkpoint | None, str | None]:
-    try:
-        saved = Checkpoint(folder)
-        saved.verify()
-    except UserError as error:
-        return None, str(error)
-    return saved, None

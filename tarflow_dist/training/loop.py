@@ -117,6 +117,6 @@ def train(config: Config, device: torch.device) -> bool:
                 health.go_back(state, diverged)
             if state.passed(config.preview.every_images, batch_size):
                 log.show_preview(draw_preview(engine, objective, config, state.images))
-        saver.finish()
+        saver.publish()
         log.record_progress()
     return state.images >= config.train.images

@@ -93,7 +93,7 @@ def run_cell(config: Config, folder: Path, elsewhere: Path | None) -> dict:
     engine.flow.var.zero_()
     losses += train(engine, config, range(HALF, STEPS))  # while it is written
     norm = float(engine.grad_norm())
-    saver.finish()
+    saver.publish()
     checkpoint = newest(folder)
     assert checkpoint is not None
     other = new_engine(config)

@@ -72,7 +72,7 @@ def train(config: Config, device: torch.device, waits: dict[str, int]) -> dict[s
     waits.clear()
     saver.save(engine.pieces(), state)
     to_save = dict(waits)
-    saver.finish()
+    saver.publish()
     picture = draw_preview(engine, objective, config, state.images)
     assert isinstance(picture, Path), picture
     before = saved(engine)
