@@ -166,9 +166,8 @@ class HealthConfig(Section):
 
     max_skipped: PositiveInt = 10
     """Steps in a row that may be left out because loss or gradient is not finite; then the run goes
-    back to its last checkpoint, and on with the images that follow."""
-    max_rollbacks: NonNegativeInt = 2
-    """Times that a start of the run may go back so; then it stops."""
+    back to its last checkpoint, and on with the images that follow. After the second time it
+    stops."""
     loss_spike: PositiveFloat | None = None
     """Leave out a step whose loss is this much (nats a dimension) above its recent average; null
     takes all."""

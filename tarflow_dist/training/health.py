@@ -12,6 +12,8 @@ from tarflow_dist.training.engine import Engine
 from tarflow_dist.training.latest_checkpoint import FOLDER
 from tarflow_dist.training.state import RunState
 
+MAX_ROLLBACKS = 2  # in one start of a run
+
 
 class Health:
     """Counts the steps that were left out and goes back to the last checkpoint when there are too
@@ -42,14 +44,12 @@ class Health:
         data stays, so that the images that did the harm are behind.
 
         Raises:
-            UserError: there is none, or it has been done `health.max_rollbacks` times.
+            UserError: there is none, or it has been done MAX_ROLLBACKS times.
         """
-        limit, total = self._config.health.max_rollbacks, self._config.train.images
-        if self._rollbacks >= limit or state.images >= total:
-            when = f"after going back {self._rollbacks} times" if limit else ""
+        if self._rollbacks >= MAX_ROLLBACKS or state.images >= self._config.train.images:
             raise UserError(
-                f"{why} at {state.images} images {when}: the same command goes on from the last "
-                "checkpoint, with a lower optimizer.lr"
+                f"{why} at {state.images} images after going back {self._rollbacks} times: the "
+                "same command goes on from the last checkpoint, with a lower optimizer.lr"
             )
         saved = newest_whole(self._config.run / FOLDER)
         if saved is None:

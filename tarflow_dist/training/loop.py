@@ -48,7 +48,6 @@ def train(config: Config, device: torch.device) -> bool:
         shards = open_data(config, "train")
         val_shards = None if config.eval.every_images is None else open_data(config, "val")
         stack.enter_context(distributed.lock_folder(config.run))
-        run_folder.check_kinds(config.run)
         changes = run_folder.changes_since_start(config)
         if micro_batch_size < config.micro_batch(distributed.world_size()):
             changes.append(f"its batch goes through {micro_batch_size} images at a time")

@@ -147,10 +147,9 @@ def test_the_pointer_decides(tmp_path: Path) -> None:
     assert newest(tmp_path) == newer
 
 
-def a_folder(pointer: Path) -> None:
+def a_link(pointer: Path) -> None:
     pointer.unlink()
-    pointer.mkdir()
-    (pointer / "kept").write_text("")
+    pointer.symlink_to(f"{128:011d}")
 
 
 def a_pipe(pointer: Path) -> None:
@@ -167,7 +166,7 @@ BAD_POINTERS: dict[str, Callable[[Path], object]] = {
     "climbs": lambda pointer: pointer.write_bytes(b"../../other/checkpoints/00000000128"),
     "not UTF-8": lambda pointer: pointer.write_bytes(b"\xff\xfe\x00"),
     "huge": lambda pointer: pointer.write_bytes(b"9" * 10_000_000),
-    "folder": a_folder,
+    "link to a folder": a_link,
     "pipe": a_pipe,
 }
 

@@ -13,10 +13,9 @@ import torch
 from commands import ROOT, command
 
 from tarflow_dist import config_file as configs
-from tarflow_dist.errors import UserError
 from tarflow_dist.telemetry.throughput import Throughput
 from tarflow_dist.training import run_log
-from tarflow_dist.training.run_folder import check_kinds, read_status
+from tarflow_dist.training.run_folder import read_status
 from tarflow_dist.training.run_log import RunLog
 from tarflow_dist.training.state import RunState
 
@@ -103,16 +102,6 @@ def test_without_any_network(up: bool, digits: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == (0 if up else 2)
     assert up or done.stderr.splitlines()[-1].startswith("error: there is no network here")
-
-
-@pytest.mark.parametrize("name", ["config.yaml", "status.json", "metrics.jsonl", "wandb"])
-def test_what_is_of_the_wrong_kind_is_named(name: str, tmp_path: Path) -> None:
-    if "." in name:
-        (tmp_path / name).mkdir()
-    else:
-        (tmp_path / name).touch()
-    with pytest.raises(UserError, match=f"{name} is no (file|folder): remove it"):
-        check_kinds(tmp_path)
 
 
 def test_a_refused_start_leaves_the_run_as_it_was(digits: Path, tmp_path: Path) -> None:
