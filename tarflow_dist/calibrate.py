@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
     from tarflow_dist.flow.block import FlowBlock
     from tarflow_dist.flow.guidance import Guidance
-    from tarflow_dist.flow.inverse import Solver
     from tarflow_dist.flow.recordings import Recordings
+    from tarflow_dist.flow.windows import Solver
     from tarflow_dist.models.sampling_policy import Calibration
     from tarflow_dist.models.tarflow import TarFlow
 
@@ -102,7 +102,7 @@ def calibrate(
     flow: "TarFlow", batch: int, guidance: "Guidance", goal: "Goal", *, seed: int
 ) -> "Calibration":
     """The fastest solver of each block for `batch` samples, proved on whole images in the end."""
-    from tarflow_dist.flow.inverse import SEQUENTIAL
+    from tarflow_dist.flow.windows import SEQUENTIAL
     from tarflow_dist.models.sampling_policy import Calibration, dtype_name, machine_name
 
     z, y = inputs(flow, batch, seed=seed)
@@ -161,7 +161,8 @@ def fastest_solver(
     recordings: "Recordings",
 ) -> "Solver":
     """The best window that a search finds, if it then beats the sequential way once more."""
-    from tarflow_dist.flow.inverse import SEQUENTIAL, Solver, invert_block
+    from tarflow_dist.flow.inverse import invert_block
+    from tarflow_dist.flow.windows import SEQUENTIAL, Solver
 
     def inversion(solver: Solver) -> Callable[[], object]:
         return lambda: invert_block(block, z, y, guidance, solver, recordings=recordings)
@@ -194,7 +195,7 @@ def faithful(
 ) -> tuple[list["Solver"], tuple[float, float]]:
     """`solvers` with the coarsest of `TOLERANCES` that comes as close to the goal as the sequential
     way, and how close that is (`compare`); all sequential if there is none."""
-    from tarflow_dist.flow.inverse import SEQUENTIAL
+    from tarflow_dist.flow.windows import SEQUENTIAL
 
     share_of_sequential, largest_of_sequential = goal.sequential
     for tolerance in TOLERANCES if any(s != SEQUENTIAL for s in solvers) else ():
@@ -245,8 +246,8 @@ def draw(
     Raises:
         UserError: the sequential ones are not finite, and so no measure of others.
     """
-    from tarflow_dist.flow.inverse import SEQUENTIAL
     from tarflow_dist.flow.noise import to_pixels
+    from tarflow_dist.flow.windows import SEQUENTIAL
 
     z, y = inputs(flow, images, seed=seed)
     sequential = [SEQUENTIAL] * len(flow.blocks)

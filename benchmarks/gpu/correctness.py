@@ -20,13 +20,14 @@ from tarflow_dist.config import Config
 from tarflow_dist.flow import inverse, native
 from tarflow_dist.flow.model import Flow
 from tarflow_dist.flow.recordings import Recordings
+from tarflow_dist.flow.windows import Solver
 
 WAYS: dict[str, dict[str, Any]] = {
     "sequential": {},
     "guided": {"guidance": 1.5, "annealed": True},
     "gaussian": {"guidance": 2.0, "rule": "gaussian"},
     "temperature": {"guidance": 1.0, "attn_temp": 0.7},
-    "windows": {"guidance": 1.5, "solvers": [inverse.Solver(8, 1e-3)] * 2},
+    "windows": {"guidance": 1.5, "solvers": [Solver(8, 1e-3)] * 2},
 }
 BOUNDS = {torch.float64: 1e-10, torch.float32: 5e-6}
 

@@ -11,7 +11,7 @@ from tarflow_dist.flow.condition import (
     new_class_embed,
 )
 from tarflow_dist.flow.permutation import image_place, permute
-from tarflow_dist.flow.transformer import KVCache, TransformerLayer, accurate_dtype
+from tarflow_dist.flow.transformer import TransformerLayer, accurate_dtype
 
 
 class FlowBlock(nn.Module):
@@ -84,10 +84,9 @@ class FlowBlock(nn.Module):
         """Position embeddings (N, width) in the block's own order."""
         return permute(self.pos_embed, reverse=self.reverse, dim=0)
 
-    def positions_at(self, places: Tensor) -> Tensor:
-        """Position embeddings (S, width) at `places` (S,) of the block's own order."""
-        places = image_place(places, len(self.pos_embed), reverse=self.reverse)
-        return self.pos_embed.index_select(0, places)
+    def positions_at(self, places: int | Tensor) -> Tensor:
+        """Position embeddings (…, width) at `places` (…) of the block's own order."""
+        return self.pos_embed[image_place(places, len(self.pos_embed), reverse=self.reverse)]
 
     def condition(self, y: Tensor | None, sigma: Tensor | None = None) -> Tensor | None:
         """Class ids (B,), −1 for none, and noise levels (B,) → what is added to every token:
@@ -107,12 +106,3 @@ class FlowBlock(nn.Module):
             return out, torch.zeros_like(out)
         alpha, mu = out.chunk(2, dim=-1)
         return mu, alpha
-
-    def new_caches(self, batch: int) -> list[KVCache]:
-        """An empty KV cache a layer, for `batch` sequences of N patches."""
-        num_patches, width = self.pos_embed.shape
-        shape = (batch, width // self.head_dim, num_patches, self.head_dim)
-        return [
-            KVCache(shape, device=self.pos_embed.device, dtype=self.pos_embed.dtype)
-            for _ in self.attn_blocks
-        ]

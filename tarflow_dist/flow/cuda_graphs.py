@@ -14,10 +14,9 @@ def has_graphs(device: torch.device) -> bool:
 
 
 class Replay:
-    """Calls `work(stop)` as CUDA graphs, for a `stop` that grows, on the whole, up to `last`.
+    """Calls `work(stop)`, with `stop` up to `last`, as CUDA graphs.
 
-    `stop` is rounded up to the end of one of `CACHE_LENGTHS` equal parts, with a graph each. Where
-    a longer one has been reached, it stays.
+    `stop` is rounded up to the end of one of `CACHE_LENGTHS` equal parts, with a graph each.
 
     Args:
         work: must find its tensors where they were, and copy nothing to the host.
@@ -27,14 +26,13 @@ class Replay:
     def __init__(self, work: Callable[[int], None], changes: Sequence[Tensor], last: int):
         self._work, self._changes, self._last = work, changes, last
         self._stretch = -(-last // CACHE_LENGTHS)
-        self._end = 0
-        self._play: Callable[[], None] = lambda: None
+        self._graphs: dict[int, Callable[[], None]] = {}
 
     def __call__(self, stop: int) -> None:
         end = min(-(-stop // self._stretch) * self._stretch, self._last)
-        if end > self._end:
-            self._play, self._end = record(partial(self._work, end), self._changes), end
-        self._play()
+        if end not in self._graphs:
+            self._graphs[end] = record(partial(self._work, end), self._changes)
+        self._graphs[end]()
 
 
 def record(work: Callable[[], None], changes: Sequence[Tensor]) -> Callable[[], None]:

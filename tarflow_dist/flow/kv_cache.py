@@ -23,9 +23,6 @@ class CachedTransformer(Protocol):
             stop: above all of `at`.
         """
 
-    def keep(self, rows: Tensor) -> None:
-        """Goes on with some of the sequences: (B,) bool."""
-
 
 def cached_transformer(
     block: FlowBlock, condition: Tensor | None, rows: int, temperature: Tensor | None
@@ -36,42 +33,52 @@ def cached_transformer(
     return kind(block, condition, rows, temperature)
 
 
+def cache_shape(block: FlowBlock, rows: int) -> torch.Size:
+    """Of the keys and values of `rows` sequences: (layers, 2, rows, heads, N, head_dim)."""
+    num_patches, width = block.pos_embed.shape
+    heads = width // block.head_dim
+    return torch.Size((len(block.attn_blocks), 2, rows, heads, num_patches, block.head_dim))
+
+
 class TorchTransformer:
-    """On every device, in every type."""
+    """On every device, in every type.
+
+    Args:
+        caches: of `cache_shape`, finite; None takes memory of its own.
+    """
 
     def __init__(
-        self, block: FlowBlock, condition: Tensor | None, rows: int, temperature: Tensor | None
+        self,
+        block: FlowBlock,
+        condition: Tensor | None,
+        rows: int,
+        temperature: Tensor | None,
+        *,
+        caches: Tensor | None = None,
     ):
         self._block = block
-        self._positions = block.permuted_positions()
         self._condition = condition
-        self._caches = block.new_caches(rows)
         self._temperature = temperature
+        if caches is None:
+            caches = block.pos_embed.new_zeros(cache_shape(block, rows))
+        self._caches = caches
 
     def __call__(self, x: Tensor, at: int | Tensor, stop: int) -> Tensor:
         mask = None
         if isinstance(at, Tensor):
             mask = torch.arange(stop, device=x.device) <= at[:, None, :, None]
-        h = self._block.embed(x, self._positions[at], self._condition)
+        h = self._block.embed(x, self._block.positions_at(at), self._condition)
         for layer, cache in zip(self._block.attn_blocks, self._caches, strict=True):
             assert isinstance(layer, TransformerLayer)
             h = layer.extend(h, cache, at, stop, mask, self._temperature)
         return self._block.proj_out(h)
-
-    def keep(self, rows: Tensor) -> None:
-        for cache in self._caches:
-            cache.keep(rows)
-        if self._temperature is not None:
-            self._temperature = self._temperature[rows]
-        if self._condition is not None and self._condition.ndim == 3:
-            self._condition = self._condition[rows]
 
 
 class TritonTransformer:
     """On a GPU, one patch at a time, at a place that only the device knows.
 
     Args:
-        caches: (layers, 2, rows, heads, N, head_dim), contiguous; its values need not be any.
+        caches: of `cache_shape`, contiguous; its values need not be any.
     """
 
     def __init__(
@@ -106,9 +113,6 @@ class TritonTransformer:
             h, normed = add_norm(h, layer.attention.proj(out), *_norm(layer.mlp.norm))
             change = layer.mlp.main(normed)
         return block.proj_out(h if change is None else h + change)
-
-    def keep(self, rows: Tensor) -> None:
-        raise NotImplementedError("what is recorded is recorded for all of its sequences")
 
 
 def _norm(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:

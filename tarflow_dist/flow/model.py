@@ -11,11 +11,12 @@ from tarflow_dist.flow.block import FlowBlock
 from tarflow_dist.flow.config import FlowConfig
 from tarflow_dist.flow.denoise import Denoising, denoise_in_steps, score_denoise
 from tarflow_dist.flow.guidance import Guidance, Guide, Rule
-from tarflow_dist.flow.inverse import SEQUENTIAL, Solver, invert_block
+from tarflow_dist.flow.inverse import invert_block
 from tarflow_dist.flow.patches import patchify, unpatchify
 from tarflow_dist.flow.permutation import is_reversed
 from tarflow_dist.flow.recordings import Recordings
 from tarflow_dist.flow.transformer import accurate_dtype
+from tarflow_dist.flow.windows import SEQUENTIAL, Solver
 
 DENOISE_MEMORY = 4 * 2**30
 """Bytes, on a CPU."""

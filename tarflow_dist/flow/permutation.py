@@ -8,7 +8,7 @@ def is_reversed(block: int) -> bool:
     return block % 2 == 1
 
 
-def image_place(place: Tensor, num_patches: int, *, reverse: bool) -> Tensor:
+def image_place(place: int | Tensor, num_patches: int, *, reverse: bool) -> int | Tensor:
     """Where in the image the patch at `place` of a block's own order is."""
     return num_patches - 1 - place if reverse else place
 

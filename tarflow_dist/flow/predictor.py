@@ -69,7 +69,3 @@ class Predictor:
         if not self._guidance.active:
             return mu, alpha.exp()
         return self._guidance.combine(mu, alpha, at + 1, len(self._block.pos_embed))
-
-    def keep(self, samples: Tensor) -> None:
-        """Goes on with some of the samples: (B,) bool."""
-        self._transformer.keep(torch.cat([samples, samples]) if self._guidance.active else samples)

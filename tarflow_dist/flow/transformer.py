@@ -13,37 +13,22 @@ def accurate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-class KVCache:
-    """Keys and values of the tokens one layer has seen, in memory taken once.
+def write_cache(
+    cache: Tensor, keys_values: Tensor, at: int | Tensor, stop: int
+) -> tuple[Tensor, Tensor]:
+    """Puts the keys and values (2, B, heads, S, head_dim) of the tokens `at` in their place in
+    `cache` (2, B, heads, N, head_dim), and returns views of those of all tokens before `stop`.
 
     Args:
-        shape: (B, heads, N, head_dim).
+        at: the place of a single token (S = 1), or (B, S), each sequence's own.
     """
-
-    def __init__(
-        self, shape: tuple[int, int, int, int], *, device: torch.device, dtype: torch.dtype
-    ):
-        self._memory = torch.zeros((2, *shape), device=device, dtype=dtype)
-        self._sequence = torch.arange(shape[0], device=device)[:, None]
-
-    def write(self, keys_values: Tensor, at: int | Tensor, stop: int) -> tuple[Tensor, Tensor]:
-        """Puts the keys and values (2, B, heads, S, head_dim) of the tokens `at` in their place,
-        and returns views of those of all tokens before `stop`; zeros where none were put.
-
-        Args:
-            at: the place of a single token (S = 1), or (B, S), each sequence's own.
-        """
-        if isinstance(at, int):
-            self._memory[:, :, :, at : at + 1] = keys_values
-        else:
-            self._memory[:, self._sequence, :, at] = keys_values.permute(1, 3, 0, 2, 4)
-        keys, values = self._memory[:, :, :, :stop].unbind()
-        return keys, values
-
-    def keep(self, rows: Tensor) -> None:
-        """Goes on with some of the sequences: (B,) bool."""
-        self._memory = self._memory[:, rows]
-        self._sequence = self._sequence[: self._memory.shape[1]]
+    if isinstance(at, int):
+        cache[:, :, :, at : at + 1] = keys_values
+    else:
+        sequence = torch.arange(cache.shape[1], device=cache.device)[:, None]
+        cache[:, sequence, :, at] = keys_values.permute(1, 3, 0, 2, 4)
+    keys, values = cache[:, :, :, :stop].unbind()
+    return keys, values
 
 
 class Attention(nn.Module):
@@ -66,7 +51,7 @@ class Attention(nn.Module):
     def extend(
         self,
         x: Tensor,
-        cache: KVCache,
+        cache: Tensor,
         at: int | Tensor,
         stop: int,
         mask: Tensor | None,
@@ -77,7 +62,7 @@ class Attention(nn.Module):
         q = heads[0]
         if temperature is not None:
             q = (q.to(temperature.dtype) / temperature).to(q.dtype)
-        keys, values = cache.write(heads[1:], at, stop)
+        keys, values = write_cache(cache, heads[1:], at, stop)
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
         return self.proj(out.transpose(1, 2).reshape(x.shape))
 
@@ -116,7 +101,7 @@ class TransformerLayer(nn.Module):
     def extend(
         self,
         x: Tensor,
-        cache: KVCache,
+        cache: Tensor,
         at: int | Tensor,
         stop: int,
         mask: Tensor | None = None,

@@ -33,7 +33,8 @@ def attend(qkv: Tensor, cache: Tensor, place: Tensor, logit_scale: Tensor) -> Te
     parts = min(max(PROGRAMS // (batch * heads), 1), triton.cdiv(length, keys))
     parts = triton.next_power_of_2(parts)  # the last may have no keys at all
     out = qkv.new_empty(batch, 1, heads * head_dim)
-    found = logit_scale.new_empty(batch * heads, parts, dims + 2)
+    # what each part found, to be combined
+    found = out if parts == 1 else logit_scale.new_empty(batch * heads, parts, dims + 2)
     sizes = {"dims": dims, "parts": parts}
     _attend[batch * heads, parts](
         *(qkv, cache, place, logit_scale, found, out, heads, length, head_dim), tile=keys, **sizes

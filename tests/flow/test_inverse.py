@@ -16,9 +16,9 @@ from tarflow_dist.flow import cuda_graphs as graphs
 from tarflow_dist.flow import inverse
 from tarflow_dist.flow.block import FlowBlock
 from tarflow_dist.flow.guidance import Guidance
-from tarflow_dist.flow.inverse import Solver
 from tarflow_dist.flow.model import Flow
-from tarflow_dist.flow.predictor import guided_condition
+from tarflow_dist.flow.predictor import Predictor, guided_condition
+from tarflow_dist.flow.windows import Solver, Windows
 
 
 def random_flow(chance: random.Random, **changes: object) -> Flow:
@@ -114,16 +114,22 @@ def test_what_a_gpu_repeats_is_the_sequential_inverse(
     assert (x - expected).abs().max() < 1e-8 * bound
 
 
-def test_windows_on_a_gpu_meet_few_sizes_of_batch(recorded: list) -> None:
-    flow = random_flow(random.Random(5), image_size=12, num_classes=0, num_blocks=1)
-    sizes = []
-    layer = flow.blocks[0].attn_blocks[0]
-    layer.mlp.register_forward_hook(lambda module, given, out: sizes.append(len(out)))
-    noise = torch.randn(11, flow.num_patches, flow.patch_dim, dtype=torch.float64)
-    z = noise * torch.linspace(0.01, 2, 11, dtype=torch.float64)[:, None, None]  # easy to hard
-    x = flow.decode(z, solvers=[Solver(8, 1e-6)])
-    assert {11, 5} < set(sizes) <= {11, 5, 2, 1}
-    assert (flow.encode(x) - z).abs().max() < 1e-4
+def test_windows_are_recorded_once(recorded: list) -> None:
+    """A graph for each eighth of the sequence; what others left in the cache is never seen."""
+    flow = random_flow(random.Random(5), image_size=12, num_classes=0, num_blocks=2)
+    solvers = [Solver(8, 1e-9)] * 2
+    z = torch.randn(3, flow.num_patches, flow.patch_dim, dtype=torch.float64)
+    flow.decode(z * math.nan)
+    count = len(recorded)
+    x = flow.decode(z, solvers=solvers)
+    assert (flow.encode(x) - z).abs().max() < 1e-6
+    assert count < len(recorded) <= count + 2 * graphs.CACHE_LENGTHS
+    count = len(recorded)
+    flow.decode(z * math.nan, solvers=solvers)
+    assert torch.equal(flow.decode(z, solvers=solvers), x)
+    assert len(recorded) == count
+    flow.decode(z, solvers=[Solver(8, 1e-3)] * 2)
+    assert len(recorded) > count
 
 
 def test_a_block_is_recorded_once(recorded: list) -> None:
@@ -198,11 +204,11 @@ def test_a_sweep_on_a_gpu_never_waits_for_the_host(
                 setattr(module, name, nn.Parameter(parameter.to(dtype)))
         x, z = torch.randn(2, 3, 16, 3)
         condition = guided_condition(block, torch.arange(3), None, guidance)
-        predict = inverse.Predictor(block, condition, len(x), guidance)
-        settled = torch.zeros(3, dtype=torch.int64)
-        inverse._sweep(predict, x, z, settled, torch.arange(window), 1e-3, 8)
+        predict = Predictor(block, condition, len(x), guidance)
+        windows = Windows(predict, z, x, Solver(window, 1e-3))
+        windows.sweep(8)
         with pytest.raises(DataDependentOutputException):
-            settled.max().item()
+            windows.settled.max().item()
 
 
 def test_a_coarse_tolerance_stops_early_and_is_kept() -> None:

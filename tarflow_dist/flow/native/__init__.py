@@ -87,20 +87,23 @@ class NativeTransformer:
             num_layers=len(layers),
         )
         num_patches, width = block.pos_embed.shape
-        self._condition = block.pos_embed.new_zeros(rows, 1, width)
+        classes = block.pos_embed.new_zeros(rows, 1, width)
         if condition is not None:
-            self._condition += condition
-        self._scale = block.pos_embed.new_full((rows,), block.head_dim**-0.5)
+            classes += condition
+        scale = block.pos_embed.new_full((rows,), block.head_dim**-0.5)
         if temperature is not None:
-            self._scale /= temperature.flatten()
+            scale /= temperature.flatten()
         heads = width // block.head_dim
         self._tokens = _Tokens(width=width, heads=heads, num_patches=num_patches)
-        self._caches = [
+        caches = [
             block.pos_embed.new_empty(rows, heads, size(ctypes.byref(self._tokens)))
             for _ in layers
             for size in (found.keys_size, found.values_size)
         ]
-        self._point_at_sequences()
+        self._tokens.logit_scale = self._keep(scale)
+        self._transformer.classes = self._keep(classes)
+        for layer, keys, values in zip(self._layers, caches[::2], caches[1::2], strict=True):
+            layer.keys, layer.values = self._keep(keys), self._keep(values)
 
     def __call__(self, x: Tensor, at: int | Tensor, stop: int) -> Tensor:
         tokens, output = self._tokens, self._transformer.output
@@ -121,20 +124,6 @@ class NativeTransformer:
             self._threads,
         )
         return out
-
-    def keep(self, rows: Tensor) -> None:
-        for number, cache in enumerate(self._caches):  # one at a time: they are large
-            self._caches[number] = cache[rows]
-        self._scale, self._condition = self._scale[rows], self._condition[rows]
-        self._point_at_sequences()
-
-    def _point_at_sequences(self) -> None:
-        self._tokens.logit_scale = self._scale.data_ptr()
-        self._transformer.classes = self._condition.data_ptr()
-        for layer, keys, values in zip(
-            self._layers, self._caches[::2], self._caches[1::2], strict=True
-        ):
-            layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
 
     def _layer(self, layer: nn.Module) -> _Layer:
         assert isinstance(layer, TransformerLayer)
