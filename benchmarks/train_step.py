@@ -39,7 +39,7 @@ from tarflow_dist.training.maximum_likelihood import MaximumLikelihood
 from tarflow_dist.training.saver import Saver
 from tarflow_dist.training.setup import build_engine, start_throughput
 from tarflow_dist.training.state import RunState
-from tarflow_dist.training.step import Stepper, StepResult
+from tarflow_dist.training.step import Stepper
 from tarflow_dist.training.zero import DECAY, EMA, track_ema
 
 GIB = 2**30
@@ -67,12 +67,11 @@ class Ours:
         throughput = start_throughput(config, device, 0)
         batches = random_batches(config, micro_batch)
         objective = MaximumLikelihood(self.engine, config, device)
-        self._stepper = Stepper(self.engine, objective, batches, config, device, throughput)
+        self.stepper = Stepper(self.engine, objective, batches, config, device, throughput)
 
-    def step(self) -> StepResult:
-        result = self._stepper.step(self.state)
+    def step(self) -> None:
+        self.stepper.step(self.state)
         self.state.images += self._batch_size
-        return result
 
 
 class Published:

@@ -144,22 +144,20 @@ class Shards:
         Raises:
             UserError: as above.
         """
+        kept = None
         try:
             data = self._read(index)
-            if self._is_whole(index, data):
-                return data
-            kept = self._store.renew(self._names[self._shard[index]])
-            if kept is None:
-                raise UserError(f"{self._where(index)} is damaged: {MEND}")
-            if self._is_whole(index, data := self._read(index)):
-                return data
+            if not (whole := self._is_whole(index, data)):
+                kept = self._store.renew(self._names[self._shard[index]])
+                whole = self._is_whole(index, data := self._read(index))
         except OSError as error:
             raise UserError(
                 f"{self._where(index)} can't be read ({error.strerror}): {MEND}"
             ) from error
-        raise UserError(
-            f"{self._where(index)} is damaged, and so is what was fetched again to {kept}: {MEND}"
-        )
+        if whole:
+            return data
+        again = f", and so is what was fetched again to {kept}" if kept else ""
+        raise UserError(f"{self._where(index)} is damaged{again}: {MEND}")
 
     def _where(self, index: int) -> str:
         name = self._names[self._shard[index]]

@@ -11,7 +11,6 @@ checkpoints/latest          the name of the newest, written last (`latest_checkp
 In version 1 every tensor lay whole, and in its shape, in one of the files.
 """
 
-import sys
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable
@@ -193,8 +192,8 @@ def newest_whole(folder: Path) -> Checkpoint | None:
     Raises:
         UserError: on every rank, if all of them are damaged.
     """
-    if distributed.is_main() and (problem := latest_checkpoint.problem(folder)):
-        print(problem, file=sys.stderr)
+    if problem := latest_checkpoint.problem(folder):
+        distributed.say(problem)
     problems = []
     # rank 0 chooses: over a network folder, ranks can see different ones as the newest
     for path in distributed.from_main(latest_checkpoint.candidates(folder)):
@@ -205,8 +204,7 @@ def newest_whole(folder: Path) -> Checkpoint | None:
             return saved
         except UserError as error:
             problems.append(error)
-            if distributed.is_main():
-                print(f"{error}; trying the one before it", file=sys.stderr)
+            distributed.say(f"{error}; trying the one before it")
     if problems:
         raise UserError(f"{folder} holds no whole checkpoint to go on from: {problems[0]}")
     return None

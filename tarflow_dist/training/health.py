@@ -2,7 +2,6 @@
 are stuck, as in a collective that another rank never joins."""
 
 import faulthandler
-import sys
 
 from tarflow_dist import distributed
 from tarflow_dist.config import Config, HealthConfig
@@ -34,7 +33,8 @@ class Health:
             return None
         state.skipped += 1
         state.skipped_in_a_row += 1
-        self._say(f"left out the step to {state.images} images: {problem}")
+        run = self._config.run
+        distributed.say(f"{run}: left out the step to {state.images} images: {problem}")
         if state.skipped_in_a_row < self._config.health.max_skipped:
             return None
         return f"{state.skipped_in_a_row} steps in a row were left out"
@@ -59,11 +59,8 @@ class Health:
         self._engine.load(saved.read_part, saved.state.optimizer_steps)
         self._rollbacks += 1
         state.skipped_in_a_row = 0
-        self._say(f"{why}: back to the weights of {saved.folder}, on from {state.images} images")
-
-    def _say(self, what: str) -> None:
-        if distributed.is_main():
-            print(f"{self._config.run}: {what}", file=sys.stderr, flush=True)
+        back = f"back to the weights of {saved.folder}, on from {state.images} images"
+        distributed.say(f"{self._config.run}: {why}: {back}")
 
 
 class Watchdog:

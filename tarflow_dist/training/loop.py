@@ -81,15 +81,15 @@ def train(config: Config, device: torch.device) -> bool:
         stop = False
         while state.images < config.train.images and not stop:
             anyone.ask(interrupt.requested, saver.writing)
-            step = stepper.step(state)
+            problem = stepper.step(state)
             state.images += batch_size
             watchdog.step_done()
-            diverged = health.judge(step.problem, state)  # why the run should go back, if so
+            diverged = health.judge(problem, state)  # why the run should go back, if so
             stop, writing = anyone.answers()  # the same on every rank
             finished = state.images >= config.train.images
 
             if finished or state.passed(config.log.every_images, batch_size):
-                log.write_row(step, stall_seconds=saver.stall_seconds)
+                log.write_row(stepper.figures(), stall_seconds=saver.stall_seconds)
             state.val_loss = None
             measured = finished or state.passed(config.eval.every_images, batch_size)
             if val_shards is not None and measured:

@@ -11,7 +11,6 @@ from tarflow_dist.telemetry.progress import Progress
 from tarflow_dist.telemetry.throughput import Throughput
 from tarflow_dist.training import run_folder
 from tarflow_dist.training.state import RunState
-from tarflow_dist.training.step import StepResult
 
 
 class RunLog:
@@ -50,14 +49,15 @@ class RunLog:
             print(f"{config.run}: {verb}", *changes, sep="; ", file=sys.stderr)
             self.record_progress()
 
-    def write_row(self, step: StepResult, *, stall_seconds: float) -> None:
+    def write_row(self, figures: dict[str, float], *, stall_seconds: float) -> None:
         """A row of metrics for the step just taken, with the run's speed since the last row.
         Collective.
 
         Args:
+            figures: the step's.
             stall_seconds: time that checkpoints have held up training so far.
         """
-        figures, speed = step.figures(), self._throughput.figures(self._state.images)
+        speed = self._throughput.figures(self._state.images)
         self._figures["loss"] = figures["loss"]
         self._speed = speed["images_per_second"]
         if self._metrics is not None:

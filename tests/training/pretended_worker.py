@@ -58,11 +58,11 @@ def train(config: Config, device: torch.device, waits: dict[str, int]) -> dict[s
 
     def step() -> None:
         waits.clear()
-        result = stepper.step(state)
+        problem = stepper.step(state)
         waited.append(dict(waits))
         state.images += config.train.batch_size
-        assert result.problem is None, result.problem
-        losses.append(result.figures()["loss"])
+        assert problem is None, problem
+        losses.append(stepper.figures()["loss"])
 
     for _ in range(STEPS):
         step()
