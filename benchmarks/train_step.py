@@ -34,11 +34,11 @@ from tarflow_dist.cost.estimate import estimate
 from tarflow_dist.data.loader import Batch
 from tarflow_dist.flow.flops import FlowCost
 from tarflow_dist.flow.noise import scale_pixels
+from tarflow_dist.training.checkpoint import RunState
 from tarflow_dist.training.engine import Engine
 from tarflow_dist.training.maximum_likelihood import MaximumLikelihood
 from tarflow_dist.training.saver import Saver
 from tarflow_dist.training.setup import build_engine, start_throughput
-from tarflow_dist.training.state import RunState
 from tarflow_dist.training.step import Stepper
 from tarflow_dist.training.zero import DECAY, EMA, track_ema
 

@@ -1,17 +1,22 @@
-"""The bad hour: steps that were left out, until a run goes back to its checkpoint, and ranks that
-are stuck, as in a collective that another rank never joins."""
+"""The bad hour: steps that were left out, until a run goes back to its checkpoint; ranks that are
+stuck, as in a collective that another rank never joins; and requests to save and leave."""
 
 import faulthandler
+import signal
+import time
+from datetime import timedelta
+from types import FrameType
+from typing import Any
 
 from tarflow_dist import distributed
 from tarflow_dist.config import Config, HealthConfig
 from tarflow_dist.errors import UserError
-from tarflow_dist.training.checkpoint import newest_whole
+from tarflow_dist.training.checkpoint import RunState, newest_whole
 from tarflow_dist.training.engine import Engine
 from tarflow_dist.training.latest_checkpoint import FOLDER
-from tarflow_dist.training.state import RunState
 
 MAX_ROLLBACKS = 2  # in one start of a run
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 class Health:
@@ -80,3 +85,32 @@ class Watchdog:
 
     def __exit__(self, *exception: object) -> None:
         faulthandler.cancel_dump_traceback_later()
+
+
+class Interrupt:
+    """While entered, a signal, or the end of the time budget `after`, sets `requested`. A second
+    Ctrl-C acts as ever; the other signals, which launchers may send several times, keep on asking.
+    """
+
+    def __init__(self, after: timedelta | None = None) -> None:
+        self._signalled = False
+        self._deadline = None if after is None else time.monotonic() + after.total_seconds()
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        late = self._deadline is not None and time.monotonic() >= self._deadline
+        return self._signalled or late
+
+    def __enter__(self) -> "Interrupt":
+        self._handlers = {s: signal.signal(s, self._request) for s in SIGNALS}
+        return self
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True
+        if number == signal.SIGINT:
+            signal.signal(number, self._handlers[signal.SIGINT])
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)

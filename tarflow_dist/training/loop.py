@@ -12,8 +12,7 @@ from tarflow_dist.data.loader import train_batches
 from tarflow_dist.models.classes import NAMELESS
 from tarflow_dist.training import latest_checkpoint, run_folder
 from tarflow_dist.training.first_weights import first_state
-from tarflow_dist.training.health import Health, Watchdog
-from tarflow_dist.training.interrupt import Interrupt
+from tarflow_dist.training.health import Health, Interrupt, Watchdog
 from tarflow_dist.training.maximum_likelihood import MaximumLikelihood
 from tarflow_dist.training.run_log import RunLog
 from tarflow_dist.training.saver import Saver

@@ -10,7 +10,7 @@ from tarflow_dist.telemetry.metrics_log import Metrics, plot_loss
 from tarflow_dist.telemetry.progress import Progress
 from tarflow_dist.telemetry.throughput import Throughput
 from tarflow_dist.training import run_folder
-from tarflow_dist.training.state import RunState
+from tarflow_dist.training.checkpoint import RunState
 
 
 class RunLog:

@@ -18,8 +18,7 @@ from tarflow_dist.files import describe, grant, publish_folder, sync, write_seal
 from tarflow_dist.flow.config import FlowConfig
 from tarflow_dist.models.classes import NAMELESS, Classes
 from tarflow_dist.training import latest_checkpoint
-from tarflow_dist.training.checkpoint import STATE_FILE, VERSION, Piece, least_val_loss
-from tarflow_dist.training.state import RunState
+from tarflow_dist.training.checkpoint import STATE_FILE, VERSION, Piece, RunState, least_val_loss
 
 
 class _Share(NamedTuple):

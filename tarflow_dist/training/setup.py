@@ -17,9 +17,8 @@ from tarflow_dist.flow.flops import FlowCost
 from tarflow_dist.flow.model import Flow
 from tarflow_dist.telemetry.throughput import Throughput
 from tarflow_dist.training import latest_checkpoint
-from tarflow_dist.training.checkpoint import newest_whole
+from tarflow_dist.training.checkpoint import RunState, newest_whole
 from tarflow_dist.training.engine import Engine
-from tarflow_dist.training.state import RunState
 
 GROUPS = 64  # so that each of as many nodes, or of a divisor of them, has groups to itself
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3

@@ -10,10 +10,10 @@ from tarflow_dist import distributed
 from tarflow_dist.config import Config
 from tarflow_dist.data.loader import Batch
 from tarflow_dist.telemetry.throughput import Throughput
+from tarflow_dist.training.checkpoint import RunState
 from tarflow_dist.training.engine import Engine
 from tarflow_dist.training.maximum_likelihood import MaximumLikelihood
 from tarflow_dist.training.schedule import ema_decay, learning_rate
-from tarflow_dist.training.state import RunState
 
 MEAN_LOSS_RATE = 0.02
 

@@ -12,8 +12,8 @@ from tarflow_dist import distributed
 from tarflow_dist.errors import run_command
 from tarflow_dist.flow.model import Flow
 from tarflow_dist.training import loop, setup
+from tarflow_dist.training.checkpoint import RunState
 from tarflow_dist.training.engine import Engine
-from tarflow_dist.training.state import RunState
 from tarflow_dist.training.step import Stepper
 
 BAD_STEPS = (7, 8)

@@ -17,11 +17,10 @@ from tarflow_dist import distributed
 from tarflow_dist.config import CheckpointConfig, Config
 from tarflow_dist.flow.model import Flow
 from tarflow_dist.training import engine as engines
-from tarflow_dist.training.checkpoint import Checkpoint
+from tarflow_dist.training.checkpoint import Checkpoint, RunState
 from tarflow_dist.training.engine import Engine
 from tarflow_dist.training.latest_checkpoint import newest
 from tarflow_dist.training.saver import Saver
-from tarflow_dist.training.state import RunState
 
 STEPS, BATCH, LR, EMA_DECAY = 8, 16, 1e-3, 0.9
 HALF = STEPS // 2

@@ -11,10 +11,9 @@ from tarflow_dist.config import CheckpointConfig
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import describe, write_sealed
 from tarflow_dist.flow.config import FlowConfig
-from tarflow_dist.training.checkpoint import Checkpoint, Piece, newest_whole
+from tarflow_dist.training.checkpoint import Checkpoint, Piece, RunState, newest_whole
 from tarflow_dist.training.latest_checkpoint import give_up_after, newest
 from tarflow_dist.training.saver import Saver
-from tarflow_dist.training.state import RunState
 
 MODEL = FlowConfig(
     image_size=8, patch_size=2, width=64, num_blocks=2, layers_per_block=[1, 2], sigma=0.1

@@ -15,9 +15,9 @@ from commands import ROOT, command
 from tarflow_dist import config_file as configs
 from tarflow_dist.telemetry.throughput import Throughput
 from tarflow_dist.training import run_log
+from tarflow_dist.training.checkpoint import RunState
 from tarflow_dist.training.run_folder import read_status
 from tarflow_dist.training.run_log import RunLog
-from tarflow_dist.training.state import RunState
 
 SHORT = [
     "configs/digits.yaml",
