@@ -66,8 +66,8 @@ class Ours:
         self._batch_size = config.train.batch_size
         throughput = start_throughput(config, device, 0)
         batches = random_batches(config, micro_batch)
-        objective = MaximumLikelihood(self.engine, config, device)
-        self.stepper = Stepper(self.engine, objective, batches, config, device, throughput)
+        objective = MaximumLikelihood(self.engine, config)
+        self.stepper = Stepper(self.engine, objective, batches, config, throughput)
 
     def step(self) -> None:
         self.stepper.step(self.state)

@@ -165,16 +165,10 @@ def _plain(weights: dict[str, Any], source: Path) -> dict[str, Tensor]:
     Raises:
         UserError: one of them is no plain tensor of numbers.
     """
-    storages: set[int] = set()
     for name, tensor in weights.items():
-        kind = _oddity(tensor)
-        if kind:
+        if kind := _oddity(tensor):
             raise UserError(f"{source} can't be converted: its {name} is {kind}")
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in storages or storage.nbytes() > tensor.nbytes:
-            weights[name] = tensor.clone()  # tied weights, or a part of something larger
-        storages.add(storage.data_ptr())
-    return weights
+    return {name: tensor.clone() for name, tensor in weights.items()}  # some are tied
 
 
 def _oddity(tensor: Any) -> str:

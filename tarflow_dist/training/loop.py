@@ -52,7 +52,7 @@ def train(config: Config, device: torch.device) -> bool:
             changes.append(f"its batch goes through {micro_batch_size} images at a time")
         engine = build_engine(config, micro_batch_size, device)
         classes = shards.classes if config.model.num_classes else NAMELESS
-        objective = MaximumLikelihood(engine, config, device)
+        objective = MaximumLikelihood(engine, config)
         state = restore(config, engine)
         if config.init is not None and state.images == 0:
             read, said = first_state(config, classes)
@@ -70,7 +70,7 @@ def train(config: Config, device: torch.device) -> bool:
             num_workers=config.data.num_workers,
         )
         throughput = start_throughput(config, device, state.images)
-        stepper = Stepper(engine, objective, batches, config, device, throughput)
+        stepper = Stepper(engine, objective, batches, config, throughput)
         saver = Saver(
             config.run / latest_checkpoint.FOLDER, config.checkpoint, engine.flow.config, classes
         )
@@ -107,7 +107,7 @@ def train(config: Config, device: torch.device) -> bool:
                     state.optimizer_steps = engine.optimizer_steps
                     log.sync()
                     saver.save(engine.pieces(), state)
-                    log.record_progress()
+                    log.record_status()
                 else:
                     diverged = "the weights are no longer finite"
             if diverged is not None:
@@ -116,5 +116,5 @@ def train(config: Config, device: torch.device) -> bool:
             if state.passed(config.preview.every_images, batch_size):
                 log.show_preview(draw_preview(engine, objective, config, state.images))
         saver.publish()
-        log.record_progress()
+        log.record_status()
     return state.images >= config.train.images

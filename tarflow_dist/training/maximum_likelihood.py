@@ -26,8 +26,8 @@ class MaximumLikelihood:
         metrics: of the step since `begin_step`.
     """
 
-    def __init__(self, engine: Engine, config: Config, device: torch.device):
-        self._engine, self._config, self._device = engine, config, device
+    def __init__(self, engine: Engine, config: Config):
+        self._engine, self._config = engine, config
         self.metrics = StepMetrics(engine.flow)
 
     def begin_step(self) -> None:
@@ -38,7 +38,7 @@ class MaximumLikelihood:
     def loss(self, batch: Batch) -> Tensor:
         """The mean loss of this rank's images in one pass, to go backward from."""
         flow = self._engine.flow
-        x, y, sigma = augment(batch, self._config, self._device)
+        x, y, sigma = augment(batch, self._config, flow.device)
         z, logdets = self._engine(x, y, sigma)
         rule = self._config.train.loss_weight
         loss = flow.loss(z, logdets, None if sigma is None else loss_weight(rule, sigma))

@@ -27,7 +27,6 @@ class Stepper:
     objective: MaximumLikelihood
     batches: Iterator[Batch]
     config: Config
-    device: torch.device
     throughput: Throughput
 
     def step(self, state: RunState) -> str | None:
@@ -41,7 +40,7 @@ class Stepper:
         images = state.images + config.train.batch_size
         self._lr = learning_rate(config.optimizer, images, config.train.images)
         decay = ema_decay(config.optimizer, images, config.train.batch_size)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        total = torch.zeros((), dtype=torch.float64, device=engine.flow.device)
         spike = None
         objective.begin_step()
         for number in range(engine.accumulation_steps):

@@ -45,13 +45,12 @@ def train(config: Config, device: torch.device, waits: dict[str, int]) -> dict[s
 
     engine = build_engine(config, config.micro_batch(1), device)
     state = RunState(images=config.optimizer.warmup_images)
-    objective = MaximumLikelihood(engine, config, device)
+    objective = MaximumLikelihood(engine, config)
     stepper = Stepper(
         engine,
         objective,
         batches(config, engine.flow.image_shape),
         config,
-        device,
         start_throughput(config, device, 0),
     )
     losses, waited = [], []

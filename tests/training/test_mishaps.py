@@ -149,5 +149,5 @@ def test_pictures_and_status_never_end_a_run(
     assert "no loss.png (No space left on device)" in capsys.readouterr().err
     with RunLog(config, state, [], throughput) as written:
         monkeypatch.setattr(run_log.run_folder, "write_status", full)
-        written.record_progress()
+        written.record_status()
     assert "status.json can't be written (No space left on device)" in capsys.readouterr().err
