@@ -59,15 +59,16 @@ class MaximumLikelihood:
         """The loss of `flow` on all ranks' `batches`, without weights."""
         return loss_of(mean_log_prob(flow, batches, draws=1, seed=self._config.seed))
 
-    def draw(self, flow: TarFlow, index: Tensor, count: int) -> NDArray[np.uint8]:
-        """The samples `index` (B,) of a preview of `count`: (B, H, W, C).
+    def draw(self, flow: TarFlow) -> NDArray[np.uint8]:
+        """The samples of a preview: (B, H, W, C).
 
         Raises:
             ValueError: `flow` is too young to give any.
         """
         preview = self._config.preview
+        index = torch.arange(preview.count)
         drawn = flow.sample(
-            index * flow.num_classes // count if flow.num_classes else None,
+            index * flow.num_classes // preview.count if flow.num_classes else None,
             index=index,
             seed=self._config.seed,
             guidance=preview.guidance,
