@@ -87,6 +87,7 @@ class Watch:
         from tarflow_dist.training.engine import Engine
         from tarflow_dist.training.run_log import RunLog
         from tarflow_dist.training.saver import Saver
+        from tarflow_dist.training.step import Stepper
 
         class Mode(TorchDispatchMode):
             def __torch_dispatch__(mode, op, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: N805
@@ -94,9 +95,9 @@ class Watch:
                     self._see(op, args)
                 return op(*args, **(kwargs or {}))
 
-        phases = [(RunLog, "write_row", "log"), (loop, "restore", "resume")]
-        phases += [(Engine, "is_finite", "save")]
-        phases += [(Saver, name, "save") for name in ("save", "publish", "finish")]
+        phases = [(RunLog, "write_row", "log"), (Stepper, "figures", "log")]
+        phases += [(loop, "restore", "resume"), (Engine, "is_finite", "save")]
+        phases += [(Saver, name, "save") for name in ("save", "publish")]
         with ExitStack() as stack:
             patch = lambda *args: stack.enter_context(mock.patch.object(*args))  # noqa: E731
             for owner, name, phase in phases:

@@ -34,12 +34,12 @@ from tarflow_dist.cost.estimate import estimate
 from tarflow_dist.data.loader import Batch
 from tarflow_dist.flow.flops import FlowCost
 from tarflow_dist.flow.noise import scale_pixels
+from tarflow_dist.training.checkpoint import RunState
 from tarflow_dist.training.engine import Engine
 from tarflow_dist.training.maximum_likelihood import MaximumLikelihood
 from tarflow_dist.training.saver import Saver
 from tarflow_dist.training.setup import build_engine, start_throughput
-from tarflow_dist.training.state import RunState
-from tarflow_dist.training.step import Stepper, StepResult
+from tarflow_dist.training.step import Stepper
 from tarflow_dist.training.zero import DECAY, EMA, track_ema
 
 GIB = 2**30
@@ -66,13 +66,12 @@ class Ours:
         self._batch_size = config.train.batch_size
         throughput = start_throughput(config, device, 0)
         batches = random_batches(config, micro_batch)
-        objective = MaximumLikelihood(self.engine, config, device)
-        self._stepper = Stepper(self.engine, objective, batches, config, device, throughput)
+        objective = MaximumLikelihood(self.engine, config)
+        self.stepper = Stepper(self.engine, objective, batches, config, throughput)
 
-    def step(self) -> StepResult:
-        result = self._stepper.step(self.state)
+    def step(self) -> None:
+        self.stepper.step(self.state)
         self.state.images += self._batch_size
-        return result
 
 
 class Published:
@@ -214,7 +213,7 @@ def checkpoint_cost(ours: Ours, config: Config, device: torch.device, step: floa
         meanwhile = []
         while saver.writing:
             meanwhile.append(seconds(ours.step, device))
-        saver.finish()
+        saver.publish()
         slower = sum(meanwhile) - step * len(meanwhile)
         lost = saver.stall_seconds + max(slower, 0.0)
         between = config.checkpoint.every_images / config.train.batch_size * step

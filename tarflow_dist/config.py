@@ -159,9 +159,6 @@ class CheckpointConfig(Section):
     """Of the checkpoints, the first one past each multiple of this is never deleted."""
     keep_best: bool = False
     """Keep the one with the least held-out loss as well; needs eval.every_images."""
-    on_failure: Literal["stop", "continue"] = "stop"
-    """When a checkpoint can't be written, as on a full disk: stop the run, or train on and try
-    again at the next one."""
 
 
 class HealthConfig(Section):
@@ -169,9 +166,8 @@ class HealthConfig(Section):
 
     max_skipped: PositiveInt = 10
     """Steps in a row that may be left out because loss or gradient is not finite; then the run goes
-    back to its last checkpoint, and on with the images that follow."""
-    max_rollbacks: NonNegativeInt = 2
-    """Times that a start of the run may go back so; then it stops."""
+    back to its last checkpoint, and on with the images that follow. After the second time it
+    stops."""
     loss_spike: PositiveFloat | None = None
     """Leave out a step whose loss is this much (nats a dimension) above its recent average; null
     takes all."""

@@ -1,7 +1,7 @@
 """A run's config as a YAML file, or a recipe's name, plus `key=value` overrides."""
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -97,7 +97,14 @@ def load_saved(run: Path) -> tuple[Config, dict[str, Any]]:
     """
     path = run / SAVED_FILE
     tree = _read_tree(path)
-    gone = dict(_take_unknown(tree, Config))
+    gone: dict[str, Any] = {}
+    try:
+        Config.model_validate(tree)
+    except ValidationError as error:
+        for problem in error.errors():
+            if problem["type"] in UNKNOWN:
+                *sections, name = problem["loc"]
+                gone[".".join(map(str, problem["loc"]))] = _lookup(tree, sections).pop(name)
     for key, value in gone.items():
         if key.partition(".")[0] in FIXED_IN_A_RUN and value:
             raise UserError(
@@ -105,19 +112,6 @@ def load_saved(run: Path) -> tuple[Config, dict[str, Any]]:
                 "on with the one that wrote it"
             )
     return _validated(tree, path), gone
-
-
-def _take_unknown(
-    tree: Any, section: type[Section] | type[FlowConfig], prefix: str = ""
-) -> Iterator[tuple[str, Any]]:
-    """Takes what isn't a field out of `tree`, and gives dotted keys and values."""
-    kinds = get_type_hints(section)
-    for name in list(tree) if isinstance(tree, dict) else ():
-        kind = kinds.get(name)
-        if kind is None:
-            yield f"{prefix}{name}", tree.pop(name)
-        elif isinstance(kind, type) and issubclass(kind, Section | FlowConfig):
-            yield from _take_unknown(tree[name], kind, f"{prefix}{name}.")
 
 
 def dump(config: Config) -> str:
@@ -128,7 +122,7 @@ def dump(config: Config) -> str:
 def flat(config: Config) -> dict[str, Any]:
     """Dotted keys and their values."""
     tree = config.model_dump(mode="json")
-    return {key: _lookup(tree, key) for key, _, _ in fields(Config)}
+    return {key: _lookup(tree, key.split(".")) for key, _, _ in fields(Config)}
 
 
 def fields(
@@ -196,7 +190,7 @@ def _nearest(path: str, known: list[str]) -> str:
     return difflib.get_close_matches(path, beside or known + sections, n=1, cutoff=0.0)[0]
 
 
-def _lookup(tree: dict[str, Any], key: str) -> Any:
-    for part in key.split("."):
-        tree = tree[part]
+def _lookup(tree: Any, keys: Iterable[int | str]) -> Any:
+    for key in keys:
+        tree = tree[key]
     return tree

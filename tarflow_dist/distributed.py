@@ -2,13 +2,14 @@
 
 import atexit
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -48,14 +49,11 @@ def init(timeout: timedelta | None = None) -> torch.device:
         device = device_id = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    if not alone:
-        dist.init_process_group(backend, device_id=device_id, timeout=timeout)
-        return device
+    own: dict[str, Any] = {}
+    if alone:
+        own = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     try:
-        store = dist.HashStore()
-        dist.init_process_group(
-            backend, store=store, rank=0, world_size=1, device_id=device_id, timeout=timeout
-        )
+        dist.init_process_group(backend, device_id=device_id, timeout=timeout, **own)
     except RuntimeError as error:
         if "interface" not in str(error):
             raise
@@ -175,15 +173,35 @@ class Counter:
 
     def __init__(self) -> None:
         self._key = f"tarflow_dist/counter/{next(_counters)}"
-        self._alone = 0
+        # the store that the ranks met through; torch has no public name for it
+        met = dist.distributed_c10d._get_default_store
+        self._store = met() if world_size() > 1 else dist.HashStore()
 
     def add(self, amount: int) -> int:
         """Adds `amount`, which may be 0, and returns the new value."""
-        if world_size() > 1:
-            # the store that the ranks met through; torch has no public name for it
-            return int(dist.distributed_c10d._get_default_store().add(self._key, amount))
-        self._alone += amount
-        return self._alone
+        return int(self._store.add(self._key, amount))
+
+
+def say(sentence: str) -> None:
+    """Rank 0 prints it to stderr."""
+    if is_main():
+        print(sentence, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def together(failure: str) -> Iterator[None]:
+    """Raises on every rank what the body raises on one, if it is the user's to mend: a `UserError`,
+    or an `OSError` as one that begins with `failure`. Collective."""
+    problem = None
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"{failure}: {error.strerror or error}"
+    problem = next(filter(None, gather(problem)), None)
+    if problem is not None:
+        raise UserError(problem)
 
 
 @contextmanager
@@ -195,16 +213,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
         UserError: on every rank, if another job writes there or the folder can't be made.
     """
     with ExitStack() as held:
-        problem = None
-        if is_main():
-            try:
+        with together(f"the folder {folder} can't be written"):
+            if is_main():
                 folder.mkdir(parents=True, exist_ok=True)
                 held.enter_context(files.lock_folder(folder))
-            except UserError as error:
-                problem = str(error)
-            except OSError as error:
-                problem = f"the folder {folder} can't be written: {error.strerror}"
-        problem = from_main(problem)
-        if problem is not None:
-            raise UserError(problem)
         yield

@@ -19,10 +19,9 @@ from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.flow.windows import SEQUENTIAL
 from tarflow_dist.models.sampling_policy import Calibration, Policy, read_policy
 from tarflow_dist.training import checkpoint
-from tarflow_dist.training.checkpoint import Piece
+from tarflow_dist.training.checkpoint import Piece, RunState
 from tarflow_dist.training.run_folder import changes_since_start, read_status, write_status
 from tarflow_dist.training.saver import Saver
-from tarflow_dist.training.state import RunState
 
 # as the first version wrote them
 STATE = """{"state": {"images": 256, "optimizer_steps": 4, "skipped": 0, "skipped_in_a_row": 0,
@@ -71,7 +70,7 @@ def test_a_model_from_before_a_field_and_after_one() -> None:
 def write_state(folder: Path) -> Path:
     saver = Saver(folder, CheckpointConfig(every_images=1), FlowConfig(**SIZES))
     saver.save([Piece("a", torch.Size([2]), 0, {"ema": torch.ones(2)})], RunState(images=128))
-    saver.finish()
+    saver.publish()
     return folder / "00000000128" / "state.json"
 
 

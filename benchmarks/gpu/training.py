@@ -123,14 +123,16 @@ def overlap(bench: Bench) -> Iterator[dict[str, Any]]:
 
 def overlapped(bench: Bench, config: Config, losses: list[float]) -> dict[str, Any]:
     """`losses` are those of ZeRO 0, which comes first."""
-    step = started(bench, config).step
-    own = [step().figures()["loss"] for _ in range(4 if bench.tiny else 10)]
+    run, own = started(bench, config), []
+    for _ in range(4 if bench.tiny else 10):
+        run.step()
+        own.append(run.stepper.figures()["loss"])
     losses += [] if losses else own
     difference = max(abs(a - b) for a, b in zip(own, losses, strict=True))
     found: dict[str, Any] = {"difference": difference, "within": difference < 1e-5}
     for name, at_once in (("beside", False), ("at once", True)):
         with buckets(at_once=at_once) as waits:
-            took = [bench.seconds(step) for _ in range(2 if bench.tiny else 7)]
+            took = [bench.seconds(run.step) for _ in range(2 if bench.tiny else 7)]
         found |= {f"{name}, milliseconds": round(1e3 * statistics.median(took), 2)}
         found |= {f"{name}, waits": waits.count // len(took)}
         found |= {f"{name}, host waits": round(1e3 * waits.seconds / len(took), 3)}
@@ -182,6 +184,6 @@ def checkpoint_stall(bench: Bench) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         saver = Saver(Path(folder), config.checkpoint, run.engine.flow.config)
         still = bench.seconds(lambda: saver.save(run.engine.pieces(), run.state))
-        written = bench.seconds(saver.finish)
+        written = bench.seconds(saver.publish)
         size = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
     yield {"checkpoint": {"still": round(still, 3), "written": round(written, 3), "bytes": size}}

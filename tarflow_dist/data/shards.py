@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from xxhash import xxh3_64_hexdigest, xxh3_128
 
 from tarflow_dist.data.images import decode_image
-from tarflow_dist.data.store import Folder, ObjectStore, Store, open_store
+from tarflow_dist.data.store import Folder, open_store
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import inside, read_json, regular
 from tarflow_dist.models.classes import Classes
@@ -60,9 +60,9 @@ class Shards:
         manifest: the set's manifest.parquet.
     """
 
-    def __init__(self, path: str | Path, split: str, store: Store):
+    def __init__(self, path: str | Path, split: str, store: Folder):
         self._path, self._split, self._store = path, split, store
-        summary = Summary.of(_read_summary(path, store))
+        summary = Summary.of(read_json(store.path("summary.json")))
         side = summary.image_size
         if side is None:
             raise UserError(
@@ -144,22 +144,20 @@ class Shards:
         Raises:
             UserError: as above.
         """
+        kept = None
         try:
             data = self._read(index)
-            if self._is_whole(index, data):
-                return data
-            kept = self._store.renew(self._names[self._shard[index]])
-            if kept is None:
-                raise UserError(f"{self._where(index)} is damaged: {MEND}")
-            if self._is_whole(index, data := self._read(index)):
-                return data
+            if not (whole := self._is_whole(index, data)):
+                kept = self._store.renew(self._names[self._shard[index]])
+                whole = self._is_whole(index, data := self._read(index))
         except OSError as error:
             raise UserError(
                 f"{self._where(index)} can't be read ({error.strerror}): {MEND}"
             ) from error
-        raise UserError(
-            f"{self._where(index)} is damaged, and so is what was fetched again to {kept}: {MEND}"
-        )
+        if whole:
+            return data
+        again = f", and so is what was fetched again to {kept}" if kept else ""
+        raise UserError(f"{self._where(index)} is damaged{again}: {MEND}")
 
     def _where(self, index: int) -> str:
         name = self._names[self._shard[index]]
@@ -175,12 +173,12 @@ class Shards:
     @property
     def downloaded(self) -> bool:
         """Whether shards are fetched from an object store, each as a whole."""
-        return isinstance(self._store, ObjectStore)
+        return self._store.limit is not None
 
     def check_cache(self, at_hand: int) -> None:
         """Raises `UserError` if the `at_hand` largest shards are more than the cache may hold."""
         needed = sum(sorted(self._shard_bytes)[-at_hand:])
-        if isinstance(self._store, ObjectStore) and needed > self._store.limit:
+        if self._store.limit is not None and needed > self._store.limit:
             raise UserError(
                 f"the cache may hold {self._store.limit} bytes, but {at_hand} shards of "
                 f"{self._path} are read from at a time, {needed} bytes: raise data.cache_limit, or "
@@ -220,17 +218,18 @@ def open_shards(
         UserError: there is no such thing, it is damaged, or the cache can't hold a shard of it.
     """
     store = open_store(path, cache=cache, cache_limit=cache_limit)
-    if isinstance(store, Folder):
+    if store.limit is None:
         _check_folder(Path(path), split)
     try:
         shards = Shards(path, split, store)
     except UserError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{path} is damaged, its summary or manifest is not as written: write it again"
+            f"{path} is damaged, its summary or manifest is not as written, or missing: write it "
+            "again"
         ) from error
-    if isinstance(store, Folder):
+    if store.limit is None:
         shards.check_files(Path(path))
     shards.check_cache(1)
     return shards
@@ -254,17 +253,13 @@ def _check_folder(path: Path, split: str) -> None:
         raise UserError(f"{path} has no split {split}, only {found}")
 
 
-def _read_summary(path: str | Path, store: Store) -> Any:
-    try:
-        return read_json(store.path("summary.json"))
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}/summary.json is missing or damaged: write it again") from error
-
-
 def _read_manifest(path: str | Path, split: str, file: Path) -> Any:
-    """The split's rows, as a pyarrow table."""
+    """The split's rows, as a pyarrow table.
+
+    Raises:
+        OSError, ValueError: the manifest is missing or damaged.
+        UserError: the split holds no images.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -276,10 +271,8 @@ def _read_manifest(path: str | Path, split: str, file: Path) -> Any:
             page_checksum_verification=True,
         )
         rows.validate(full=True)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(
-            f"{path}/manifest.parquet is missing or damaged: write the set again"
-        ) from error
+    except pa.ArrowException as error:
+        raise ValueError(str(error)) from error
     if not len(rows):
         raise UserError(f"{path} holds no images in {split}")
     check_types(rows, COLUMNS)

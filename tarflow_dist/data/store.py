@@ -20,27 +20,37 @@ SHARD_SUFFIXES = (".mds", ".tar")  # what makes room; manifests and the like sta
 
 class Folder:
     """The files of a set, by their names in it, on a disk that this machine sees. Holds no open
-    files or connections, nor does `ObjectStore`, so that they can be copied to other processes."""
+    files or connections, nor does `ObjectStore`, so that they can be copied to other processes.
+
+    Attributes:
+        limit: bytes that are kept of it; None where files are read as they lie.
+    """
+
+    limit: int | None = None
 
     def __init__(self, root: Path):
         self._root = root
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """Fewer than `size` bytes if the file ends before."""
-        with _opened(open_regular(inside(self._root, name))) as file:
+        with self._open(name) as file:
             return os.pread(file.fileno(), size, offset)
 
     def path(self, name: str) -> Path:
         """A small file that stays, such as the manifest."""
-        return inside(self._root, name)
+        with self._open(name):
+            return self._root / name
 
     def renew(self, name: str) -> Path | None:
         """Gives up a copy that turned out to be damaged, so that the next `read` fetches the file
         again, and returns its place; None where files are read as they lie."""
         return None
 
+    def _open(self, name: str) -> IO[bytes]:
+        return open(open_regular(inside(self._root, name)), "rb", buffering=0)
 
-class ObjectStore:
+
+class ObjectStore(Folder):
     """Files of an object store, downloaded by streaming when they are first read, and kept.
 
     All processes of a machine share the cache. A file takes its name there when it is whole, and is
@@ -56,6 +66,8 @@ class ObjectStore:
     Raises:
         UserError: there is no set at `url`, it can't be reached, or `cache` not be written to.
     """
+
+    limit: int
 
     def __init__(self, url: str, *, cache: Path, limit: int):
         self._url, self._cache, self.limit = url, cache, limit
@@ -73,16 +85,7 @@ class ObjectStore:
             self._fetch("summary.json", summary)
             # a set that was written anew under the same address is another set
             key = blake2b(url.encode() + b"\0" + summary.read_bytes(), digest_size=16).hexdigest()
-        self._root = cache / key
-
-    def read(self, name: str, offset: int, size: int) -> bytes:
-        with self._open(name) as file:
-            os.utime(file.fileno())
-            return os.pread(file.fileno(), size, offset)
-
-    def path(self, name: str) -> Path:
-        with self._open(name):
-            return self._root / name
+        super().__init__(cache / key)
 
     def renew(self, name: str) -> Path:
         local = inside(self._root, name)
@@ -90,25 +93,26 @@ class ObjectStore:
         return local
 
     def _open(self, name: str) -> IO[bytes]:
-        local = inside(self._root, name)
         try:
-            return _opened(open_regular(local))
+            file = super()._open(name)
         except FileNotFoundError:
-            return _opened(self._download(name, local))
+            file = self._download(name, self._root / name)
+        os.utime(file.fileno())
+        return file
 
-    def _download(self, name: str, local: Path) -> int:
+    def _download(self, name: str, local: Path) -> IO[bytes]:
         """Brings a file into the cache and returns it opened, before anyone can remove it."""
         local.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{local}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if local.exists():  # another process brought it while this one waited
-                return os.open(local, os.O_RDONLY)
+                return local.open("rb", buffering=0)
             for left_over in local.parent.glob(f"{local.name}.part*"):  # by a killed process
                 left_over.unlink()
             part = local.with_name(f"{local.name}.part")
             self._fetch(name, part)
             self._make_room()
-            file = os.open(part, os.O_RDONLY)
+            file = part.open("rb", buffering=0)
             os.replace(part, local)
             return file
 
@@ -151,16 +155,9 @@ def _downloader(url: str, process: int) -> Any:
     return CloudDownloader.get(url)
 
 
-def _opened(descriptor: int) -> IO[bytes]:
-    return open(descriptor, "rb", buffering=0)
-
-
-Store = Folder | ObjectStore
-
-
 def open_store(
     path: str | Path, *, cache: Path | None = None, cache_limit: int | None = None
-) -> Store:
+) -> Folder:
     """`path` is a folder, or the address of one in an object store (scheme://…)."""
     if "://" not in str(path):
         return Folder(Path(path))

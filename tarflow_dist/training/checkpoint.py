@@ -11,10 +11,10 @@ checkpoints/latest          the name of the newest, written last (`latest_checkp
 In version 1 every tensor lay whole, and in its shape, in one of the files.
 """
 
-import sys
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 from operator import itemgetter
 from pathlib import Path
@@ -30,7 +30,6 @@ from tarflow_dist.files import describe, from_saved, inside, read_sealed
 from tarflow_dist.flow.config import FlowConfig
 from tarflow_dist.models.classes import Classes
 from tarflow_dist.training import latest_checkpoint
-from tarflow_dist.training.state import RunState
 
 STATE_FILE = "state.json"
 VERSION = 2
@@ -40,6 +39,42 @@ Pieces = dict[str, list[tuple[int, str]]]
 """Where each begins in its flattened tensor, and its file: in order, one after another."""
 Read = Callable[[str, int, int], Tensor]
 """Gives of a KIND/NAME, flattened, the values from one index up to another."""
+
+
+@dataclass
+class RunState:
+    """What a run must remember besides its tensors: schedules, the data's position and all random
+    numbers follow from it.
+
+    Attributes:
+        images: images trained on so far, and with it the position in the order of images.
+        optimizer_steps: steps that Adam has taken.
+        skipped: steps left out so far, because they were not finite or their loss jumped.
+        skipped_in_a_row: of these, the ones since the last step that was taken.
+        mean_loss: recent average of the loss, where spikes are watched for; None before the first.
+        wandb_id: the run's id at Weights & Biases; empty before it has one.
+        data: the fingerprint of the images that it is trained on; empty if it isn't known.
+        groups: into which the order of images deals the set; 1 before there were any.
+        val_loss: the held-out loss at just this point, if it was measured here and is finite.
+        rows_hash: of the rows of metrics up to here; empty if it isn't known.
+    """
+
+    images: int = 0
+    optimizer_steps: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    mean_loss: float | None = None
+    wandb_id: str = ""
+    data: str = ""
+    groups: int = 1
+    rows_hash: str = ""
+    val_loss: float | None = None
+
+    def passed(self, every: int | None, batch_size: int) -> bool:
+        """Whether the last step, of `batch_size` images, reached a multiple of `every`."""
+        if every is None:
+            return False
+        return self.images // every > (self.images - batch_size) // every
 
 
 class Piece(NamedTuple):
@@ -179,9 +214,8 @@ def least_val_loss(folder: Path, names: list[str]) -> str | None:
     losses = {}
     for name in names:
         try:
-            state = read_sealed(folder / name / STATE_FILE, version=VERSION)["state"]
-            losses[name] = from_saved(RunState, state).val_loss
-        except (OSError, LookupError, TypeError, ValueError):
+            losses[name] = Checkpoint(folder / name).state.val_loss
+        except UserError:
             continue  # damaged: it is named when a run would go on from it
     measured = {name: loss for name, loss in losses.items() if loss is not None}
     return min(measured, key=lambda name: measured[name], default=None)
@@ -194,28 +228,19 @@ def newest_whole(folder: Path) -> Checkpoint | None:
     Raises:
         UserError: on every rank, if all of them are damaged.
     """
-    if distributed.is_main() and (problem := latest_checkpoint.problem(folder)):
-        print(problem, file=sys.stderr)
+    if problem := latest_checkpoint.problem(folder):
+        distributed.say(problem)
     problems = []
     # rank 0 chooses: over a network folder, ranks can see different ones as the newest
     for path in distributed.from_main(latest_checkpoint.candidates(folder)):
-        saved, problem = _open(path)
-        problem = next(filter(None, distributed.gather(problem)), None)
-        if problem is None:
-            assert saved is not None
+        try:
+            with distributed.together(f"{path} can't be read"):
+                saved = Checkpoint(path)
+                saved.verify()
             return saved
-        problems.append(problem)
-        if distributed.is_main():
-            print(f"{problem}; trying the one before it", file=sys.stderr)
+        except UserError as error:
+            problems.append(error)
+            distributed.say(f"{error}; trying the one before it")
     if problems:
         raise UserError(f"{folder} holds no whole checkpoint to go on from: {problems[0]}")
     return None
-
-
-def _open(folder: Path) -> tuple[Checkpoint | None, str | None]:
-    try:
-        saved = Checkpoint(folder)
-        saved.verify()
-    except UserError as error:
-        return None, str(error)
-    return saved, None

@@ -33,6 +33,8 @@ deepspeed.runtime.engine.DeepSpeedZeroOptimizer = OverlappedZero
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
+BUFFERS = "buffers"
+"""Kind of the flow's buffers in a checkpoint: the prior's variance."""
 KINDS = {"weights": None, "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", EMA: EMA}
 """What a checkpoint has of each parameter, and its key in the optimiser's state."""
 
@@ -98,6 +100,8 @@ class Engine:
                     "timers": {"throughput": {"enabled": False}},
                 },
             )
+        # DeepSpeed casts buffers with the weights, but a running mean needs float32
+        flow.var = flow.var.float()
         self._optimizer = optimizer
         # a single rank has nothing to sum: DeepSpeed would flatten its gradients and copy them back
         alone = stage == 0 and distributed.world_size() == 1
@@ -140,13 +144,17 @@ class Engine:
         return self._zero_state.steps
 
     def pieces(self) -> Iterator[Piece]:
-        """What this rank adds to a checkpoint: of every parameter a piece, which may be empty."""
+        """What this rank adds to a checkpoint: of every parameter and buffer a piece, which may be
+        empty."""
         for name, parameter in self.flow.named_parameters():
             start, values = 0, {}
             for kind, key in KINDS.items():
                 start, share = self._zero_state.share(parameter, key)
                 values[kind] = share.detach()
             yield Piece(name, getattr(parameter, "ds_shape", parameter.shape), start, values)
+        for name, buffer in self.flow.named_buffers():
+            held = buffer.flatten()[: None if distributed.is_main() else 0]
+            yield Piece(name, buffer.shape, 0, {BUFFERS: held})
 
     def average(self) -> Iterator[tuple[str, Tensor]]:
         """The averaged weights, and the buffers, whole and by name. Collective: every rank takes
@@ -162,11 +170,13 @@ class Engine:
     @torch.no_grad()
     def load(self, read: Read, optimizer_steps: int) -> None:
         """Takes over the state that `read` gives parts of, from any ZeRO stage and world size: each
-        rank reads its own share. Collective."""
+        rank reads its own share, and the buffers. Collective."""
         for name, parameter in self.flow.named_parameters():
             for kind, key in KINDS.items():
                 start, share = self._zero_state.share(parameter, key)
                 share.copy_(read(f"{kind}/{name}", start, start + share.numel()))
+        for name, buffer in self.flow.named_buffers():
+            buffer.copy_(read(f"{BUFFERS}/{name}", 0, buffer.numel()).view_as(buffer))
         self._zero_state.spread()
         self._zero_state.steps = optimizer_steps
 

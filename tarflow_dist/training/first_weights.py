@@ -5,7 +5,7 @@ embeddings, where the model puts an image without a label, plus the noise that a
 with; so does the unlabelled pass of a run without classes.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -26,30 +26,6 @@ FREE = ("num_classes", "noise", "sigma", "sigma_range")
 """Fields in which a run may differ from the model it starts from."""
 
 
-@dataclass(frozen=True)
-class Model:
-    """What a run can start from: a model, or a run's newest moving average."""
-
-    name: str
-    """Its path, or its name at the hub."""
-    config: FlowConfig
-    classes: Classes
-    weights: dict[str, Tensor]
-    """By name, buffers among them."""
-
-    @classmethod
-    def read(cls, path: Path) -> "Model":
-        """Raises `UserError` if there is none at `path` or of that name, or it is damaged.
-        Collective."""
-        if latest_checkpoint.is_run(path):
-            saved = open_run(path)
-            weights = saved.read_all("ema") | saved.read_all("buffers")
-            return cls(str(path), saved.model, saved.classes, weights)
-        found = hub.find_on_all_ranks(path)
-        flow = TarFlow.from_pretrained(found.folder, calibrated=False)
-        return cls(found.name, flow.config, flow.classes, flow.state_dict())
-
-
 def first_state(config: Config, classes: Classes) -> tuple[Read, list[str]]:
     """What a run of `config`, whose data have these `classes`, starts with. Collective.
 
@@ -60,15 +36,15 @@ def first_state(config: Config, classes: Classes) -> tuple[Read, list[str]]:
         UserError: `config.init` is no model, or one whose weights can't be taken.
     """
     assert config.init is not None
-    model = Model.read(config.init)
-    _check(model, config.model)
-    weights = {name: tensor.float() for name, tensor in model.weights.items()}
-    said = [f"its weights are those of {model.name}"]
+    source, model = _open(config.init)
+    _check(source, model.config, config.model)
+    weights = {name: tensor.float() for name, tensor in model.state_dict().items()}
+    said = [f"its weights are those of {source}"]
     kept = _kept_classes(model.classes, classes)
     for t in range(config.model.num_blocks):
         _take_classes(weights, t, config, kept)
     if config.model.num_classes:
-        said.append(_say_classes(model, config.model.num_classes, classes, kept))
+        said.append(_say_classes(source, model, config.model.num_classes, classes, kept))
     for name in ("noise", "sigma", "sigma_range"):
         there, here = getattr(model.config, name), getattr(config.model, name)
         if there != here:
@@ -82,21 +58,38 @@ def first_state(config: Config, classes: Classes) -> tuple[Read, list[str]]:
     return read, said
 
 
-def _check(model: Model, config: FlowConfig) -> None:
+def _open(path: Path) -> tuple[str, TarFlow]:
+    """The model at `path` or of that name at the hub, or a run's newest moving average, and its
+    path or its name.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    if not latest_checkpoint.is_run(path):
+        found = hub.find_on_all_ranks(path)
+        return found.name, TarFlow.from_pretrained(found.folder, calibrated=False)
+    saved = open_run(path)
+    with torch.device("meta"):
+        flow = TarFlow(**saved.model.to_json())
+    flow.load_weights(saved.read_all("ema") | saved.read_all("buffers"), source=path)
+    flow.classes = saved.classes
+    return str(path), flow
+
+
+def _check(source: str, theirs: FlowConfig, mine: FlowConfig) -> None:
     def of(flow: FlowConfig, name: str) -> object:
         return flow.layers if name == "layers_per_block" else getattr(flow, name)
 
     names = [field.name for field in fields(FlowConfig) if field.name not in FREE]
-    other = [name for name in names if of(model.config, name) != of(config, name)]
-    if (model.config.sigma_range is None) != (config.sigma_range is None):
+    other = [name for name in names if of(theirs, name) != of(mine, name)]
+    if (theirs.sigma_range is None) != (mine.sigma_range is None):
         other.append("sigma_range")
     if other:
         differences = ", ".join(
-            f"{name} {getattr(model.config, name)} and not {getattr(config, name)}"
-            for name in other
+            f"{name} {getattr(theirs, name)} and not {getattr(mine, name)}" for name in other
         )
         raise UserError(
-            f"init: {model.name} has {differences}: give model.… its values, or init another model"
+            f"init: {source} has {differences}: give model.… its values, or init another model"
         )
 
 
@@ -133,12 +126,14 @@ def _take_classes(
     weights[key] = mine
 
 
-def _say_classes(model: Model, count: int, classes: Classes, kept: dict[int, int]) -> str:
+def _say_classes(
+    source: str, model: TarFlow, count: int, classes: Classes, kept: dict[int, int]
+) -> str:
     if len(kept) == count:
         return "so are all its classes, by their names"
     new = [name for i, name in enumerate(classes.names) if i not in kept]
     if kept:
         return f"so are {len(kept)} of its {count} classes, by their names; new: {some(new)}"
     if model.config.num_classes and not model.classes.names:
-        return f"all its classes are new: {model.name} doesn't say what its own are called"
+        return f"all its classes are new: {source} doesn't say what its own are called"
     return "all its classes are new"

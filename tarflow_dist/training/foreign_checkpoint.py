@@ -24,6 +24,7 @@ DEEPEST = 4  # dictionaries in dictionaries that are looked into
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NAME = re.compile(r"blocks\.\d+\.|var$")
 LAYERS = re.compile(r"\.head_blocks\.")  # iTARFlow's name for attn_blocks
+LAYER = re.compile(r"blocks\.(\d+)\.attn_blocks\.(\d+)\.")
 
 
 def read_published(file: Path, key: str | None = None) -> dict[str, Tensor]:
@@ -82,13 +83,14 @@ def infer_config(weights: dict[str, Tensor], *, in_channels: int, source: Path) 
         UserError: the weights are no TARFlow's, or not with that number of channels.
     """
     try:
-        num_blocks = 1 + max(_number(name, "blocks") for name in weights if "blocks." in name)
-        if num_blocks > len(weights):
-            raise ValueError(f"block {num_blocks - 1}")
+        layers: dict[int, int] = {}  # of each block
+        for found in filter(None, map(LAYER.match, weights)):
+            block, layer = map(int, found.groups())
+            layers[block] = max(layers.get(block, 0), layer + 1)
+        counts = [layers[block] for block in range(len(layers))]
         width, patch_dim = weights[FIRST].shape
         num_patches = weights["blocks.0.pos_embed"].shape[0]
         output_dim = weights["blocks.0.proj_out.weight"].shape[0]
-        layers = [_count_layers(weights, t) for t in range(num_blocks)]
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(
             f"{source} holds no TARFlow: its tensors are not named and shaped like one's"
@@ -107,8 +109,8 @@ def infer_config(weights: dict[str, Tensor], *, in_channels: int, source: Path) 
         "patch_size": patch_size,
         "in_channels": in_channels,
         "width": width,
-        "num_blocks": num_blocks,
-        "layers_per_block": layers[0] if len(set(layers)) == 1 else layers,
+        "num_blocks": len(counts),
+        "layers_per_block": counts[0] if len(set(counts)) == 1 else counts,
         "num_classes": 0 if classes is None else classes.shape[0],
         "volume_preserving": output_dim == patch_dim,
     }
@@ -163,16 +165,10 @@ def _plain(weights: dict[str, Any], source: Path) -> dict[str, Tensor]:
     Raises:
         UserError: one of them is no plain tensor of numbers.
     """
-    storages: set[int] = set()
     for name, tensor in weights.items():
-        kind = _oddity(tensor)
-        if kind:
+        if kind := _oddity(tensor):
             raise UserError(f"{source} can't be converted: its {name} is {kind}")
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() in storages or storage.nbytes() > tensor.nbytes:
-            weights[name] = tensor.clone()  # tied weights, or a part of something larger
-        storages.add(storage.data_ptr())
-    return weights
+    return {name: tensor.clone() for name, tensor in weights.items()}  # some are tied
 
 
 def _oddity(tensor: Any) -> str:
@@ -185,14 +181,3 @@ def _oddity(tensor: Any) -> str:
     if tensor.dtype not in FLOATS:
         return f"of {tensor.dtype}".replace("torch.", "")
     return ""
-
-
-def _count_layers(weights: dict[str, Tensor], block: int) -> int:
-    prefix = f"blocks.{block}.attn_blocks."
-    return 1 + max(_number(name, "attn_blocks") for name in weights if name.startswith(prefix))
-
-
-def _number(name: str, module: str) -> int:
-    """The number behind `module` in a parameter's name: 3 for blocks in blocks.3.pos_embed."""
-    parts = name.split(".")
-    return int(parts[parts.index(module) + 1])

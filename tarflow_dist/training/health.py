@@ -1,25 +1,30 @@
-"""The bad hour: steps that were left out, until a run goes back to its checkpoint, and ranks that
-are stuck, as in a collective that another rank never joins."""
+"""The bad hour: steps that were left out, until a run goes back to its checkpoint; ranks that are
+stuck, as in a collective that another rank never joins; and requests to save and leave."""
 
 import faulthandler
-import sys
+import signal
+import time
+from datetime import timedelta
+from types import FrameType
+from typing import Any
 
 from tarflow_dist import distributed
 from tarflow_dist.config import Config, HealthConfig
 from tarflow_dist.errors import UserError
-from tarflow_dist.training.checkpoint import newest_whole
+from tarflow_dist.training.checkpoint import RunState, newest_whole
 from tarflow_dist.training.engine import Engine
 from tarflow_dist.training.latest_checkpoint import FOLDER
-from tarflow_dist.training.objective import Objective
-from tarflow_dist.training.state import RunState
+
+MAX_ROLLBACKS = 2  # in one start of a run
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 class Health:
     """Counts the steps that were left out and goes back to the last checkpoint when there are too
     many in a row."""
 
-    def __init__(self, config: Config, engine: Engine, objective: Objective):
-        self._config, self._engine, self._objective = config, engine, objective
+    def __init__(self, config: Config, engine: Engine):
+        self._config, self._engine = config, engine
         self._rollbacks = 0
 
     def judge(self, problem: str | None, state: RunState) -> str | None:
@@ -33,7 +38,8 @@ class Health:
             return None
         state.skipped += 1
         state.skipped_in_a_row += 1
-        self._say(f"left out the step to {state.images} images: {problem}")
+        run = self._config.run
+        distributed.say(f"{run}: left out the step to {state.images} images: {problem}")
         if state.skipped_in_a_row < self._config.health.max_skipped:
             return None
         return f"{state.skipped_in_a_row} steps in a row were left out"
@@ -43,14 +49,12 @@ class Health:
         data stays, so that the images that did the harm are behind.
 
         Raises:
-            UserError: there is none, or it has been done `health.max_rollbacks` times.
+            UserError: there is none, or it has been done MAX_ROLLBACKS times.
         """
-        limit, total = self._config.health.max_rollbacks, self._config.train.images
-        if self._rollbacks >= limit or state.images >= total:
-            when = f"after going back {self._rollbacks} times" if limit else ""
+        if self._rollbacks >= MAX_ROLLBACKS or state.images >= self._config.train.images:
             raise UserError(
-                f"{why} at {state.images} images {when}: the same command goes on from the last "
-                "checkpoint, with a lower optimizer.lr"
+                f"{why} at {state.images} images after going back {self._rollbacks} times: the "
+                "same command goes on from the last checkpoint, with a lower optimizer.lr"
             )
         saved = newest_whole(self._config.run / FOLDER)
         if saved is None:
@@ -58,14 +62,10 @@ class Health:
                 f"{why} at {state.images} images, before the first checkpoint: lower optimizer.lr"
             )
         self._engine.load(saved.read_part, saved.state.optimizer_steps)
-        self._objective.load(saved.read_part)
         self._rollbacks += 1
         state.skipped_in_a_row = 0
-        self._say(f"{why}: back to the weights of {saved.folder}, on from {state.images} images")
-
-    def _say(self, what: str) -> None:
-        if distributed.is_main():
-            print(f"{self._config.run}: {what}", file=sys.stderr, flush=True)
+        back = f"back to the weights of {saved.folder}, on from {state.images} images"
+        distributed.say(f"{self._config.run}: {why}: {back}")
 
 
 class Watchdog:
@@ -85,3 +85,32 @@ class Watchdog:
 
     def __exit__(self, *exception: object) -> None:
         faulthandler.cancel_dump_traceback_later()
+
+
+class Interrupt:
+    """While entered, a signal, or the end of the time budget `after`, sets `requested`. A second
+    Ctrl-C acts as ever; the other signals, which launchers may send several times, keep on asking.
+    """
+
+    def __init__(self, after: timedelta | None = None) -> None:
+        self._signalled = False
+        self._deadline = None if after is None else time.monotonic() + after.total_seconds()
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        late = self._deadline is not None and time.monotonic() >= self._deadline
+        return self._signalled or late
+
+    def __enter__(self) -> "Interrupt":
+        self._handlers = {s: signal.signal(s, self._request) for s in SIGNALS}
+        return self
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True
+        if number == signal.SIGINT:
+            signal.signal(number, self._handlers[signal.SIGINT])
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)

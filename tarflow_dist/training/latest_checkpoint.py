@@ -9,15 +9,13 @@ passed it: nothing is ever deleted for what the pointer says.
 import os
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
-from tarflow_dist.files import write_whole
+from tarflow_dist.files import NotRegularError, read_regular, write_whole
 
 FOLDER = "checkpoints"
 LATEST = "latest"
 GIVEN_UP = ".given-up"
-LONGEST = 64  # bytes that are read of a pointer, which has 12
 
 
 def is_run(path: Path) -> bool:
@@ -57,11 +55,8 @@ def problem(folder: Path) -> str | None:
 
 
 def point_to(checkpoint: Path) -> None:
-    """Has the pointer name `checkpoint`; what stands in its place and is no file is set aside."""
-    pointer = checkpoint.parent / LATEST
-    if os.path.lexists(pointer) and not pointer.is_file():
-        os.rename(pointer, Path(tempfile.mkdtemp(prefix="latest-", dir=pointer.parent), LATEST))
-    with write_whole(pointer) as part:
+    """Has the pointer name `checkpoint`."""
+    with write_whole(checkpoint.parent / LATEST) as part:
         part.write_text(checkpoint.name + "\n")
 
 
@@ -93,10 +88,7 @@ def _numbered(folder: Path, suffix: str) -> list[str]:
 
 def _read(pointer: Path) -> str | None:
     """What the pointer says, which may be anything; None if it is no file."""
-    if not pointer.is_file():
-        return None
     try:
-        with pointer.open("rb") as file:
-            return file.read(LONGEST).decode(errors="replace").strip()
-    except FileNotFoundError:
+        return read_regular(pointer)[:64].decode(errors="replace").strip()
+    except (FileNotFoundError, NotRegularError):
         return None

@@ -2,19 +2,17 @@
 
 import math
 import time
-from itertools import chain
+from contextlib import ExitStack
 
 import torch
 
 from tarflow_dist import distributed
 from tarflow_dist.config import Config
 from tarflow_dist.data.loader import train_batches
-from tarflow_dist.data.shards import Shards
 from tarflow_dist.models.classes import NAMELESS
 from tarflow_dist.training import latest_checkpoint, run_folder
 from tarflow_dist.training.first_weights import first_state
-from tarflow_dist.training.health import Health, Watchdog
-from tarflow_dist.training.interrupt import Interrupt
+from tarflow_dist.training.health import Health, Interrupt, Watchdog
 from tarflow_dist.training.maximum_likelihood import MaximumLikelihood
 from tarflow_dist.training.run_log import RunLog
 from tarflow_dist.training.saver import Saver
@@ -41,68 +39,56 @@ def train(config: Config, device: torch.device) -> bool:
         UserError: data, run folder or checkpoint do not fit the config, a checkpoint can't be
             written, or the run diverges and going back to a checkpoint does not help.
     """
-    with Watchdog(config.health) as watchdog, Interrupt(config.train.stop_after) as interrupt:
+    batch_size = config.train.batch_size
+    with ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(config.health))
+        interrupt = stack.enter_context(Interrupt(config.train.stop_after))
         micro_batch_size = choose_micro_batch(config, device)
         shards = open_data(config, "train")
         val_shards = None if config.eval.every_images is None else open_data(config, "val")
-        with distributed.lock_folder(config.run):
-            return _train(config, shards, val_shards, micro_batch_size, device, watchdog, interrupt)
-
-
-def _train(
-    config: Config,
-    shards: Shards,
-    val_shards: Shards | None,
-    micro_batch_size: int,
-    device: torch.device,
-    watchdog: Watchdog,
-    interrupt: Interrupt,
-) -> bool:
-    batch_size = config.train.batch_size
-    run_folder.check_kinds(config.run)
-    changes = run_folder.changes_since_start(config)
-    if micro_batch_size < config.micro_batch(distributed.world_size()):
-        changes.append(f"its batch goes through {micro_batch_size} images at a time")
-    engine = build_engine(config, micro_batch_size, device)
-    classes = shards.classes if config.model.num_classes else NAMELESS
-    objective = MaximumLikelihood(engine, config, device)
-    state = restore(config, engine, objective)
-    if config.init is not None and state.images == 0:
-        read, said = first_state(config, classes)
-        engine.load(read, optimizer_steps=0)
-        objective.load(read)
-        changes += said
-    changes += recognise_data(state, shards)
-    batches = train_batches(
-        shards,
-        image_order(config, state, shards),
-        position=state.images,
-        batch_size=batch_size,
-        micro_batch_size=micro_batch_size,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        num_workers=config.data.num_workers,
-    )
-    throughput = start_throughput(config, device, state.images)
-    stepper = Stepper(engine, objective, batches, config, device, throughput)
-    saver = Saver(
-        config.run / latest_checkpoint.FOLDER, config.checkpoint, engine.flow.config, classes
-    )
-    health = Health(config, engine, objective)
-    anyone = distributed.AnyRank(device)
-    with RunLog(config, state, changes, throughput) as log:
+        stack.enter_context(distributed.lock_folder(config.run))
+        changes = run_folder.changes_since_start(config)
+        if micro_batch_size < config.micro_batch(distributed.world_size()):
+            changes.append(f"its batch goes through {micro_batch_size} images at a time")
+        engine = build_engine(config, micro_batch_size, device)
+        classes = shards.classes if config.model.num_classes else NAMELESS
+        objective = MaximumLikelihood(engine, config)
+        state = restore(config, engine)
+        if config.init is not None and state.images == 0:
+            read, said = first_state(config, classes)
+            engine.load(read, optimizer_steps=0)
+            changes += said
+        changes += recognise_data(state, shards)
+        batches = train_batches(
+            shards,
+            image_order(config, state, shards),
+            position=state.images,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            num_workers=config.data.num_workers,
+        )
+        throughput = start_throughput(config, device, state.images)
+        stepper = Stepper(engine, objective, batches, config, throughput)
+        saver = Saver(
+            config.run / latest_checkpoint.FOLDER, config.checkpoint, engine.flow.config, classes
+        )
+        health = Health(config, engine)
+        anyone = distributed.AnyRank(device)
+        log = stack.enter_context(RunLog(config, state, changes, throughput))
         stop = False
         while state.images < config.train.images and not stop:
             anyone.ask(interrupt.requested, saver.writing)
-            step = stepper.step(state)
+            problem = stepper.step(state)
             state.images += batch_size
             watchdog.step_done()
-            diverged = health.judge(step.problem, state)  # why the run should go back, if so
+            diverged = health.judge(problem, state)  # why the run should go back, if so
             stop, writing = anyone.answers()  # the same on every rank
             finished = state.images >= config.train.images
 
             if finished or state.passed(config.log.every_images, batch_size):
-                log.write_row(step, stall_seconds=saver.stall_seconds)
+                log.write_row(stepper.figures(), stall_seconds=saver.stall_seconds)
             state.val_loss = None
             measured = finished or state.passed(config.eval.every_images, batch_size)
             if val_shards is not None and measured:
@@ -120,8 +106,8 @@ def _train(
                 if engine.is_finite():
                     state.optimizer_steps = engine.optimizer_steps
                     log.sync()
-                    saver.save(chain(engine.pieces(), objective.pieces()), state)
-                    log.record_progress()
+                    saver.save(engine.pieces(), state)
+                    log.record_status()
                 else:
                     diverged = "the weights are no longer finite"
             if diverged is not None:
@@ -129,6 +115,6 @@ def _train(
                 health.go_back(state, diverged)
             if state.passed(config.preview.every_images, batch_size):
                 log.show_preview(draw_preview(engine, objective, config, state.images))
-        saver.finish()
-        log.record_progress()
+        saver.publish()
+        log.record_status()
     return state.images >= config.train.images

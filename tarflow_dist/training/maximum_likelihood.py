@@ -1,6 +1,6 @@
 """The objective of TARFlow and iTARFlow: exact maximum likelihood of images with noise."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -13,76 +13,62 @@ from tarflow_dist.data.loader import Batch
 from tarflow_dist.flow.bits_per_dim import loss_of
 from tarflow_dist.models.likelihood import mean_log_prob, with_noise
 from tarflow_dist.models.tarflow import TarFlow
-from tarflow_dist.training.block_monitor import BlockMonitor
-from tarflow_dist.training.checkpoint import Piece, Read
 from tarflow_dist.training.engine import Engine
 from tarflow_dist.training.step_metrics import StepMetrics
 
-BUFFERS = "buffers"
-"""Kind of a tensor in a checkpoint."""
-
 
 class MaximumLikelihood:
-    """The `Objective` −log p(x | y) in nats a dimension, less a constant (arXiv 2412.06329,
-    equation 6), of an iTARFlow weighted by the images' noise levels."""
+    """What a run minimises, and what it shows of it: −log p(x | y) in nats a dimension, less a
+    constant (arXiv 2412.06329, equation 6), of an iTARFlow weighted by the images' noise levels.
+    All but `begin_step`, `loss` and `draw` are collective.
 
-    def __init__(self, engine: Engine, config: Config, device: torch.device):
-        self._engine, self._config, self._device = engine, config, device
-        self._monitor = BlockMonitor(engine.flow)
-        # DeepSpeed casts buffers with the weights, but a running mean needs float32
-        engine.flow.var = engine.flow.var.float()
+    Attributes:
+        metrics: of the step since `begin_step`.
+    """
+
+    def __init__(self, engine: Engine, config: Config):
+        self._engine, self._config = engine, config
+        self.metrics = StepMetrics(engine.flow)
 
     def begin_step(self) -> None:
-        self._metrics = StepMetrics(self._engine.flow, self._device)
+        """Forgets what was seen in the last step."""
+        self.metrics.begin_step()
         self._mean_squares: list[Tensor] = []  # of the prior's variance: (N, D) a pass
-        self._monitor.reset()
 
     def loss(self, batch: Batch) -> Tensor:
+        """The mean loss of this rank's images in one pass, to go backward from."""
         flow = self._engine.flow
-        x, y, sigma = augment(batch, self._config, self._device)
+        x, y, sigma = augment(batch, self._config, flow.device)
         z, logdets = self._engine(x, y, sigma)
-        if sigma is None:
-            loss = flow.loss(z, logdets)
-        else:
-            losses = flow.losses(z, logdets)
-            loss = (loss_weight(self._config.train.loss_weight, sigma) * losses).mean()
-            self._metrics.add_by_noise_level(sigma, losses)
-        self._metrics.add(loss, z, logdets)
+        rule = self._config.train.loss_weight
+        loss = flow.loss(z, logdets, None if sigma is None else loss_weight(rule, sigma))
+        self.metrics.add(loss, z, logdets, sigma)
         if flow.volume_preserving:
             self._mean_squares.append(z.detach().square().mean(dim=0))
         return loss
 
-    def culprit(self, loss: Tensor) -> str:
-        return self._monitor.offender(loss)
-
     def end_step(self, *, applied: bool) -> None:
+        """The weights have been updated, or else the step was left out."""
         flow = self._engine.flow
         if applied and flow.volume_preserving:
             mine = torch.stack(self._mean_squares).mean(dim=0)
             total = distributed.sum_over_ranks(mine)
             flow.update_prior(total / distributed.world_size())
 
-    def pieces(self) -> Iterator[Piece]:
-        """The prior's variance."""
-        var = self._engine.flow.var
-        held = var.detach().flatten()[: None if distributed.is_main() else 0]
-        yield Piece("var", var.shape, 0, {BUFFERS: held})
-
-    def load(self, read: Read) -> None:
-        var = self._engine.flow.var
-        var.copy_(read(f"{BUFFERS}/var", 0, var.numel()).view_as(var))
-
-    def figures(self) -> dict[str, float]:
-        return self._metrics.figures(self._monitor.mean_z2)
-
     def held_out_loss(self, flow: TarFlow, batches: Iterable[Batch]) -> float:
-        """In nats a dimension, without weights."""
+        """The loss of `flow` on all ranks' `batches`, without weights."""
         return loss_of(mean_log_prob(flow, batches, draws=1, seed=self._config.seed))
 
-    def draw(self, flow: TarFlow, index: Tensor, count: int) -> NDArray[np.uint8]:
+    def draw(self, flow: TarFlow) -> NDArray[np.uint8]:
+        """The samples of a preview: (B, H, W, C).
+
+        Raises:
+            ValueError: `flow` is too young to give any.
+        """
         preview = self._config.preview
+        index = torch.arange(preview.count)
         drawn = flow.sample(
-            index * flow.num_classes // count if flow.num_classes else None,
+            index * flow.num_classes // preview.count if flow.num_classes else None,
             index=index,
             seed=self._config.seed,
             guidance=preview.guidance,

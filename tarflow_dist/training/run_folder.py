@@ -8,9 +8,7 @@ from tarflow_dist import config_file as configs
 from tarflow_dist.config import Config
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import read_sealed, write_sealed, write_whole
-from tarflow_dist.telemetry.dashboards import TENSORBOARD
 from tarflow_dist.telemetry.environment import describe_environment
-from tarflow_dist.telemetry.metrics_log import METRICS_FILE
 from tarflow_dist.training import latest_checkpoint
 
 ENVIRONMENT_FILE = "environment.json"
@@ -42,17 +40,6 @@ def changes_since_start(config: Config) -> list[str]:
         *(f"{key} changed from {old} to {new}" for key, (old, new) in changes.items()),
         *(f"{key}, which was {value}, is no setting any more" for key, value in gone.items()),
     ]
-
-
-def check_kinds(run: Path) -> None:
-    """Raises `UserError` if something stands in the run's folder where a file or a folder of
-    another kind belongs."""
-    for name in (configs.SAVED_FILE, ENVIRONMENT_FILE, STATUS_FILE, METRICS_FILE):
-        if (run / name).exists() and not (run / name).is_file():
-            raise UserError(f"{run / name} is no file: remove it, or choose another run=…")
-    for name in (latest_checkpoint.FOLDER, "previews", "wandb", TENSORBOARD):
-        if (run / name).exists() and not (run / name).is_dir():
-            raise UserError(f"{run / name} is no folder: remove it, or choose another run=…")
 
 
 def record_start(config: Config, images: int) -> None:

@@ -10,8 +10,7 @@ from tarflow_dist.telemetry.metrics_log import Metrics, plot_loss
 from tarflow_dist.telemetry.progress import Progress
 from tarflow_dist.telemetry.throughput import Throughput
 from tarflow_dist.training import run_folder
-from tarflow_dist.training.state import RunState
-from tarflow_dist.training.step import StepResult
+from tarflow_dist.training.checkpoint import RunState
 
 
 class RunLog:
@@ -48,16 +47,17 @@ class RunLog:
             state.wandb_id = self._metrics.wandb_id
             verb = f"going on at {state.images} images" if state.images else "starting"
             print(f"{config.run}: {verb}", *changes, sep="; ", file=sys.stderr)
-            self.record_progress()
+            self.record_status()
 
-    def write_row(self, step: StepResult, *, stall_seconds: float) -> None:
+    def write_row(self, figures: dict[str, float], *, stall_seconds: float) -> None:
         """A row of metrics for the step just taken, with the run's speed since the last row.
         Collective.
 
         Args:
+            figures: the step's.
             stall_seconds: time that checkpoints have held up training so far.
         """
-        figures, speed = step.figures(), self._throughput.figures(self._state.images)
+        speed = self._throughput.figures(self._state.images)
         self._figures["loss"] = figures["loss"]
         self._speed = speed["images_per_second"]
         if self._metrics is not None:
@@ -91,10 +91,6 @@ class RunLog:
         if self._metrics is not None:
             self._state.rows_hash = self._metrics.sync()
 
-    def record_progress(self) -> None:
-        """Notes in status.json how far the run is."""
-        self._record_status("running")
-
     def __enter__(self) -> "RunLog":
         return self
 
@@ -105,13 +101,14 @@ class RunLog:
         self._metrics.close()
         finished = self._state.images >= self._config.train.images
         state = "failed" if any(exception) else "finished" if finished else "interrupted"
-        self._record_status(state, str(exception[1]) if any(exception) else None)
+        self.record_status(state, str(exception[1]) if any(exception) else None)
         try:
             plot_loss(self._config.run, self._config.run / "loss.png")
         except OSError as error:
             self._say(f"no loss.png ({error.strerror})")
 
-    def _record_status(self, state: str, error: str | None = None) -> None:
+    def record_status(self, state: str = "running", error: str | None = None) -> None:
+        """Notes in status.json how far the run is."""
         if self._metrics is None:
             return
         images, total, speed = self._state.images, self._config.train.images, self._speed

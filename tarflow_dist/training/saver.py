@@ -1,13 +1,12 @@
 """Writes checkpoints while training goes on: a copy to host memory, then the disk in a thread."""
 
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -15,13 +14,20 @@ from torch import Tensor
 
 from tarflow_dist import distributed
 from tarflow_dist.config import CheckpointConfig
-from tarflow_dist.errors import UserError
 from tarflow_dist.files import describe, grant, publish_folder, sync, write_sealed
 from tarflow_dist.flow.config import FlowConfig
 from tarflow_dist.models.classes import NAMELESS, Classes
 from tarflow_dist.training import latest_checkpoint
-from tarflow_dist.training.checkpoint import STATE_FILE, VERSION, Piece, least_val_loss
-from tarflow_dist.training.state import RunState
+from tarflow_dist.training.checkpoint import STATE_FILE, VERSION, Piece, RunState, least_val_loss
+
+
+class _Share(NamedTuple):
+    """A rank's file, as state.json has it."""
+
+    file: str
+    described: dict[str, Any]
+    starts: dict[str, int]
+    """Where its piece of each tensor begins, by NAME."""
 
 
 class Saver:
@@ -29,7 +35,7 @@ class Saver:
 
     Args:
         folder: the run's checkpoints/.
-        config: how many are kept, and what happens when one can't be written.
+        config: how many are kept.
         model: what the flow is made of.
         classes: what its classes are called.
 
@@ -46,30 +52,40 @@ class Saver:
     ):
         self._folder, self._config = folder, config
         self._about = {"model": model.to_json(), "classes": asdict(classes)}
-        self._writer: _Writer | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._share: Future[_Share] | None = None
         self.stall_seconds = 0.0
 
     @property
     def writing(self) -> bool:
         """Whether this rank's share of a checkpoint is still on its way to the disk."""
-        return self._writer is not None and self._writer.is_alive()
+        return self._share is not None and not self._share.done()
 
     def save(self, pieces: Iterable[Piece], state: RunState) -> None:
         """Copies what `Engine.pieces` yields and starts to write it, as of now; a checkpoint that
-        is still being written is finished first. It becomes visible in `publish` or `finish`.
+        is still being written is finished first. It becomes visible in `publish`.
 
         Raises:
-            UserError: the one before could not be written, and the config says to stop then.
+            UserError: it can't be written, or the one before could not be.
         """
-        began = time.monotonic()
         self.publish()
-        part = self._folder / f".{state.images:011d}.part"
-        problem = _attempt(lambda: _prepare(self._folder, part)) if distributed.is_main() else None
-        problem = distributed.from_main(problem)
-        self._writer = _Writer(part, {"state": asdict(state), **self._about}, problem)
+        began = time.monotonic()
+        self._checkpoint = self._folder / f"{state.images:011d}"
+        self._part = self._folder / f".{self._checkpoint.name}.part"
+        with distributed.together(f"the checkpoint {self._checkpoint} can't be written"):
+            if distributed.is_main():
+                _prepare(self._folder, self._part)
+        tensors, starts, shapes = {}, {}, {}
         for piece in pieces:
-            self._writer.add(piece)
-        self._writer.start()
+            for kind, values in piece.values.items():
+                key = f"{kind}/{piece.name}"
+                shapes[key] = list(piece.shape)
+                if values.numel():
+                    starts[piece.name] = piece.start
+                    tensors[key] = values.to("cpu", copy=True)
+        self._content = {"state": asdict(state), **self._about, "shapes": shapes}
+        file = self._part / f"tensors-{distributed.rank():05d}.safetensors"
+        self._share = self._thread.submit(_write, file, tensors, starts)
         self.stall_seconds += time.monotonic() - began
 
     def publish(self) -> None:
@@ -77,89 +93,30 @@ class Saver:
         pointer to it and deletes what needs no longer be kept.
 
         Raises:
-            UserError: a rank could not write, and the config says to stop then; earlier checkpoints
-                are as they were.
+            UserError: a rank could not write; earlier checkpoints are as they were.
         """
-        problem = self._publish()
-        if problem is None:
+        if self._share is None:
             return
-        if self._config.on_failure == "stop":
-            raise UserError(problem)
-        if distributed.is_main():
-            print(f"{problem}; training goes on", file=sys.stderr)
-
-    def finish(self) -> None:
-        """The same at the run's end, where not to be able to write is always an error."""
-        problem = self._publish()
-        if problem is not None:
-            raise UserError(problem)
-
-    def _publish(self) -> str | None:
-        writer, self._writer = self._writer, None
-        if writer is None:
-            return None
         began = time.monotonic()
-        writer.join()
-        share = (writer.file.name, writer.described, writer.starts, writer.problem)
-        shares = distributed.to_main(share)
-        part, checkpoint = writer.part, self._folder / writer.part.name.strip(".").split(".")[0]
-        problem = None
-        if shares is not None:
-            problem = next((problem for *_, problem in shares if problem), None)
-            if problem is None:
-                files = {name: described for name, described, *_ in shares}
-                starts = {name: starts for name, _, starts, _ in shares}
-                index = {"shapes": writer.shapes, "starts": starts, "files": files}
-                content = writer.content | index
-                problem = _attempt(lambda: _make_visible(part, checkpoint, content))
-            if problem is None:
-                _prune(checkpoint, self._config)
-            else:
-                shutil.rmtree(part, ignore_errors=True)
-        problem = distributed.from_main(problem)
+        shares = distributed.to_main(self._share.exception() or self._share.result())
+        self._share = None
+        with distributed.together(f"the checkpoint {self._checkpoint} could not be written"):
+            if shares is not None:
+                self._make_visible(shares)
+                _prune(self._checkpoint, self._config)
         self.stall_seconds += time.monotonic() - began
-        return problem and f"the checkpoint {checkpoint} could not be written: {problem}"
 
-
-class _Writer(Thread):
-    """Writes one rank's share of a checkpoint."""
-
-    def __init__(self, part: Path, content: dict[str, Any], problem: str | None):
-        super().__init__(name="checkpoint", daemon=True)
-        self.part, self.content, self.problem = part, content, problem
-        self.file = part / f"tensors-{distributed.rank():05d}.safetensors"
-        self.described: dict[str, Any] = {}
-        self.starts: dict[str, int] = {}
-        self.shapes: dict[str, list[int]] = {}
-        self._tensors: dict[str, Tensor] = {}
-
-    def add(self, piece: Piece) -> None:
-        """Copies it to host memory."""
-        for kind, values in piece.values.items():
-            key = f"{kind}/{piece.name}"
-            self.shapes[key] = list(piece.shape)
-            if values.numel():
-                self.starts[piece.name] = piece.start
-                self._tensors[key] = values.to("cpu", copy=True)
-
-    def run(self) -> None:
-        self.problem = self.problem or _attempt(self._write)
-        self._tensors = {}
-
-    def _write(self) -> None:
-        save_file(self._tensors, self.file)
-        grant(self.file)
-        sync(self.file)
-        self.described = describe(self.file)
-
-
-def _attempt(action: Callable[[], None]) -> str | None:
-    """What went wrong with the disk, if anything: all ranks must hear of it before one raises."""
-    try:
-        action()
-    except (OSError, SafetensorError) as error:
-        return str(error)
-    return None
+    def _make_visible(self, shares: list[_Share | BaseException]) -> None:
+        starts, files = {}, {}
+        for share in shares:
+            if isinstance(share, BaseException):
+                shutil.rmtree(self._part, ignore_errors=True)
+                raise share
+            starts[share.file], files[share.file] = share.starts, share.described
+        content = {**self._content, "starts": starts, "files": files}
+        write_sealed(self._part / STATE_FILE, content, version=VERSION)
+        publish_folder(self._part, self._checkpoint)
+        latest_checkpoint.point_to(self._checkpoint)
 
 
 def _prepare(folder: Path, part: Path) -> None:
@@ -169,10 +126,14 @@ def _prepare(folder: Path, part: Path) -> None:
     part.mkdir(parents=True)
 
 
-def _make_visible(part: Path, checkpoint: Path, content: dict[str, Any]) -> None:
-    write_sealed(part / STATE_FILE, content, version=VERSION)
-    publish_folder(part, checkpoint)
-    latest_checkpoint.point_to(checkpoint)
+def _write(file: Path, tensors: dict[str, Tensor], starts: dict[str, int]) -> _Share:
+    try:
+        save_file(tensors, file)
+    except SafetensorError as error:  # of a full disk, too
+        raise OSError(str(error)) from error
+    grant(file)
+    sync(file)
+    return _Share(file.name, describe(file), starts)
 
 
 def _prune(newest: Path, config: CheckpointConfig) -> None:

@@ -17,10 +17,8 @@ from tarflow_dist.flow.flops import FlowCost
 from tarflow_dist.flow.model import Flow
 from tarflow_dist.telemetry.throughput import Throughput
 from tarflow_dist.training import latest_checkpoint
-from tarflow_dist.training.checkpoint import newest_whole
+from tarflow_dist.training.checkpoint import RunState, newest_whole
 from tarflow_dist.training.engine import Engine
-from tarflow_dist.training.objective import Objective
-from tarflow_dist.training.state import RunState
 
 GROUPS = 64  # so that each of as many nodes, or of a divisor of them, has groups to itself
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -110,7 +108,7 @@ def _keep_freed_memory() -> None:
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
-def restore(config: Config, engine: Engine, objective: Objective) -> RunState:
+def restore(config: Config, engine: Engine) -> RunState:
     """Loads the run's newest whole checkpoint, written at whatever world size and ZeRO stage; a run
     without one starts at 0 images.
 
@@ -127,7 +125,6 @@ def restore(config: Config, engine: Engine, objective: Objective) -> RunState:
                 f"{saved.folder} is of another model: its {field.name} is {was}, the config's {now}"
             )
     engine.load(saved.read_part, saved.state.optimizer_steps)
-    objective.load(saved.read_part)
     return saved.state
 
 

@@ -5,71 +5,48 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from tarflow_dist import distributed
 from tarflow_dist.config import Config
 from tarflow_dist.data.loader import Batch
 from tarflow_dist.telemetry.throughput import Throughput
+from tarflow_dist.training.checkpoint import RunState
 from tarflow_dist.training.engine import Engine
-from tarflow_dist.training.objective import Objective
+from tarflow_dist.training.maximum_likelihood import MaximumLikelihood
 from tarflow_dist.training.schedule import ema_decay, learning_rate
-from tarflow_dist.training.state import RunState
 
 MEAN_LOSS_RATE = 0.02
 
 
 @dataclass
-class StepResult:
-    """What a step saw, on the device: nothing is awaited before `figures` asks for it.
-
-    Attributes:
-        lr: the step's learning rate.
-        grad_norm: norm of the gradient over all parameters, before clipping.
-        problem: why the step was left out; None if it was taken.
-    """
-
-    objective: Objective
-    lr: float
-    grad_norm: float | Tensor
-    problem: str | None
-
-    def figures(self) -> dict[str, float]:
-        """The objective's, until the next step begins. Collective."""
-        return {**self.objective.figures(), "grad_norm": float(self.grad_norm), "lr": self.lr}
-
-
 class Stepper:
     """Takes the run's optimiser steps: passes forward and backward over this rank's share of the
     batch, then the update of weights and average."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        objective: Objective,
-        batches: Iterator[Batch],
-        config: Config,
-        device: torch.device,
-        throughput: Throughput,
-    ):
-        self._engine, self._objective = engine, objective
-        self._batches, self._config = batches, config
-        self._device, self._throughput = device, throughput
+    engine: Engine
+    objective: MaximumLikelihood
+    batches: Iterator[Batch]
+    config: Config
+    throughput: Throughput
 
-    def step(self, state: RunState) -> StepResult:
+    def step(self, state: RunState) -> str | None:
         """Takes the step that follows `state`. One whose loss or gradient is not finite, or whose
-        loss jumps, is left out on all ranks together: nothing changes but the position."""
-        config, engine, objective = self._config, self._engine, self._objective
+        loss jumps, is left out on all ranks together: nothing changes but the position.
+
+        Returns:
+            Why it was left out; None if it was taken.
+        """
+        config, engine, objective = self.config, self.engine, self.objective
         images = state.images + config.train.batch_size
-        lr = learning_rate(config.optimizer, images, config.train.images)
+        self._lr = learning_rate(config.optimizer, images, config.train.images)
         decay = ema_decay(config.optimizer, images, config.train.batch_size)
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        total = torch.zeros((), dtype=torch.float64, device=engine.flow.device)
         spike = None
         objective.begin_step()
         for number in range(engine.accumulation_steps):
-            with self._throughput.waiting():
-                batch = next(self._batches)
-            with self._throughput.working():
+            with self.throughput.waiting():
+                batch = next(self.batches)
+            with self.throughput.working():
                 loss = objective.loss(batch)
             total += loss.detach()
             last = number == engine.accumulation_steps - 1
@@ -77,20 +54,25 @@ class Stepper:
                 spike = self._spike(float(distributed.sum_over_ranks(total.clone())), state)
             # a gradient that is not finite is how every ZeRO stage is told to leave a step out
             engine.backward(loss * math.nan if spike else loss)
-            engine.step(lr=lr, ema_decay=decay)
+            engine.step(lr=self._lr, ema_decay=decay)
         applied = engine.step_was_applied()
         objective.end_step(applied=applied)
-        problem = None
-        if not applied or spike:
-            problem = spike or f"{objective.culprit(total)} is not finite"
-        return StepResult(objective, lr, engine.grad_norm(), problem)
+        if applied and not spike:
+            return None
+        return spike or f"{objective.metrics.culprit(total)} is not finite"
+
+    def figures(self) -> dict[str, float]:
+        """Of the last step, means over the global batch: nothing on the device is awaited before
+        they are asked for. Collective."""
+        norm = float(self.engine.grad_norm())  # over all parameters, before clipping
+        return {**self.objective.metrics.figures(), "grad_norm": norm, "lr": self._lr}
 
     def _spike(self, loss_sum: float, state: RunState) -> str | None:
         """Whether the step's loss, summed over all passes and ranks, jumps above its recent average
         in `state`, which it otherwise joins."""
-        limit = self._config.health.loss_spike
+        limit = self.config.health.loss_spike
         assert limit is not None
-        loss = loss_sum / (self._engine.accumulation_steps * distributed.world_size())
+        loss = loss_sum / (self.engine.accumulation_steps * distributed.world_size())
         mean = state.mean_loss
         if mean is not None and loss > mean + limit:
             return f"its loss {loss:.4g} is more than {limit} above the recent average {mean:.4g}"

@@ -4,6 +4,7 @@ At ZeRO stage 0 every rank holds everything; at stages 1 and 2 a slice of one fl
 weights; at stage 3 an equal part of every weight, the last ones padded.
 """
 
+from itertools import cycle
 from typing import Any, Literal
 
 import torch
@@ -32,7 +33,9 @@ class ZeroState:
 
     def __init__(self, stage: Stage, zero: Any, optimizer: torch.optim.Optimizer):
         self._stage, self._zero, self._optimizer = stage, zero, optimizer
-        self._owners = self._deal() if stage == 0 else {}
+        # at stage 0, the rank that saves and loads each parameter
+        largest_first = sorted(self._partitions(), key=Tensor.numel, reverse=True)
+        self._owners = dict(zip(largest_first, cycle(range(distributed.world_size()))))
 
     @torch.no_grad()
     def create(self) -> None:
@@ -108,14 +111,6 @@ class ZeroState:
     def _part(self, parameter: nn.Parameter, key: str | None) -> Tensor:
         """At stage 3, padded."""
         return self._zero._get_fp32_opt_state_partition(parameter, False, key)[0]
-
-    def _deal(self) -> dict[Tensor, int]:
-        """Each parameter to the rank that has the least so far."""
-        owners, load = {}, [0] * distributed.world_size()
-        for parameter in self._partitions():
-            owners[parameter] = load.index(min(load))
-            load[owners[parameter]] += parameter.numel()
-        return owners
 
     def _partitions(self) -> list[Tensor]:
         """The tensors that the optimiser steps on."""

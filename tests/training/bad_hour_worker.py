@@ -15,9 +15,9 @@ from tarflow_dist import distributed
 from tarflow_dist.errors import run_command
 from tarflow_dist.flow.model import Flow
 from tarflow_dist.training import loop, setup
+from tarflow_dist.training.checkpoint import RunState
 from tarflow_dist.training.engine import Engine
-from tarflow_dist.training.state import RunState
-from tarflow_dist.training.step import Stepper, StepResult
+from tarflow_dist.training.step import Stepper
 
 BAD_STEPS = (7, 8)
 BLOCK = 1
@@ -29,7 +29,7 @@ def inject(what: str, engine: Engine) -> None:
     flow = engine.flow
     original = Stepper.step
 
-    def counted(self: Stepper, state: RunState) -> StepResult:
+    def counted(self: Stepper, state: RunState) -> str | None:
         nonlocal step
         step += 1
         here = step in BAD_STEPS and distributed.rank() == last

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -39,34 +39,33 @@ def main(config_file: str, out: str, device: str, *overrides: str) -> None:
 
 
 def train(config: Config, device: torch.device, waits: dict[str, int]) -> dict[str, Any]:
+    from tarflow_dist.training.checkpoint import RunState
     from tarflow_dist.training.latest_checkpoint import FOLDER
     from tarflow_dist.training.maximum_likelihood import MaximumLikelihood
     from tarflow_dist.training.saver import Saver
     from tarflow_dist.training.setup import build_engine, restore, start_throughput
-    from tarflow_dist.training.state import RunState
     from tarflow_dist.training.step import Stepper
     from tarflow_dist.training.validation import draw_preview
 
     engine = build_engine(config, config.micro_batch(distributed.world_size()), device)
     state = RunState(images=config.optimizer.warmup_images)
-    objective = MaximumLikelihood(engine, config, device)
+    objective = MaximumLikelihood(engine, config)
     stepper = Stepper(
         engine,
         objective,
         batches(config, engine.flow.image_shape),
         config,
-        device,
         start_throughput(config, device, 0),
     )
     losses, waited = [], []
 
     def step() -> None:
         waits.clear()
-        result = stepper.step(state)
+        problem = stepper.step(state)
         waited.append(dict(waits))
         state.images += config.train.batch_size
-        assert result.problem is None, result.problem
-        losses.append(result.figures()["loss"])
+        assert problem is None, problem
+        losses.append(stepper.figures()["loss"])
 
     for _ in range(STEPS):
         step()
@@ -74,24 +73,24 @@ def train(config: Config, device: torch.device, waits: dict[str, int]) -> dict[s
     state.optimizer_steps = engine.optimizer_steps
     saver = Saver(config.run / FOLDER, config.checkpoint, engine.flow.config)
     waits.clear()
-    saver.save(chain(engine.pieces(), objective.pieces()), state)
+    saver.save(engine.pieces(), state)
     to_save = dict(waits)
-    saver.finish()
+    saver.publish()
     picture = draw_preview(engine, objective, config, state.images)
     assert isinstance(picture, Path), picture
-    before = saved(engine, objective)
-    assert restore(config, engine, objective) == state
-    after = saved(engine, objective)
+    before = saved(engine)
+    assert restore(config, engine) == state
+    after = saved(engine)
     assert all(torch.equal(after[key], values) for key, values in before.items())
     step()
     return {"losses": losses, "waits": waited, "to_save": to_save, "tensors": len(before)}
 
 
-def saved(engine: Any, objective: Any) -> dict[str, torch.Tensor]:
+def saved(engine: Any) -> dict[str, torch.Tensor]:
     """What the only rank adds to a checkpoint, in host memory."""
     return {
         f"{kind}/{piece.name}": values.to("cpu", copy=True)
-        for piece in chain(engine.pieces(), objective.pieces())
+        for piece in engine.pieces()
         for kind, values in piece.values.items()
     }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_worker import BATCH, EMA_DECAY, HALF, LR, STEPS, batch, new_flow
+from engine_worker import BATCH, EMA_DECAY, HALF, LR, STEPS, VARIANCE, batch, new_flow
 
 from tarflow_dist import config_file as configs
 from tarflow_dist.training.checkpoint import Checkpoint
@@ -131,6 +131,7 @@ def test_a_checkpoint_goes_on_exactly(ranks: int, name: str, seen: Callable[[int
     cell = seen(ranks)[name]
     assert cell["resumed"] == cell["losses"][HALF:]
     assert cell["rolled back"] == cell["losses"][HALF:]
+    assert cell["variances"] == [[pytest.approx(VARIANCE)]] * 2
 
 
 @pytest.mark.parametrize(("ranks", "name"), ALL)

@@ -12,8 +12,8 @@ from tarflow_dist.data.order import ImageOrder
 from tarflow_dist.data.shards import Shards, open_shards
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import from_saved
+from tarflow_dist.training.checkpoint import RunState
 from tarflow_dist.training.setup import image_order
-from tarflow_dist.training.state import RunState
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 

@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from tarflow_dist.training.interrupt import Interrupt
+from tarflow_dist.training.health import Interrupt
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -13,12 +13,11 @@ import torch
 from commands import ROOT, command
 
 from tarflow_dist import config_file as configs
-from tarflow_dist.errors import UserError
 from tarflow_dist.telemetry.throughput import Throughput
 from tarflow_dist.training import run_log
-from tarflow_dist.training.run_folder import check_kinds, read_status
+from tarflow_dist.training.checkpoint import RunState
+from tarflow_dist.training.run_folder import read_status
 from tarflow_dist.training.run_log import RunLog
-from tarflow_dist.training.state import RunState
 
 SHORT = [
     "configs/digits.yaml",
@@ -105,16 +104,6 @@ def test_without_any_network(up: bool, digits: Path, tmp_path: Path) -> None:
     assert up or done.stderr.splitlines()[-1].startswith("error: there is no network here")
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "status.json", "metrics.jsonl", "wandb"])
-def test_what_is_of_the_wrong_kind_is_named(name: str, tmp_path: Path) -> None:
-    if "." in name:
-        (tmp_path / name).mkdir()
-    else:
-        (tmp_path / name).touch()
-    with pytest.raises(UserError, match=f"{name} is no (file|folder): remove it"):
-        check_kinds(tmp_path)
-
-
 def test_a_refused_start_leaves_the_run_as_it_was(digits: Path, tmp_path: Path) -> None:
     """Sent back to its second checkpoint, with other settings and something that is refused."""
     run = tmp_path / "run"
@@ -160,5 +149,5 @@ def test_pictures_and_status_never_end_a_run(
     assert "no loss.png (No space left on device)" in capsys.readouterr().err
     with RunLog(config, state, [], throughput) as written:
         monkeypatch.setattr(run_log.run_folder, "write_status", full)
-        written.record_progress()
+        written.record_status()
     assert "status.json can't be written (No space left on device)" in capsys.readouterr().err
