@@ -17,8 +17,8 @@ from data_prep.records import (
     summarise,
     write_table,
 )
-from data_prep.shard_maker import Record, make_format, read_record
-from data_prep.shards import Shard
+from data_prep.shard_maker import Record, read_record
+from data_prep.shards import Shard, make_format
 from data_prep.sources import SPLITS, Source
 from tarflow_dist.errors import UserError
 
@@ -47,7 +47,8 @@ def describe_sets(source: Source, settings: Settings, folder: Path, formats: Seq
             raise UserError(f"no image of {split} could be read")
     summary = summarise(source, settings, stored, bad)
     for form in formats:
-        make_format(form, plan, settings).write_index(folder / form, shards[form])
+        writer = make_format(form, plan.name, settings.encode, settings.size, plan.channels)
+        writer.write_index(folder / form, shards[form])
         manifest = _manifest(source, plan, folder, form)
         write_table(folder / form / "manifest.parquet", manifest, MANIFEST)
         tables = (table for *_, table in _tables(source, plan, folder))

@@ -17,7 +17,7 @@ from xxhash import xxh3_128_hexdigest
 from data_prep.encode import Encoded, Result, encode_item
 from data_prep.plan import Plan
 from data_prep.records import RESULT, RESULT_COLUMNS, Settings
-from data_prep.shards import FORMATS, Format, Sample, Shard
+from data_prep.shards import Sample, Shard, make_format
 from data_prep.sources import Item, read_images
 from tarflow_dist.files import from_saved, read_regular, read_sealed, write_sealed, write_whole
 
@@ -91,7 +91,9 @@ class ShardMaker:
         ]
         shards = {}
         for form in self.formats if samples else ():
-            writer = make_format(form, plan, self.settings)
+            writer = make_format(
+                form, plan.name, self.settings.encode, self.settings.size, plan.channels
+            )
             file = writer.file(planned.split, planned.number)
             data, offsets = writer.pack(samples)
             self._put(self.folder / form / file, data)
@@ -148,12 +150,6 @@ def _size(folder: Path, form: str, file: str) -> int:
     """Of a shard, whose set may be published already."""
     place = folder / form / file
     return (place if place.exists() else folder.parent / form / file).stat().st_size
-
-
-def make_format(form: str, plan: Plan, settings: Settings) -> Format:
-    size = settings.size
-    shape = (size, size, plan.channels) if size else None
-    return FORMATS[form](plan.name, settings.encode, shape)
 
 
 def _rows(columns: Mapping[str, list[Any]]) -> bytes:

@@ -9,10 +9,9 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from data_prep.images import to_8bit
-from data_prep.shard_readers import decode
 from data_prep.sources import SPLITS
 from data_prep.sources.base import say_passed_over
-from data_prep.verify import find_sets, on_disk
+from data_prep.verify import decode, find_sets, on_disk
 from tarflow_dist.data.shards import Summary
 from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError
 from tarflow_dist.files import inside, open_regular, read_json, regular, write_whole

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import accumulate, pairwise
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep.shard_readers import mds_columns
 from data_prep.sources.base import MAX_CLASSES, Item, Place, set_name
 from data_prep.sources.objects import ObjectPath, read_file, read_json
 from data_prep.sources.splits import HoldOut, find_splits
@@ -174,7 +174,7 @@ def _scan(folder: Path, entry: dict[str, Any], prefix: str, in_val: bool) -> Sha
     if encoding not in (*FILES, "pil") and not PIXELS.fullmatch(encoding):
         raise ValueError(f"its images are in {encoding}")
     data = _read(file, compression)
-    columns = mds_columns(data, entry["column_sizes"], entry["samples"])
+    columns = _columns(data, entry["column_sizes"], entry["samples"])
     labels = np.array([_label(encodings[label], data[slice(*row[label])]) for row in columns])
     labelled = (labels >= 0) & (labels < MAX_CLASSES)
     places = np.array([row[image] for row in columns], np.int64).reshape(-1, 2)[labelled]
@@ -206,6 +206,34 @@ def _read(file: Path, compression: str | None) -> bytes | mmap:
     from streaming.base.compression import decompress
 
     return decompress(compression, data)
+
+
+def _columns(
+    data: bytes | mmap, sizes: list[int | None], count: int
+) -> list[list[tuple[int, int]]]:
+    """Of each of `count` samples of an MDS shard, where each column begins and ends.
+
+    A shard is the number of samples, the offsets of each and of the end, its description in JSON,
+    then the samples; a sample is the lengths of its columns of no fixed length, then its columns.
+
+    Raises:
+        ValueError: it isn't.
+    """
+    ends = np.frombuffer(data, "<u4", count + 1, offset=4).tolist()
+    if int.from_bytes(data[:4], "little") != count or ends[-1] > len(data):
+        raise ValueError(f"it holds not the {count} samples of its index")
+    found: list[list[tuple[int, int]]] = []
+    for begin, end in pairwise(ends):
+        lengths, place = [], begin
+        for size in sizes:
+            if not size:
+                size, place = int.from_bytes(data[place : place + 4], "little"), place + 4
+            lengths.append(size)
+        bounds = list(accumulate(lengths, initial=place))
+        if bounds[-1] != end:
+            raise ValueError(f"its sample {len(found)} has another length than its columns")
+        found.append(list(pairwise(bounds)))
+    return found
 
 
 def _label(encoding: str, data: bytes) -> int:
