@@ -13,7 +13,7 @@ from data_prep.images import CROPS, ENCODINGS, HONEST_PIXELS
 from data_prep.pipeline import help_prepare, prepare
 from data_prep.records import Settings
 from data_prep.sources import LAYOUTS, Digits, Source, open_source
-from data_prep.sources.base import listed, say_passed_over
+from data_prep.sources.names import listed, say_passed_over
 from data_prep.sources.objects import source_path
 from tarflow_dist.errors import INTERRUPTED_EXIT_CODE, UserError
 

@@ -8,7 +8,8 @@ from PIL import Image, UnidentifiedImageError
 from xxhash import xxh3_64_hexdigest
 
 from data_prep.images import prepare_image
-from data_prep.sources.base import Content, readable
+from data_prep.sources.base import Content
+from data_prep.sources.names import readable
 from tarflow_dist.errors import UserError
 
 

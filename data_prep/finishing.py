@@ -19,7 +19,8 @@ from data_prep.records import (
 )
 from data_prep.shard_maker import Record, read_record
 from data_prep.shards import Shard, make_format
-from data_prep.sources import SPLITS, Source
+from data_prep.sources import Source
+from data_prep.sources.names import SPLITS
 from tarflow_dist.errors import UserError
 
 

@@ -18,8 +18,9 @@ import numpy as np
 
 from data_prep.encode import Encoded, encode_item
 from data_prep.records import Settings
-from data_prep.sources import SPLITS, Item, Place, Source, read_image, shuffle_key
-from data_prep.sources.walk import unreadable
+from data_prep.sources import Source, read_image
+from data_prep.sources.base import Item, Place, unreadable
+from data_prep.sources.names import SPLITS, shuffle_key
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import describe, read_sealed, write_sealed, write_whole
 
@@ -198,7 +199,7 @@ def _list(source: Source, seed: int) -> tuple[Any, np.ndarray]:
 def _next(items: Iterator[Item]) -> list[Item]:
     try:
         return list(islice(items, ROWS))
-    except PermissionError as error:
+    except OSError as error:
         raise unreadable(error) from error
 
 

@@ -18,7 +18,8 @@ from data_prep.encode import Encoded, Result, encode_item
 from data_prep.plan import Plan
 from data_prep.records import RESULT, RESULT_COLUMNS, Settings
 from data_prep.shards import Sample, Shard, make_format
-from data_prep.sources import Item, read_images
+from data_prep.sources import read_images
+from data_prep.sources.base import Item
 from tarflow_dist.files import from_saved, read_regular, read_sealed, write_sealed, write_whole
 
 VERSION = 1

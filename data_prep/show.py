@@ -9,8 +9,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from data_prep.images import to_8bit
-from data_prep.sources import SPLITS
-from data_prep.sources.base import say_passed_over
+from data_prep.sources.names import SPLITS, say_passed_over
 from data_prep.verify import decode, find_sets, on_disk
 from tarflow_dist.data.shards import Summary
 from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError
