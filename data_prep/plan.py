@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.encode import Encoded, encode_item
+from data_prep.encode import store_image
+from data_prep.images import Stored
 from data_prep.records import Settings
 from data_prep.sources import Source, read_image
 from data_prep.sources.base import Item, Place, unreadable
@@ -213,13 +214,12 @@ def _block_keys(table: Any, seed: int) -> np.ndarray:
 
 def _mean_bytes(table: Any, keys: np.ndarray, source: Source, settings: Settings) -> float:
     """What an image takes as it will be stored, as a few of them tell."""
-    recipe = settings.recipe(source.channels)
     chosen = table.take(np.argsort(keys[:, 0], kind="stable")[:SAMPLED])
     results = [
-        encode_item(recipe, partial(read_image, source.path, _item(row).place))
+        store_image(partial(read_image, source.path, _item(row).place), settings, source.channels)
         for row in chosen.to_pylist()
     ]
-    sizes = [len(result.data) for result in results if isinstance(result, Encoded)]
+    sizes = [len(result.data) for result in results if isinstance(result, Stored)]
     return sum(sizes) / len(sizes) if sizes else 1.0
 
 
