@@ -95,11 +95,6 @@ class Plan:
         self._folder = folder
         try:
             begun = read_sealed(folder / BEGUN, version=VERSION)
-            if "about" not in begun:
-                raise UserError(
-                    f"{folder} was begun by an older version of this program, which planned no "
-                    "shards: finish it with that, or remove the folder to start over"
-                )
             self._about: dict[str, Any] = begun["about"]
             self.name, self.channels, self.classes = (
                 begun[key] for key in ("name", "channels", "classes")
@@ -107,7 +102,7 @@ class Plan:
             if describe(folder / PLAN) != begun["plan"]:
                 raise ValueError(f"{PLAN} is not as written")
             self.shards = list(self._planned(begun["shards"]))
-        except (FileNotFoundError, PermissionError, UserError):
+        except (FileNotFoundError, PermissionError):
             raise
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise UserError(

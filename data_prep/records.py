@@ -28,6 +28,7 @@ class Settings:
         """What tells two preparations apart: a field that came later is left out at its default, so
         that earlier sets are recognised."""
         own = asdict(self)
+        del own["max_errors"]  # with another, the same one goes on
         if self.max_pixels == HONEST_PIXELS:
             del own["max_pixels"]
         return own
