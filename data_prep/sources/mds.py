@@ -1,5 +1,6 @@
 """Sets of MosaicML's streaming: MDS shards."""
 
+import json
 import re
 from collections.abc import Iterator
 from functools import lru_cache
@@ -13,7 +14,7 @@ from PIL import Image
 
 from data_prep.sources.base import Group, HoldOut, Place, Source, damage_named
 from data_prep.sources.names import MAX_CLASSES, find_splits
-from data_prep.sources.objects import ObjectPath, read_file, read_json
+from data_prep.sources.objects import ObjectPath, read_file
 from data_prep.sources.walk import folders_in
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import inside, open_regular
@@ -88,7 +89,7 @@ def _scan_folder(path: Path, name: str, split: str) -> Iterator[tuple[Group, int
     """The labelled images of each shard in the folder `name`, and how many are without a label."""
     index = path / name / "index.json"
     with damage_named(f"{index} is damaged or no index of MDS shards"):
-        entries = list(read_json(index)["shards"])
+        entries = list(json.loads(read_file(index))["shards"])
     for number, entry in enumerate(entries):
         with damage_named(f"shard {number} of {index} can't be read"):
             yield _scan(index.parent, entry, f"{name}/" if name else "", split)
@@ -205,7 +206,7 @@ def _classes(path: Path, count: int) -> tuple[list[str], list[str] | None]:
     """Classes and their names, as the summary.json of one of our own sets says, or numbers."""
     file = path / "summary.json"
     with damage_named(f"{file} can't be read", "remove it"):
-        summary = read_json(file) if file.exists() else {}
+        summary = json.loads(read_file(file)) if file.exists() else {}
         classes, names = _names(summary.get("classes")), _names(summary.get("class_names"))
     if classes is None or len(classes) < count:
         return [str(number) for number in range(count)], None
