@@ -181,14 +181,18 @@ def _list(source: Source, seed: int) -> tuple[Any, np.ndarray]:
     schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in COLUMNS.items()])
     items, batches, keys = source.items(), [], bytearray()
     while some := _next(items):
-        rows = []
-        for item in some:
-            reader, file, *where = item.place
-            about = (SPLITS.index(item.split), item.label, item.name)
-            rows.append((*about, reader, os.fsencode(file), *where))
-            keys += shuffle_key(seed, "order", item.name)
-        columns = zip(schema, zip(*rows, strict=True), strict=True)
-        batches.append(pa.record_batch([pa.array(c, f.type) for f, c in columns], schema=schema))
+        rows = [
+            {
+                "split": SPLITS.index(item.split),
+                "label": item.label,
+                "name": item.name,
+                **item.place._asdict(),
+                "file": os.fsencode(item.place.file),
+            }
+            for item in some
+        ]
+        batches.append(pa.RecordBatch.from_pylist(rows, schema))
+        keys += b"".join(shuffle_key(seed, "order", item.name) for item in some)
     return pa.Table.from_batches(batches, schema), np.frombuffer(keys, ">u8").reshape(-1, 2)
 
 
