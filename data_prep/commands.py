@@ -3,7 +3,8 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,22 @@ from data_prep.images import CROPS, ENCODINGS, HONEST_PIXELS
 from data_prep.pipeline import help_prepare, prepare
 from data_prep.records import Settings
 from data_prep.sources import LAYOUTS, Digits, Source, open_source
-from data_prep.sources.base import listed, say_passed_over
+from data_prep.sources.names import listed, say_passed_over
 from data_prep.sources.objects import source_path
 from tarflow_dist.errors import INTERRUPTED_EXIT_CODE, UserError
 
 MAX_SIZE, MAX_WORKERS = 4096, 1024
 MAX_PASSED_OVER = 0.5
+LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "seed": (lambda seed: 0 <= seed < 2**32, f"a number from 0 to {2**32 - 1}"),
+    "workers": (lambda count: 1 <= count <= MAX_WORKERS, f"a number from 1 to {MAX_WORKERS}"),
+    "size": (lambda side: 0 < side <= MAX_SIZE, f"a side from 1 to {MAX_SIZE} pixels"),
+    "val_fraction": (lambda share: 0 < share < 1, "a share such as 0.1"),
+    "max_pixels": (lambda count: count >= 1, f"a number such as {HONEST_PIXELS}"),
+    "max_passed_over": (lambda share: 0 <= share <= 1, f"a share such as {MAX_PASSED_OVER}"),
+    "max_errors": (lambda share: 0 <= share <= 1, "a share such as 0.01"),
+}
+"""Whether an option's value can be, and what to give."""
 FORMATS = {"mds": ["mds"], "wds": ["wds"], "both": ["mds", "wds"]}
 LAYOUT_HELP = """what SRC is (default: what is found there)
 folder: SRC/{train,val}/CLASS/…/IMAGE, or SRC/CLASS/…/IMAGE; without CLASS, an unconditional set;
@@ -60,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         _add_image_options(command)
 
     digits = commands.add_parser("digits", help="scikit-learn's handwritten digits, 8x8, built in")
-    digits.set_defaults(run=run_digits, format="both", workers=1, max_errors=0.0)
+    digits.set_defaults(run=run_digits, format="both", workers=1)
     digits.add_argument("--encode", choices=("png", "jpeg", "raw"), default="png", help=ENCODE_HELP)
     for command in (imagenet, folder, digits):
         command.add_argument(
@@ -150,28 +161,7 @@ def _world_size() -> int:
 
 def run_digits(args: argparse.Namespace) -> int:
     settings = Settings(size=Digits.size, encode=args.encode, seed=args.seed)
-    if _rank():
-        return _help(Digits.path, args, settings)
-    return _write(Digits(seed=args.seed), args, settings)
-
-
-def _check_image_options(args: argparse.Namespace) -> None:
-    if args.encode == "keep" and args.size is not None:
-        raise UserError("--encode keep stores the files as they are: leave out --size")
-    if args.encode != "keep" and args.size is None:
-        raise UserError("--size is missing: give the side of the images in pixels, such as 64")
-    if args.size is not None and not 0 < args.size <= MAX_SIZE:
-        raise UserError(f"--size is {args.size}: give a side from 1 to {MAX_SIZE} pixels")
-    if not 0 < args.val_fraction < 1:
-        raise UserError(f"--val-fraction is {args.val_fraction}: give a share such as 0.1")
-    if args.max_pixels < 1:
-        raise UserError(f"--max-pixels is {args.max_pixels}: give a number such as {HONEST_PIXELS}")
-    if not 0 <= args.max_passed_over <= 1:
-        raise UserError(
-            f"--max-passed-over is {args.max_passed_over}: give a share such as {MAX_PASSED_OVER}"
-        )
-    if not 0 <= args.max_errors <= 1:
-        raise UserError(f"--max-errors is {args.max_errors}: give a share such as 0.01")
+    return _run(args, settings, Digits.path, partial(Digits, seed=args.seed))
 
 
 def run_images(args: argparse.Namespace) -> int:
@@ -184,8 +174,10 @@ def run_images(args: argparse.Namespace) -> int:
         max_errors=args.max_errors,
         max_pixels=args.max_pixels,
     )
-    if _rank():
-        return _help(src, args, settings)
+    return _run(args, settings, src, partial(_open, args, src))
+
+
+def _open(args: argparse.Namespace, src: Path) -> Source:
     source = open_source(src, layout=args.layout, val_fraction=args.val_fraction, seed=args.seed)
     passed_over = sum(source.passed_over.values())
     if passed_over > args.max_passed_over * (passed_over + len(source)):
@@ -194,38 +186,26 @@ def run_images(args: argparse.Namespace) -> int:
             f"({say_passed_over(source.passed_over)}): give the folder of the images alone, or "
             "raise --max-passed-over to go on without the others"
         )
-    return _write(source, args, settings)
+    return source
 
 
-def _help(path: Path, args: argparse.Namespace, settings: Settings) -> int:
-    help_prepare(
-        path,
-        Path(args.out),
-        FORMATS[args.format],
-        settings,
-        workers=args.workers or _cores(),
-        rank=_rank(),
-        world_size=_world_size(),
-    )
-    return 0
-
-
-def _write(source: Source, args: argparse.Namespace, settings: Settings) -> int:
+def _run(
+    args: argparse.Namespace, settings: Settings, path: Path, opened: Callable[[], Source]
+) -> int:
+    """This rank's part of a preparation of the source at `path`, which the first has `opened`."""
     formats, workers = FORMATS[args.format], args.workers or _cores()
+    ranks = {"workers": workers, "world_size": _world_size()}
+    if _rank():
+        help_prepare(path, Path(args.out), formats, settings, rank=_rank(), **ranks)
+        return 0
+    source = opened()
     try:
         if remote.is_remote(args.out):
             summary = remote.prepare_and_upload(
                 source, args.out, formats, settings, workers=workers
             )
         else:
-            summary = prepare(
-                source,
-                Path(args.out),
-                formats,
-                settings,
-                workers=workers,
-                world_size=_world_size(),
-            )
+            summary = prepare(source, Path(args.out), formats, settings, **ranks)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
@@ -264,13 +244,14 @@ def parse(argv: list[str], *, world_size: int | None = None) -> argparse.Namespa
         UserError: a number in it is out of range, or it is none for so many ranks.
     """
     args = parser().parse_args(argv)
-    if not 0 <= getattr(args, "seed", 0) < 2**32:
-        raise UserError(f"--seed is {args.seed}: give a number from 0 to {2**32 - 1}")
-    workers = getattr(args, "workers", None)
-    if workers is not None and not 1 <= workers <= MAX_WORKERS:
-        raise UserError(f"--workers is {workers}: give a number from 1 to {MAX_WORKERS}")
-    if "val_fraction" in args:
-        _check_image_options(args)
+    if "size" in args and (args.encode == "keep") != (args.size is None):
+        if args.size is None:
+            raise UserError("--size is missing: give the side of the images in pixels, such as 64")
+        raise UserError("--encode keep stores the files as they are: leave out --size")
+    for name, (is_sound, wanted) in LIMITS.items():
+        value = getattr(args, name, None)
+        if value is not None and not is_sound(value):
+            raise UserError(f"--{name.replace('_', '-')} is {value}: give {wanted}")
     if "seed" in args and remote.is_remote(args.out) and (world_size or _world_size()) > 1:
         raise UserError(
             f"{args.out} is in an object store, which one rank alone can write to: leave out "

@@ -1,7 +1,8 @@
 """What is written once, when all shards are there: indexes, manifest, errors, summary."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,35 @@ from typing import Any
 import numpy as np
 
 from data_prep.plan import Plan, Planned
-from data_prep.records import (
-    ERRORS,
-    MANIFEST,
-    Settings,
-    image_table,
-    summarise,
-    write_table,
-)
-from data_prep.shard_maker import Record, make_format, read_record
-from data_prep.shards import Shard
-from data_prep.sources import SPLITS, Source
+from data_prep.records import STORED, Settings, versions
+from data_prep.shard_maker import Record, read_record
+from data_prep.shards import Shard, make_format
+from data_prep.sources import Source
+from data_prep.sources.names import SPLITS
 from tarflow_dist.errors import UserError
+
+ROWS_AT_A_TIME = 1 << 11
+VERSION = 2
+"""Of sets: since 2, shards hold as many images each, whatever their bytes."""
+ERRORS = ("split", "source", "class", "label", "reason")
+MANIFEST = (
+    "split",
+    "index",
+    "position",
+    "source",
+    "class",
+    "class_name",
+    "label",
+    "shard",
+    "offset",
+    "bytes",
+    *STORED,
+)
+"""`index` counts the images that are there; `position`, which the shards have, those planned."""
+IN_BLOCKS = (
+    "shuffled in blocks, as the files must be read: images that lie together there stay within a "
+    "shard or two"
+)
 
 
 def describe_sets(source: Source, settings: Settings, folder: Path, formats: Sequence[str]) -> None:
@@ -45,14 +63,15 @@ def describe_sets(source: Source, settings: Settings, folder: Path, formats: Seq
     for split in SPLITS:
         if not stored[split].any():
             raise UserError(f"no image of {split} could be read")
-    summary = summarise(source, settings, stored, bad)
+    summary = _summarise(source, settings, stored, bad)
     for form in formats:
-        make_format(form, plan, settings).write_index(folder / form, shards[form])
+        writer = make_format(form, plan.name, settings.encode, settings.size, plan.channels)
+        writer.write_index(folder / form, shards[form])
         manifest = _manifest(source, plan, folder, form)
-        write_table(folder / form / "manifest.parquet", manifest, MANIFEST)
+        _write_table(folder / form / "manifest.parquet", manifest, MANIFEST)
         tables = (table for *_, table in _tables(source, plan, folder))
         errors = (table.filter(pc.is_valid(table["reason"])) for table in tables)
-        write_table(folder / form / "errors.parquet", errors, ERRORS)
+        _write_table(folder / form / "errors.parquet", errors, ERRORS)
         (folder / form / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
@@ -75,12 +94,26 @@ def _rows(record: Record) -> Any:
 
 
 def _tables(source: Source, plan: Plan, folder: Path) -> Iterator[tuple[Planned, Record, Any]]:
-    """What became of all images, a table a shard."""
+    """What is known of all images, those that could not be read among them, a table a shard."""
+    import pyarrow as pa
+
+    nameless = [None] * len(source.classes)
+    classes = pa.array(source.classes, pa.string())
+    class_names = pa.array(source.class_names or nameless, pa.string())
     for number, planned in enumerate(plan.shards):
         record = read_record(folder, number)
         assert record is not None, "all shards are there"
-        split, first = planned.split, planned.first
-        table = image_table(source, split, first, plan.table(number), _rows(record))
+        images, results = plan.table(number), _rows(record)
+        labels = images["label"].combine_chunks().cast("int64")
+        known = {
+            "split": pa.array([planned.split] * len(labels)),
+            "position": pa.array(np.arange(planned.first, planned.first + len(labels))),
+            "source": images["name"],
+            "label": labels,
+            "class": classes.take(labels),
+            "class_name": class_names.take(labels),
+        }
+        table = pa.table({**known, **{name: results[name] for name in results.column_names}})
         yield planned, record, table
 
 
@@ -100,3 +133,45 @@ def _manifest(source: Source, plan: Plan, folder: Path, form: str) -> Iterator[A
         table = table.append_column("offset", table[f"{form}_offset"])
         shard = pa.array([record.shards[form].file] * len(table))
         yield table.append_column("shard", shard)
+
+
+def _summarise(
+    source: Source, settings: Settings, stored: dict[str, np.ndarray], bad: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """`stored` and `bad` are each split's images of each class: (num_classes,) int64."""
+    return {
+        "version": VERSION,
+        "name": source.name,
+        "layout": source.layout,
+        "image_size": settings.size,
+        "channels": source.channels,
+        "classes": list(source.classes),
+        "class_names": list(source.class_names) if source.class_names else None,
+        "images": {split: int(counts.sum()) for split, counts in stored.items()},
+        "images_per_class": {split: counts.tolist() for split, counts in stored.items()},
+        "errors": sum(int(counts.sum()) for counts in bad.values()),
+        "errors_per_class": {split: counts.tolist() for split, counts in bad.items()},
+        "passed_over": dict(sorted(source.passed_over.items())),
+        "notes": [*source.notes, *([IN_BLOCKS] if source.in_blocks else ())],
+        "settings": asdict(settings),
+        "versions": versions(),
+    }
+
+
+def _write_table(file: Path, tables: Iterable[Any], columns: tuple[str, ...]) -> None:
+    """Writes them in row groups of ROWS_AT_A_TIME or a shard more."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    writer, waiting = None, []
+    for table in tables:
+        waiting.append(table.select(columns))
+        if writer is None:  # with checksums, so that a flipped bit in a label is noticed
+            writer = pq.ParquetWriter(file, waiting[0].schema, write_page_checksum=True)
+        if sum(map(len, waiting)) >= ROWS_AT_A_TIME:
+            writer.write_table(pa.concat_tables(waiting).combine_chunks())
+            waiting = []
+    assert writer is not None
+    with writer:
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting).combine_chunks())

@@ -1,5 +1,6 @@
 """Image files, whatever they are, to square 8-bit images: decode, crop, encode."""
 
+import hashlib
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -9,6 +10,7 @@ from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
+from xxhash import xxh3_64_hexdigest
 
 from data_prep.png import without_texts
 from tarflow_dist.errors import UserError
@@ -44,6 +46,14 @@ class Stored(NamedTuple):
     original_width: int
     """In pixels, before EXIF's orientation is applied."""
     original_height: int
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+    @property
+    def xxh3_64(self) -> str:
+        return xxh3_64_hexdigest(self.data)
 
 
 def prepare_image(

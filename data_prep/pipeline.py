@@ -12,7 +12,6 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +108,7 @@ def help_prepare(
 
 def _settings(formats: Sequence[str], settings: Settings) -> dict[str, Any]:
     """What must not change between the starts of a run, and is alike on all ranks."""
-    about = {name: value for name, value in settings.identity().items() if name != "max_errors"}
-    return {**about, "formats": list(formats), "versions": versions()}
+    return {**settings.identity(), "formats": list(formats), "versions": versions()}
 
 
 def _is_finished(out: Path, formats: Sequence[str], about: dict[str, Any]) -> bool:
@@ -123,10 +121,8 @@ def _is_finished(out: Path, formats: Sequence[str], about: dict[str, Any]) -> bo
         raise UserError(f"{out} is a set already: choose another folder")
     there = [form for form in formats if (out / form).exists()]
     for form in there:
-        if _made_by(out / form) not in (_digest(about), _digest(_of_before_plans(about))):
+        if len(there) < len(formats) or _made_by(out / form) != _digest(about):
             raise UserError(f"{out / form} already holds a set: remove it or choose another")
-    if there and len(there) < len(formats):
-        raise UserError(f"{out / there[0]} already holds a set: remove it or choose another")
     return bool(there)
 
 
@@ -135,13 +131,6 @@ def _made_by(folder: Path) -> str | None:
         return read_json(folder / "timing.json")["preparation"]
     except (OSError, ValueError, LookupError, TypeError):  # of another program, or version
         return None
-
-
-def _of_before_plans(about: dict[str, Any]) -> dict[str, Any]:
-    """What this preparation would have been in a version that planned no shards."""
-    earlier = {name: value for name, value in about.items() if name != "versions"}
-    streaming = {"mosaicml-streaming": version("mosaicml-streaming")}
-    return {**earlier, "versions": {**about["versions"], **streaming}}
 
 
 def _digest(about: dict[str, Any]) -> str:

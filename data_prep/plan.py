@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.encode import Encoded, encode_item
+from data_prep.encode import store_image
+from data_prep.images import Stored
 from data_prep.records import Settings
-from data_prep.sources import SPLITS, Item, Place, Source, read_image, shuffle_key
-from data_prep.sources.walk import unreadable
+from data_prep.sources import Source, read_image
+from data_prep.sources.base import Item, Place, unreadable
+from data_prep.sources.names import SPLITS, shuffle_key
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import describe, read_sealed, write_sealed, write_whole
 
@@ -93,11 +95,6 @@ class Plan:
         self._folder = folder
         try:
             begun = read_sealed(folder / BEGUN, version=VERSION)
-            if "about" not in begun:
-                raise UserError(
-                    f"{folder} was begun by an older version of this program, which planned no "
-                    "shards: finish it with that, or remove the folder to start over"
-                )
             self._about: dict[str, Any] = begun["about"]
             self.name, self.channels, self.classes = (
                 begun[key] for key in ("name", "channels", "classes")
@@ -105,7 +102,7 @@ class Plan:
             if describe(folder / PLAN) != begun["plan"]:
                 raise ValueError(f"{PLAN} is not as written")
             self.shards = list(self._planned(begun["shards"]))
-        except (FileNotFoundError, PermissionError, UserError):
+        except (FileNotFoundError, PermissionError):
             raise
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise UserError(
@@ -184,21 +181,25 @@ def _list(source: Source, seed: int) -> tuple[Any, np.ndarray]:
     schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in COLUMNS.items()])
     items, batches, keys = source.items(), [], bytearray()
     while some := _next(items):
-        rows = []
-        for item in some:
-            reader, file, *where = item.place
-            about = (SPLITS.index(item.split), item.label, item.name)
-            rows.append((*about, reader, os.fsencode(file), *where))
-            keys += shuffle_key(seed, "order", item.name)
-        columns = zip(schema, zip(*rows, strict=True), strict=True)
-        batches.append(pa.record_batch([pa.array(c, f.type) for f, c in columns], schema=schema))
+        rows = [
+            {
+                "split": SPLITS.index(item.split),
+                "label": item.label,
+                "name": item.name,
+                **item.place._asdict(),
+                "file": os.fsencode(item.place.file),
+            }
+            for item in some
+        ]
+        batches.append(pa.RecordBatch.from_pylist(rows, schema))
+        keys += b"".join(shuffle_key(seed, "order", item.name) for item in some)
     return pa.Table.from_batches(batches, schema), np.frombuffer(keys, ">u8").reshape(-1, 2)
 
 
 def _next(items: Iterator[Item]) -> list[Item]:
     try:
         return list(islice(items, ROWS))
-    except PermissionError as error:
+    except OSError as error:
         raise unreadable(error) from error
 
 
@@ -212,13 +213,12 @@ def _block_keys(table: Any, seed: int) -> np.ndarray:
 
 def _mean_bytes(table: Any, keys: np.ndarray, source: Source, settings: Settings) -> float:
     """What an image takes as it will be stored, as a few of them tell."""
-    recipe = settings.recipe(source.channels)
     chosen = table.take(np.argsort(keys[:, 0], kind="stable")[:SAMPLED])
     results = [
-        encode_item(recipe, partial(read_image, source.path, _item(row).place))
+        store_image(partial(read_image, source.path, _item(row).place), settings, source.channels)
         for row in chosen.to_pylist()
     ]
-    sizes = [len(result.data) for result in results if isinstance(result, Encoded)]
+    sizes = [len(result.data) for result in results if isinstance(result, Stored)]
     return sum(sizes) / len(sizes) if sizes else 1.0
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,7 @@ def prepare_and_upload(
         summary = prepare(source, staged, formats, settings, workers=workers)
         with write_whole(done) as part:
             part.write_text(json.dumps(summary))
-    try:
-        summary = read_json(done)
-    except ValueError as error:
-        raise UserError(f"{staged} is damaged: remove it to start over") from error
+    summary = read_json(done)
     for form in formats:
         upload(staged / form, f"{url}/{form}")
     shutil.rmtree(staged)
@@ -53,7 +50,7 @@ def prepare_and_upload(
 def staging_folder(source: Source, url: str, formats: Sequence[str], settings: Settings) -> Path:
     """Another folder for all that makes another set."""
     about = [url, source.fingerprint(), list(formats), settings.identity()]
-    key = hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir(), f"data_prep-{key}")
 
 
@@ -67,9 +64,10 @@ def upload(folder: Path, url: str) -> None:
     if not folder.exists():
         return
     uploader = _uploader(folder, url)
-    files = list(_in_order(folder))
-    with Progress(f"upload {folder.name}", len(files), unit="file") as progress:
-        for name in files:
+    names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    names.sort(key=lambda name: (name == LAST, name))
+    with Progress(f"upload {folder.name}", len(names), unit="file") as progress:
+        for name in names:
             try:
                 uploader.upload_file(name)
             except Exception as error:  # each kind of store has its own errors
@@ -84,11 +82,6 @@ def _check_free(url: str, formats: Sequence[str]) -> None:
         for form in formats:
             if _uploader(Path(empty, form), f"{url}/{form}").list_objects(""):
                 raise UserError(f"{url}/{form} already holds a set: remove it or choose another")
-
-
-def _in_order(folder: Path) -> Iterator[str]:
-    names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-    yield from sorted(names, key=lambda name: (name == LAST, name))
 
 
 def _uploader(folder: Path, url: str) -> Any:

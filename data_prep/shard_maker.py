@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 
 from xxhash import xxh3_128_hexdigest
 
-from data_prep.encode import Encoded, Result, encode_item
+from data_prep.encode import store_image
+from data_prep.images import Stored
 from data_prep.plan import Plan
-from data_prep.records import RESULT, RESULT_COLUMNS, Settings
-from data_prep.shards import FORMATS, Format, Sample, Shard
-from data_prep.sources import Item, read_images
+from data_prep.records import RESULT, STORED, Settings
+from data_prep.shards import Sample, Shard, make_format
+from data_prep.sources import read_images
+from data_prep.sources.base import Item
 from tarflow_dist.files import from_saved, read_regular, read_sealed, write_sealed, write_whole
 
 VERSION = 1
@@ -41,7 +43,8 @@ class Record:
     images: int
     bad: int
     rows: bytes
-    """A Parquet file of RESULT, a row an image of the plan."""
+    """A Parquet file of RESULT and where the images begin in the shards, a row an image of the
+    plan."""
     shards: Mapping[str, Shard]
     """By format; empty if no image could be read."""
 
@@ -70,13 +73,13 @@ class ShardMaker:
         plan = Plan(self.folder)
         items = plan.items(number)
         results = self._encode(plan, items)
-        stored = {i: result for i, result in enumerate(results) if isinstance(result, Encoded)}
-        columns: dict[str, list[Any]] = {
-            "reason": [getattr(result, "reason", None) for result in results],
-            "bytes": [len(stored[i].data) if i in stored else 0 for i in range(len(items))],
-        }
-        for name in RESULT_COLUMNS:
-            columns[name] = [getattr(result, name, None) for result in results]
+        stored = {i: result for i, result in enumerate(results) if isinstance(result, Stored)}
+        rows: list[dict[str, Any]] = [
+            {"bytes": len(result.data), **{name: getattr(result, name) for name in STORED}}
+            if isinstance(result, Stored)
+            else {"reason": result}
+            for result in results
+        ]
         planned = plan.shards[number]
         samples = [
             Sample(
@@ -91,34 +94,49 @@ class ShardMaker:
         ]
         shards = {}
         for form in self.formats if samples else ():
-            writer = make_format(form, plan, self.settings)
+            writer = make_format(
+                form, plan.name, self.settings.encode, self.settings.size, plan.channels
+            )
             file = writer.file(planned.split, planned.number)
             data, offsets = writer.pack(samples)
             self._put(self.folder / form / file, data)
             shards[form] = Shard(file, len(samples), len(data), writer.hashes(data))
-            begins = dict(zip(stored, offsets, strict=True))
-            columns[f"{form}_offset"] = [begins.get(i) for i in range(len(items))]
-        rows = _rows(columns)
+            for i, offset in zip(stored, offsets, strict=True):
+                rows[i][f"{form}_offset"] = offset
+        table = self._table(rows)
         done = self.folder / DONE / f"{number:06d}"
-        self._put(done.with_suffix(".parquet"), rows)
+        self._put(done.with_suffix(".parquet"), table)
         bad = len(items) - len(stored)
         about = {
             "number": number,
             "images": len(items),
             "bad": bad,
-            "rows": xxh3_128_hexdigest(rows),
+            "rows": xxh3_128_hexdigest(table),
             "shards": {form: asdict(shard) for form, shard in shards.items()},
         }
         write_sealed(done.with_suffix(".json"), about, version=VERSION)
         return Made(len(items), bad, was_there=False)
 
-    def _encode(self, plan: Plan, items: Sequence[Item]) -> list[Result]:
+    def _encode(self, plan: Plan, items: Sequence[Item]) -> list[Stored | str]:
         """In the items' order. They are read as they lie, so that a block is read once."""
-        recipe = self.settings.recipe(plan.channels)
         order = sorted(range(len(items)), key=lambda i: items[i].place[1:])
         reads = read_images(self.path, [items[i].place for i in order])
-        results = {i: encode_item(recipe, read) for i, read in zip(order, reads, strict=True)}
+        results = {
+            i: store_image(read, self.settings, plan.channels)
+            for i, read in zip(order, reads, strict=True)
+        }
         return [results[i] for i in range(len(items))]
+
+    def _table(self, rows: list[dict[str, Any]]) -> bytes:
+        """A Parquet file, as Record has it."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        kinds = RESULT | dict.fromkeys((f"{form}_offset" for form in self.formats), "int64")
+        schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in kinds.items()])
+        file = BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, schema), file)
+        return file.getvalue()
 
     def _put(self, file: Path, data: bytes) -> None:
         # a name that no process of another node has; what a kill leaves of it is in no set
@@ -148,20 +166,3 @@ def _size(folder: Path, form: str, file: str) -> int:
     """Of a shard, whose set may be published already."""
     place = folder / form / file
     return (place if place.exists() else folder.parent / form / file).stat().st_size
-
-
-def make_format(form: str, plan: Plan, settings: Settings) -> Format:
-    size = settings.size
-    shape = (size, size, plan.channels) if size else None
-    return FORMATS[form](plan.name, settings.encode, shape)
-
-
-def _rows(columns: Mapping[str, list[Any]]) -> bytes:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    kinds = {name: pa.type_for_alias(RESULT.get(name, "int64")) for name in columns}
-    arrays = {name: pa.array(values, kinds[name]) for name, values in columns.items()}
-    file = BytesIO()
-    pq.write_table(pa.table(arrays), file)
-    return file.getvalue()

@@ -3,22 +3,23 @@
 All formats store the same images, cut into shards at the same ones.
 """
 
+import hashlib
 import json
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
+import xxhash
 
-from data_prep.shard_readers import digest
-from tarflow_dist.files import write_whole
+from tarflow_dist.files import read_json, write_whole
 
 Shape = tuple[int, int, int]
 MDS_COLUMNS = {"png": "png", "webp": "png", "jpeg": "jpeg", "keep": "jpeg"}
-MDS_HASHES = ("sha1", "xxh64")
+MDS_HASHES = ["sha1", "xxh64"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,37 +37,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard that is written."""
+    """A shard as the index has it."""
 
     file: str
     """In the set's folder."""
     images: int
     bytes: int
     hashes: dict[str, str]
-
-
-class Format(Protocol):
-    """A format of sets.
-
-    Args:
-        name: of the set, for file names.
-        encode: one of images.ENCODINGS.
-        shape: (H, W, C) of the images, where they have one.
-    """
-
-    def __init__(self, name: str, encode: str, shape: Shape | None): ...
-
-    def file(self, split: str, number: int) -> str:
-        """What a split's shard is called."""
-
-    def pack(self, samples: Sequence[Sample]) -> tuple[bytes, list[int]]:
-        """The bytes of a shard, and where in them those of each image begin."""
-
-    def hashes(self, data: bytes) -> dict[str, str]:
-        """Those of a shard's bytes that the index has."""
-
-    def write_index(self, folder: Path, splits: dict[str, list[Shard]]) -> None:
-        """Writes into the set's `folder` what the format says of its shards."""
 
 
 class MDS:
@@ -77,6 +54,11 @@ class MDS:
     the offsets of each and of the end, its description in JSON, then the samples; a sample is the
     length of its image, where that is not fixed, then its columns. That is what streaming's
     `MDSWriter` writes, but that takes seconds and 450 MB to import, in each process.
+
+    Args (of each format):
+        name: of the set, for file names.
+        encode: one of images.ENCODINGS.
+        shape: (H, W, C) of the images, where they have one.
     """
 
     def __init__(self, name: str, encode: str, shape: Shape | None):
@@ -94,9 +76,11 @@ class MDS:
         }
 
     def file(self, split: str, number: int) -> str:
+        """What a split's shard is called."""
         return f"{split}/shard.{number:05d}.mds"
 
     def pack(self, samples: Sequence[Sample]) -> tuple[bytes, list[int]]:
+        """The bytes of a shard, and where in them those of each image begin."""
         about = json.dumps(self._about, sort_keys=True).encode()
         lengths = np.array([len(sample.data) for sample in samples], np.int64)
         before = 8 if self._is_fixed else 4 + 8
@@ -111,25 +95,45 @@ class MDS:
         return b"".join(parts), (ends[:-1] + before).tolist()
 
     def hashes(self, data: bytes) -> dict[str, str]:
+        """Those of a shard's bytes that the index has."""
         return {kind: digest(kind, data) for kind in MDS_HASHES}
 
     def write_index(self, folder: Path, splits: dict[str, list[Shard]]) -> None:
+        """Writes into the set's `folder` what the format says of its shards."""
         for split, shards in splits.items():
-            entries = [
-                {
-                    "samples": shard.images,
-                    "raw_data": {
-                        "basename": Path(shard.file).name,
-                        "bytes": shard.bytes,
-                        "hashes": shard.hashes,
-                    },
-                    "zip_data": None,
-                    **self._about,
-                }
-                for shard in shards
-            ]
+            index = {"version": 2, "shards": self._entries(shards)}
             with write_whole(folder / split / "index.json") as part:
-                part.write_text(json.dumps({"version": 2, "shards": entries}, sort_keys=True))
+                part.write_text(json.dumps(index, sort_keys=True))
+
+    def read_index(self, folder: Path, split: str) -> list[Shard]:
+        """The shards of a split as `write_index` has described them.
+
+        Raises:
+            Exception: of any kind, it has not.
+        """
+        entries = read_json(folder / split / "index.json")["shards"]
+        shards = []
+        for entry in entries:
+            about = entry["raw_data"]
+            file = f"{split}/{about['basename']}"
+            shards.append(Shard(file, entry["samples"], about["bytes"], about["hashes"]))
+        _expect(entries, self._entries(shards))
+        return shards
+
+    def _entries(self, shards: Sequence[Shard]) -> list[dict[str, Any]]:
+        return [
+            {
+                "samples": shard.images,
+                "raw_data": {
+                    "basename": Path(shard.file).name,
+                    "bytes": shard.bytes,
+                    "hashes": shard.hashes,
+                },
+                "zip_data": None,
+                **self._about,
+            }
+            for shard in shards
+        ]
 
 
 def _int64(value: int) -> bytes:
@@ -138,7 +142,8 @@ def _int64(value: int) -> bytes:
 
 class Tar:
     """WebDataset tars under timm's names: keys png, jpg, … or npy (raw), cls and json, and their
-    lengths in timm's `_info.json` beside the splits. Headers hold no times or owners."""
+    lengths in timm's `_info.json` beside the splits. Headers hold no times or owners. Arguments and
+    methods as MDS."""
 
     def __init__(self, name: str, encode: str, shape: Shape | None):
         self._name = name
@@ -170,18 +175,25 @@ class Tar:
 
     def write_index(self, folder: Path, splits: dict[str, list[Shard]]) -> None:
         """timm's description of a set, so that timm reads it too; `shard_bytes` is ours."""
-        info = {
-            split: {
-                "name": split,
-                "num_samples": sum(shard.images for shard in shards),
-                "filenames": [shard.file for shard in shards],
-                "shard_lengths": [shard.images for shard in shards],
-                "shard_bytes": [shard.bytes for shard in shards],
-            }
-            for split, shards in splits.items()
-        }
+        info = {split: self._about(split, shards) for split, shards in splits.items()}
         with write_whole(folder / "_info.json") as part:
             part.write_text(json.dumps({"splits": info}, indent=1))
+
+    def read_index(self, folder: Path, split: str) -> list[Shard]:
+        about = read_json(folder / "_info.json")["splits"][split]
+        entries = zip(about["filenames"], about["shard_lengths"], about["shard_bytes"], strict=True)
+        shards = [Shard(file, images, size, {}) for file, images, size in entries]
+        _expect(about, self._about(split, shards))
+        return shards
+
+    def _about(self, split: str, shards: Sequence[Shard]) -> dict[str, Any]:
+        return {
+            "name": split,
+            "num_samples": sum(shard.images for shard in shards),
+            "filenames": [shard.file for shard in shards],
+            "shard_lengths": [shard.images for shard in shards],
+            "shard_bytes": [shard.bytes for shard in shards],
+        }
 
 
 def _npy_header(shape: Shape) -> bytes:
@@ -197,4 +209,21 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, BytesIO(data))
 
 
+def _expect(found: object, written: object) -> None:
+    if found != written:
+        raise ValueError("it is not as data_prep writes it")
+
+
+def digest(kind: str, data: bytes) -> str:
+    """The hash of `data` in hexadecimal, by hashlib or xxhash."""
+    hash_of = getattr(xxhash, kind, None) or getattr(hashlib, kind)
+    return hash_of(data).hexdigest()
+
+
+Format = MDS | Tar
 FORMATS: dict[str, type[Format]] = {"mds": MDS, "wds": Tar}
+
+
+def make_format(form: str, name: str, encode: str, size: int | None, channels: int) -> Format:
+    """The format `form` of a set of `size` x `size` images, or of images of their own sizes."""
+    return FORMATS[form](name, encode, (size, size, channels) if size else None)

@@ -6,23 +6,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+import numpy as np
+from PIL import Image, ImageOps
 
 from data_prep.images import to_8bit
-from data_prep.shard_readers import decode
-from data_prep.sources import SPLITS
-from data_prep.sources.base import say_passed_over
-from data_prep.verify import find_sets, on_disk
+from data_prep.sources.names import SPLITS, say_passed_over
+from data_prep.verify import decode, find_sets, on_disk
 from tarflow_dist.data.shards import Summary
 from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError
 from tarflow_dist.files import inside, open_regular, read_json, regular, write_whole
 from tarflow_dist.models.classes import some
-from tarflow_dist.telemetry.pictures import fitted, font
+from tarflow_dist.telemetry.pictures import picture_grid
 
 ROWS, COLUMNS = 10, 10
 CELL = 128
 """Pixels of a picture on the sheet: smaller ones are magnified as far as they go in whole steps."""
-GAP, NAMES = 4, 160
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,19 +74,13 @@ def table(summary: dict[str, Any], manifest: Any) -> Iterator[tuple[str, str]]:
     size = f"{side}x{side}" if side else "their own sizes"
     yield "pixels", f"{size}, {'grey' if summary['channels'] == 1 else 'RGB'}"
     stored = sum(manifest["bytes"].to_pylist())
-    yield (
-        "stored",
-        f"{stored / 1e6:,.1f} MB of {settings['encode']}, {_kilobytes(stored, manifest)}",
-    )
+    each = f"{stored / max(len(manifest), 1) / 1e3:.1f} kB an image"
+    yield "stored", f"{stored / 1e6:,.1f} MB of {settings['encode']}, {each}"
     yield "set aside", f"{summary['errors']:,} that could not be read"
     if passed_over := summary.get("passed_over"):
         yield "passed over", say_passed_over(passed_over).partition(": ")[2]
     yield "settings", ", ".join(f"{key} {value}" for key, value in settings.items())
     yield "versions", ", ".join(f"{key} {value}" for key, value in summary["versions"].items())
-
-
-def _kilobytes(stored: int, manifest: Any) -> str:
-    return f"{stored / max(len(manifest), 1) / 1e3:.1f} kB an image"
 
 
 def _readable(summary: dict[str, Any], label: int) -> str:
@@ -103,34 +95,16 @@ def contact_sheet(folder: Path, summary: dict[str, Any], manifest: Any) -> Image
 
     count = len(summary["classes"])
     labels = sorted({row * count // min(ROWS, count) for row in range(min(ROWS, count))})
-    step = CELL + GAP
-    sheet = Image.new("RGB", (NAMES + COLUMNS * step, len(labels) * step + GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    letters = font(16)
+    cells = np.full((len(labels), COLUMNS, CELL, CELL, 3), 255, np.uint8)
     for row, label in enumerate(labels):
-        top = GAP + row * step
-        draw.text(
-            (GAP * 2, top + CELL // 2),
-            fitted(_readable(summary, label), letters, NAMES - 4 * GAP),
-            "black",
-            letters,
-            anchor="lm",
-        )
         of_class = manifest.filter(pc.equal(manifest["label"], label)).slice(0, COLUMNS)
         for column, image in enumerate(of_class.to_pylist()):
             with open(open_regular(inside(folder, image["shard"])), "rb") as file:
                 file.seek(image["offset"])
-                picture = _sized(to_8bit(decode(file.read(image["bytes"]), summary), 3))
-            left = NAMES + column * step
-            sheet.paste(
-                picture, (left + (CELL - picture.width) // 2, top + (CELL - picture.height) // 2)
-            )
-    return sheet
-
-
-def _sized(picture: Image.Image) -> Image.Image:
-    """At most CELL x CELL, and small pixels large enough to be seen."""
-    picture.thumbnail((CELL, CELL))
-    factor = CELL // max(picture.size)
-    size = picture.width * factor, picture.height * factor
-    return picture.resize(size, Image.Resampling.NEAREST)
+                picture = to_8bit(decode(file.read(image["bytes"]), summary), 3)
+            picture.thumbnail((CELL, CELL))
+            factor = CELL // max(picture.size)
+            shown = ImageOps.scale(picture, factor, Image.Resampling.NEAREST)
+            top, left = (CELL - shown.height) // 2, (CELL - shown.width) // 2
+            cells[row, column, top:, left:][: shown.height, : shown.width] = shown
+    return picture_grid(list(cells), [_readable(summary, label) for label in labels])

@@ -1,29 +1,31 @@
 """`python -m data_prep verify OUT`: reads a finished set back and says what is wrong, and where."""
 
 import argparse
+from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
+from data_prep.images import HONEST_PIXELS, open_image
 from data_prep.remote import is_remote
-from data_prep.shard_readers import READERS, Listed, Stored, decode, digest, read_index
-from data_prep.sources import SPLITS
+from data_prep.shards import Format, Sample, Shard, digest, make_format
+from data_prep.sources.names import SPLITS
 from data_prep.workers import map_in_order
+from tarflow_dist.data.images import decode_image
 from tarflow_dist.data.shards import COLUMNS as READ_COLUMNS
 from tarflow_dist.data.shards import Summary, check_types
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import inside, read_json, read_regular, regular
 from tarflow_dist.telemetry.progress import Progress
 
-MAX_LINES = 1000
 HASHES = ("sha256", "xxh3_64")
 POSITION = "position"
 """What shards count images by, where the manifest has it; before there was one, by `index`."""
-COLUMNS = READ_COLUMNS | {"source": "string", "class": "string", "sha256": "string"}
+COLUMNS = READ_COLUMNS | dict.fromkeys(("source", "class", "kind", "sha256"), "string")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,12 +38,9 @@ def run(args: argparse.Namespace) -> int:
     count = 0
     for line in verify(on_disk(args.out), workers=args.workers):
         count += 1
-        if count <= MAX_LINES:
-            print(line, flush=True)
+        print(line, flush=True)
     if count:
-        things = "1 thing is" if count == 1 else f"{count} things are"
-        shown = f", of which {MAX_LINES} are listed" if count > MAX_LINES else ""
-        print(f"{args.out}: {things} wrong{shown}")
+        print(f"{args.out}: {'1 thing is' if count == 1 else f'{count} things are'} wrong")
         return 1
     print(f"{args.out}: whole")
     return 0
@@ -80,10 +79,13 @@ class Job:
     """A shard to be read back."""
 
     folder: Path
-    shard: Listed
+    file: str
+    listed: Shard | None
+    """What the format's index says of it, if it does."""
     rows: Any
     """Its part of the manifest, a pyarrow table."""
     summary: dict[str, Any]
+    writer: Format
 
 
 def _verify_set(folder: Path, workers: int) -> Iterator[str]:
@@ -98,10 +100,10 @@ def _verify_set(folder: Path, workers: int) -> Iterator[str]:
         errors = pq.read_table(regular(folder / name), page_checksum_verification=True).num_rows
         name = "manifest.parquet"
         file = regular(folder / name)
-        columns = [*COLUMNS, *({POSITION} & set(pq.read_schema(file).names))]
-        rows = pq.read_table(file, columns=columns, page_checksum_verification=True)
+        columns = COLUMNS | ({POSITION: "int64"} if POSITION in pq.read_schema(file).names else {})
+        rows = pq.read_table(file, columns=list(columns), page_checksum_verification=True)
         rows.validate(full=True)
-        check_types(rows, COLUMNS)
+        check_types(rows, columns)
         wrong = list(_check_records(summary, rows, errors))
         splits = [_list_split(folder, split, rows, summary) for split in SPLITS]
     except Exception as error:  # whatever damage does to a parser
@@ -117,7 +119,7 @@ def _verify_set(folder: Path, workers: int) -> Iterator[str]:
         for job, problem in zip(jobs, problems, strict=True):
             progress.update(len(job.rows))
             if problem:
-                yield f"{job.shard.name}: {problem}"
+                yield f"{job.file}: {problem}"
 
 
 def _check_records(summary: dict[str, Any], rows: Any, errors: int) -> Iterator[str]:
@@ -152,85 +154,128 @@ def _list_split(
     """The shards of a split by its manifest, and in what the format's index differs from it."""
     import pyarrow.compute as pc
 
+    is_wds = (folder / "_info.json").exists() or any((folder / split).glob("*.tar"))
+    writer = make_format(
+        "wds" if is_wds else "mds",
+        summary["name"],
+        summary["settings"]["encode"],
+        summary["image_size"],
+        summary["channels"],
+    )
     wrong = []
     try:
-        index, listed = read_index(folder, split)
+        listed = {shard.file: shard for shard in writer.read_index(folder, split)}
     except Exception as error:  # whatever damage does to a parser
         wrong.append(f"{split}: its index is {_why(error)}")
-        index, listed = "", {}
+        listed = {}
     rows = rows.filter(pc.equal(rows["split"], split))
     shards = np.array(rows["shard"].to_pylist(), str)
     starts = np.flatnonzero(np.append(True, shards[1:] != shards[:-1]))[: len(shards)]
     jobs = []
     for start, end in zip(starts, [*starts[1:], len(shards)], strict=True):
-        name = str(shards[start])
-        # without its entry in the index a shard is still held against the manifest
-        entry = listed.get(name) or Listed(name, -1, int(end - start), {})
+        file = str(shards[start])
         # `take` copies: a mere slice would bring the whole table along to another process
-        jobs.append(Job(folder, entry, rows.take(np.arange(start, end)), summary))
-    names = [job.shard.name for job in jobs]
-    if listed and list(listed) != names:
-        wrong.append(f"{index}: its shards are not those of manifest.parquet")
-    known = {*listed, *names, f"{split}/index.json"}
-    for file in sorted((folder / split).iterdir()) if (folder / split).is_dir() else ():
-        if f"{split}/{file.name}" not in known:
-            wrong.append(f"{split}/{file.name}: belongs to no set")
+        its_rows = rows.take(np.arange(start, end))
+        jobs.append(Job(folder, file, listed.get(file), its_rows, summary, writer))
+    files = [job.file for job in jobs]
+    if listed and list(listed) != files:
+        wrong.append(f"{split}: the shards of its index are not those of manifest.parquet")
+    known = {*listed, *files, f"{split}/index.json"}
+    for entry in sorted((folder / split).iterdir()) if (folder / split).is_dir() else ():
+        if f"{split}/{entry.name}" not in known:
+            wrong.append(f"{split}/{entry.name}: belongs to no set")
     return jobs, wrong
 
 
 def _check_shard(job: Job) -> str:
     """What is wrong with a shard; nothing if it is whole."""
-    shard, rows = job.shard, job.rows.to_pylist()
+    rows = job.rows.to_pylist()
     try:
-        data = read_regular(inside(job.folder, shard.name))
+        data = read_regular(inside(job.folder, job.file))
     except (OSError, ValueError) as error:
         return _gist(error)
     wrong = []
-    if len(data) != shard.bytes != -1:
-        wrong.append(f"{len(data)} bytes long and not {shard.bytes}")
-    wrong += [
-        f"its {kind} is not that of the index"
-        for kind, expected in shard.hashes.items()
-        if digest(kind, data) != expected
-    ]
-    if shard.samples != len(rows):
-        wrong.append(f"{shard.samples} images in the index and {len(rows)} in the manifest")
-    form = shard.name.rpartition(".")[2]
-    try:
-        stored = READERS[form](data)
-        if len(stored) != len(rows):
-            wrong.append(f"{len(stored)} images and not {len(rows)}")
-            stored = []
-    except Exception as error:  # whatever damage does to a parser
-        wrong.append(f"no {form} file ({_gist(error)})")
-        stored = []
+    if job.listed:
+        if len(data) != job.listed.bytes:
+            wrong.append(f"{len(data)} bytes long and not {job.listed.bytes}")
+        wrong += [
+            f"its {kind} is not that of the index"
+            for kind, found in job.writer.hashes(data).items()
+            if job.listed.hashes.get(kind) != found
+        ]
+        if job.listed.images != len(rows):
+            wrong.append(f"{job.listed.images} images in the index and {len(rows)} in the manifest")
     images = [
         f"image {row['index']} ({row['source']}) {problem}"
-        for row, sample in zip_longest(rows, stored)
-        if (problem := _check_image(data, row, sample, job.summary))
+        for row in rows
+        if (problem := _check_image(data, row, job.summary))
     ]
     if images:
         more = f" and {len(images) - 1} more" if len(images) > 1 else ""
         wrong.append(images[0] + more)
+    elif odd := _check_rest(data, rows, job.writer):
+        wrong.append(odd)
     return "; ".join(wrong)
 
 
-def _check_image(
-    data: bytes, row: dict[str, Any], sample: Stored | None, summary: dict[str, Any]
-) -> str:
+def _check_image(data: bytes, row: dict[str, Any], summary: dict[str, Any]) -> str:
     image = data[row["offset"] : row["offset"] + row["bytes"]]
     for kind in HASHES:
         if digest(kind, image) != row[kind]:
             return f"has not the manifest's {kind}"
-    position = row.get(POSITION, row["index"])
-    expected = Stored(position, row["label"], row["offset"], row["bytes"])
-    if sample and sample != expected:
-        return f"is stored as {sample} and listed as {expected}"
     try:
         decode(image, summary)
     except Exception as error:  # decoders raise of every kind
         return f"can't be decoded ({_gist(error)})"
     return ""
+
+
+def _check_rest(data: bytes, rows: list[dict[str, Any]], writer: Format) -> str:
+    """What is wrong with a shard besides its images: written once more, as the manifest has them,
+    these must give the same bytes."""
+    offsets = [row["offset"] for row in rows]
+    samples = [
+        Sample(
+            row.get(POSITION, row["index"]),
+            row["label"],
+            row["class"],
+            row["source"],
+            row["kind"],
+            data[row["offset"] : row["offset"] + row["bytes"]],
+        )
+        for row in rows
+    ]
+    try:
+        written = writer.pack(samples)
+    except Exception as error:  # whatever a manifest may say
+        return f"the manifest has what can't be stored ({_gist(error)})"
+    if written == (data, offsets):
+        return ""
+    pairs = zip(data, written[0], strict=False)
+    at = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), len(data))
+    image = rows[max(bisect(offsets, at) - 1, 0)]
+    return (
+        f"labels, names or places are not the manifest's from byte {at} on, at image "
+        f"{image['index']} ({image['source']})"
+    )
+
+
+def decode(data: bytes, summary: dict[str, Any]) -> Image.Image:
+    """A stored image's bytes as a picture of the summary's size and channels.
+
+    Raises:
+        Exception: of any kind, it is no such image.
+    """
+    if summary["settings"]["encode"] == "keep":
+        image = open_image(data, summary["settings"].get("max_pixels", HONEST_PIXELS))
+        image.load()
+        return image
+    return decode_image(
+        data,
+        encode=summary["settings"]["encode"],
+        side=summary["image_size"],
+        channels=summary["channels"],
+    )
 
 
 def _why(error: Exception) -> str:

@@ -119,12 +119,7 @@ def read_json(file: Path) -> Any:
         ValueError: it is damaged, nested without end, or larger than any file of ours.
     """
     with open(open_regular(file), "rb") as stream:
-        return load_json(stream)
-
-
-def load_json(stream: IO[bytes]) -> Any:
-    """What a JSON file says. `ValueError` as `read_json`."""
-    data = stream.read(LARGEST_JSON + 1)
+        data = stream.read(LARGEST_JSON + 1)
     if len(data) > LARGEST_JSON:
         raise ValueError(f"it is larger than {LARGEST_JSON} bytes")
     try:

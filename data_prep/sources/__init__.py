@@ -7,52 +7,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources import arrow, mds, npz, parquet
+from data_prep.sources import mds, npz, tables
 from data_prep.sources.archives import Archives
-from data_prep.sources.arrow import Arrow
-from data_prep.sources.base import (
-    SPLITS,
-    Content,
-    Item,
-    Place,
-    Source,
-    patiently,
-    shuffle_key,
-)
-from data_prep.sources.digits import Digits, read_digit
+from data_prep.sources.base import Content, Place, Source, patiently, unreadable
+from data_prep.sources.digits import Digits as Digits
+from data_prep.sources.digits import read_digit
 from data_prep.sources.edm import EDM
 from data_prep.sources.folder import Folder
 from data_prep.sources.kaggle import Kaggle
 from data_prep.sources.mds import MDS
 from data_prep.sources.npz import Npz
 from data_prep.sources.objects import ObjectPath, forget_listings, read_file, read_part
-from data_prep.sources.parquet import Parquet
-from data_prep.sources.walk import images_in, unreadable
+from data_prep.sources.tables import Arrow, Parquet
+from data_prep.sources.walk import images_in
 from data_prep.sources.wds import WebDataset
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import inside
-
-__all__ = [
-    "EDM",
-    "LAYOUTS",
-    "MDS",
-    "SPLITS",
-    "Archives",
-    "Arrow",
-    "Digits",
-    "Folder",
-    "Item",
-    "Kaggle",
-    "Npz",
-    "Parquet",
-    "Place",
-    "Source",
-    "WebDataset",
-    "open_source",
-    "read_image",
-    "read_images",
-    "shuffle_key",
-]
 
 PACKED: dict[str, Any] = {
     "archives": Archives,
@@ -78,8 +48,8 @@ READERS: dict[str, Callable[..., Content]] = {
     "digits": read_digit,
     "npz": npz.read_pixels,
     "mds": mds.read_sample,
-    "parquet": parquet.read_row,
-    "arrow": arrow.read_row,
+    "parquet": tables.read_row,
+    "arrow": tables.read_row,
 }
 """How an image is read from its file and place."""
 
@@ -125,7 +95,7 @@ def open_source(path: Path, *, layout: str = "auto", val_fraction: float, seed: 
     forget_listings()
     try:
         return _open_source(path, layout, {"val_fraction": val_fraction, "seed": seed})
-    except PermissionError as error:  # which says nothing of what is in the files
+    except OSError as error:  # which says nothing of what is in the files
         raise unreadable(error) from error
 
 
@@ -144,7 +114,7 @@ def _open_source(path: Path, layout: str, options: dict[str, Any]) -> Source:
     try:
         source = PACKED[layout](path, **options if layout in SPLIT_HERE else {})
         if layout not in ALL_IMAGES and path.is_dir() and (beside := images_in(path).names):
-            source.passed_over = {**source.passed_over, "images beside": len(beside)}
+            source.passed_over["images beside"] = len(beside)
     except UserError as error:
         raise UserError(f"{error}{advice}") from error
     return source

@@ -4,15 +4,16 @@ import multiprocessing
 import re
 import tarfile
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.sources.base import Group, Grouped, check_distinct, is_image_name, kind_of
+from data_prep.sources.base import Group, Images, Source, damage_named
+from data_prep.sources.names import check_distinct, is_image_name, kind_of
 from data_prep.sources.objects import open_file
 from tarflow_dist.errors import UserError
 
@@ -22,7 +23,7 @@ DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 SCANNERS = 16  # class tars scanned at a time: on a network's disks the waiting is what counts
 
 
-class Archives(Grouped):
+class Archives(Source):
     """A folder with ILSVRC2012_img_train.tar (a tar of class tars), ILSVRC2012_img_val.tar (flat)
     and ILSVRC2012_devkit_t12.tar.gz (labels of the latter, names of the classes).
 
@@ -39,11 +40,9 @@ class Archives(Grouped):
         names, truth = read_devkit(path / DEVKIT)
         classes = sorted(names)
         passed_over: Counter[str] = Counter()
-        try:
+        with damage_named(f"the archives in {path} are damaged"):
             groups = _train(path / TRAIN, classes, passed_over)
             groups += _val(path / VAL, classes, truth, passed_over)
-        except (tarfile.TarError, EOFError) as error:
-            raise UserError(f"the archives in {path} are damaged: {error}") from error
         class_names = [names[wnid] for wnid in classes]
         super().__init__("archives", path, classes, groups, class_names, passed_over=passed_over)
 
@@ -56,7 +55,7 @@ def read_devkit(file: Path) -> tuple[dict[str, str], list[str]]:
     """The names of the classes by wnid, and the wnid of each validation image in order."""
     # in a process of its own, since scipy's reader crashes on some damage
     spawn = multiprocessing.get_context("spawn")
-    try:
+    with damage_named(f"{file} is damaged or no devkit"):
         with open_file(file) as stream, tarfile.open(fileobj=stream) as tar:
             members = {re.sub(r"^.*/data/", "data/", member.name): member for member in tar}
             meta = _read(tar, members["data/meta.mat"])
@@ -66,12 +65,6 @@ def read_devkit(file: Path) -> tuple[dict[str, str], list[str]]:
         wnids = {number: wnid for number, wnid, _ in leaves}
         names = {wnid: words for _, wnid, words in leaves}
         return names, [wnids[int(number)] for number in truth.split()]
-    except BrokenProcessPool as error:
-        raise UserError(f"{file} is damaged: its meta.mat crashes scipy; fetch it again") from error
-    except PermissionError:
-        raise
-    except (tarfile.TarError, EOFError, OSError, KeyError, ValueError) as error:
-        raise UserError(f"{file} is damaged or no devkit ({error}): fetch it again") from error
 
 
 def read_leaves(meta: bytes) -> list[tuple[int, str, str]]:
@@ -117,9 +110,9 @@ def _train(archive: Path, classes: list[str], passed_over: Counter[str]) -> list
     def group(label: int) -> Group:
         wnid = classes[label]
         member = inside[wnid]
-        names, parts, others = _scan(archive, member.offset_data, member.size)
-        passed_over.update(others)
-        return Group("train", label, f"train/{wnid}/", archive, names, parts)
+        images = _scan(archive, member.offset_data, member.size)
+        passed_over.update(images.passed_over)
+        return images.group("train", label, f"train/{wnid}/")
 
     with ThreadPoolExecutor(SCANNERS) as pool:
         return list(pool.map(group, range(len(classes))))
@@ -128,8 +121,9 @@ def _train(archive: Path, classes: list[str], passed_over: Counter[str]) -> list
 def _val(
     archive: Path, classes: list[str], truth: list[str], passed_over: Counter[str]
 ) -> list[Group]:
-    names, parts, others = _scan(archive, 0, archive.stat().st_size)
-    passed_over.update(others)
+    images = _scan(archive, 0, archive.stat().st_size)
+    names = images.names
+    passed_over.update(images.passed_over)
     if len(names) != len(truth):
         raise UserError(f"{archive} has {len(names)} images, and the devkit labels {len(truth)}")
     # the number in the name, …_val_00000293.JPEG, is the line of the ground truth, counted from 1
@@ -138,30 +132,36 @@ def _val(
         raise UserError(f"{archive} has images that are not numbered as the devkit's labels are")
     wnids = np.array([truth[number - 1] for number in numbers])
 
-    def group(label: int, wnid: str) -> Group:
-        places = np.flatnonzero(wnids == wnid)
-        mine = [names[place] for place in places]
-        return Group("val", label, f"val/{wnid}/", archive, mine, parts[places])
+    return [
+        images.group("val", label, f"val/{wnid}/").part("val", wnids == wnid)
+        for label, wnid in enumerate(classes)
+        if wnid in wnids
+    ]
 
-    return [group(label, wnid) for label, wnid in enumerate(classes) if wnid in wnids]
 
-
-def _scan(archive: Path, start: int, size: int) -> tuple[list[str], np.ndarray, list[str]]:
-    """Names of the images in the tar that lies at `start` in `archive`, sorted, and (n, 2) int64,
-    their offsets in `archive` and sizes; the kinds of the other files in it."""
+def _scan(archive: Path, start: int, size: int) -> Images:
+    """The images in the tar that lies at `start` in `archive`."""
+    found, passed_over = [], Counter[str]()
     with open_file(archive) as file:
         file.seek(start)
-        tar: Any
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            found, others = [], []
-            while (member := tar.next()) is not None and member.offset < start + size:
-                tar.members.clear()  # tarfile would keep them all
-                if member.isfile() and is_image_name(member.name):
+            for member in files_in(tar):
+                if member.offset >= start + size:
+                    break
+                if is_image_name(member.name):
                     found.append((Path(member.name).name, member.offset_data, member.size))
-                elif member.isfile():
-                    others.append(kind_of(member.name))
+                else:
+                    passed_over[kind_of(member.name)] += 1
     found.sort()
     if not found or max(offset + length for _, offset, length in found) > start + size:
         raise tarfile.ReadError(f"{archive.name} is cut short")
     parts = np.array([part for _, *part in found], np.int64)
-    return [name for name, _, _ in found], parts, others
+    return Images(archive, [name for name, *_ in found], passed_over, parts)
+
+
+def files_in(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The regular files in a tar."""
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
+        if member.isfile():
+            yield member

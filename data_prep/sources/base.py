@@ -1,23 +1,23 @@
-"""What a source of images is, and what the layouts have in common."""
+"""What a source of images is: groups of images, each with its place."""
 
-import re
 import struct
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
-from typing import IO, NamedTuple, Protocol, TypeVar
+from typing import IO, NamedTuple, TypeVar
 from zipfile import ZIP_STORED, BadZipFile, ZipInfo
 
 import numpy as np
 
-from data_prep.images import SUFFIXES
+from data_prep.sources.names import check_distinct, readable, set_name, shuffle_key
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import NotRegularError
 
-SPLITS = ("train", "val")
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 """Of a file in a zip: signature, lengths of its name and of what follows that."""
 T = TypeVar("T")
@@ -45,6 +45,192 @@ class Place(NamedTuple):
     """In bytes."""
 
 
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image before it is read."""
+
+    split: str
+    label: int
+    name: str
+    """Where it came from, such as train/n01440764/n01440764_18.JPEG; it also keys the image's
+    place in the order, so an image has the same name in every layout."""
+    place: Place
+
+
+@dataclass(frozen=True)
+class Group:
+    """Images that lie together, in a folder or a file. Compact: a name is a text, without objects
+    around it."""
+
+    split: str
+    label: int | np.ndarray
+    """Of all, or (len(names),) int64."""
+    prefix: str
+    """Of the items' names."""
+    where: Path
+    names: list[str]
+    """Of the files in the folder `where`, or of the images in the file."""
+    parts: np.ndarray | None = None
+    """(len(names), 2) int64: offset and size of each in the file `where`, as in their places."""
+    absent: frozenset[str] = frozenset()
+    """Those of `names` that are not there."""
+    reader: str = "file"
+    """As in their places; `file` and `part` are files, whose names must differ."""
+    block: int = 0
+    """As in their places."""
+    in_block: bool = False
+    """Whether all of them must be read for one."""
+
+    def part(self, split: str, chosen: np.ndarray) -> "Group":
+        """Those that are `chosen`, (len(names),) bool, as of `split`."""
+        label = self.label if isinstance(self.label, int) else self.label[chosen]
+        names = [self.names[i] for i in np.flatnonzero(chosen).tolist()]
+        parts = None if self.parts is None else self.parts[chosen]
+        return replace(self, split=split, label=label, names=names, parts=parts)
+
+    def items(self, path: Path) -> Iterator[Item]:
+        """Of a source at `path`."""
+        where = str(self.where.relative_to(path))
+        where = "" if where == "." else where
+        folder = f"{where}/" if where else ""
+        for i, name in enumerate(self.names):
+            if self.parts is not None:
+                place = Place(self.reader, where, self.block, *self.parts[i].tolist())
+            else:
+                place = Place("absent" if name in self.absent else self.reader, folder + name)
+            label = self.label if isinstance(self.label, int) else int(self.label[i])
+            yield Item(self.split, label, f"{self.prefix}{readable(name)}", place)
+
+
+class Images(NamedTuple):
+    """The images in a folder, or in a tar or zip."""
+
+    where: Path
+    names: list[str]
+    """Of the files, sorted: in the folder `where`, or in the archive."""
+    passed_over: Counter[str]
+    """What else lies there, by its kind."""
+    parts: np.ndarray | None = None
+    """(len(names), 2) int64: offset and size of each in the archive."""
+    absent: frozenset[str] = frozenset()
+    """Those of the names that are links to nothing."""
+
+    def group(self, split: str, label: int | np.ndarray, prefix: str) -> Group:
+        reader = "file" if self.parts is None else "part"
+        return Group(
+            split, label, prefix, self.where, self.names, self.parts, self.absent, reader=reader
+        )
+
+
+@dataclass(frozen=True)
+class HoldOut:
+    """How val is drawn where a source has none."""
+
+    fraction: float
+    """Of each class; at least one image where there are two."""
+    seed: int
+    note: str = ""
+    """What the source then says of it."""
+    by_name: bool = True
+    """Whether the images' names decide, or their positions in the source."""
+
+    def split(self, groups: list[Group]) -> list[Group]:
+        """Groups of train alone as groups of train and val.
+
+        Raises:
+            UserError: val would be empty.
+        """
+        names = [group.prefix + readable(name) for group in groups for name in group.names]
+        if not self.by_name:
+            names = [str(position) for position in range(len(names))]
+        labels = np.concatenate([np.broadcast_to(g.label, len(g.names)) for g in groups])
+        val = np.zeros(len(names), bool)
+        order = np.argsort(labels, kind="stable")
+        for places in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
+            key = {i: shuffle_key(self.seed, "split", names[i]) for i in places.tolist()}
+            count = min(max(1, round(len(key) * self.fraction)), len(key) - 1)
+            val[sorted(key, key=key.__getitem__)[:count]] = True
+        if not val.any():
+            raise UserError("no class has two images, so val would be empty: give more images")
+        halves = []
+        for group in groups:
+            mine, val = val[: len(group.names)], val[len(group.names) :]
+            halves += [group.part("train", ~mine), group.part("val", mine)]
+        return halves
+
+
+class Source:
+    """Images in a layout that users have, and where each of them lies. The order in which they are
+    stored is made by the plan, so a source may give them as they lie. A layout is a subclass that
+    finds the groups.
+
+    Attributes:
+        name: for file names: letters, digits, - and _.
+        channels: of the images once prepared: 1 for grey, 3 for RGB.
+        in_blocks: whether many images must be read for one: the blocks of their places.
+
+    Args:
+        layout: a key of `sources.LAYOUTS`, or digits.
+        path: the folder that places count from, or the one file.
+        classes: ImageNet's wnids, or other class names; a label is a position in them.
+        class_names: what people call the classes, where the layout has it beside `classes`.
+        passed_over: how many files, by their kind, are no images of the set.
+        notes: what of the layout a user may not expect.
+        hold_out: how val is drawn, if no group is of it.
+
+    Raises:
+        UserError: two of the images have one name, or val would be empty.
+    """
+
+    channels = 3
+
+    def __init__(
+        self,
+        layout: str,
+        path: Path,
+        classes: Sequence[str],
+        groups: list[Group],
+        class_names: Sequence[str] | None = None,
+        *,
+        passed_over: Mapping[str, int] | None = None,
+        notes: Sequence[str] = (),
+        hold_out: HoldOut | None = None,
+    ):
+        self.layout, self.path, self.name = layout, path, set_name(path, classes)
+        self.classes, self.class_names = classes, class_names
+        self.passed_over, self.notes = +Counter(passed_over or {}), [*notes]
+        files = (group for group in groups if group.reader in ("file", "part"))
+        for (prefix, _), alike in groupby(files, lambda group: (group.prefix, group.where)):
+            names = chain.from_iterable(group.names for group in alike)
+            check_distinct(names, f"{path}: {prefix} has two images")
+        if hold_out and all(group.split == "train" for group in groups):
+            groups = hold_out.split(groups)
+            self.notes += [hold_out.note] if hold_out.note else []
+        self.groups = groups
+        self.in_blocks = any(group.in_block for group in groups)
+
+    def __len__(self) -> int:
+        return sum(len(group.names) for group in self.groups)
+
+    def items(self) -> Iterator[Item]:
+        """All images, always in the same order; they are not read here."""
+        for group in self.groups:
+            yield from group.items(self.path)
+
+    def fingerprint(self) -> str:
+        """Another one for other images, as far as places, names and labels tell."""
+        digest = blake2b(digest_size=16)
+        for group in self.groups:
+            where = str(group.where.absolute())
+            labels = group.label if isinstance(group.label, int) else group.label.tolist()
+            about = [group.split, str(labels), group.prefix, where, *group.names]
+            if group.reader not in ("file", "part"):
+                about += [group.reader, str(group.block)]
+            digest.update("\0".join(about).encode(errors="surrogateescape"))
+            digest.update(b"" if group.parts is None else group.parts.tobytes())
+        return digest.hexdigest()
+
+
 def patiently(read: Callable[[], T], file: Path) -> T:
     """What `read` gives. What the system refuses may be there in a moment: it is tried again after
     each of WAITS.
@@ -68,6 +254,24 @@ def patiently(read: Callable[[], T], file: Path) -> T:
     raise AssertionError
 
 
+@contextmanager
+def damage_named(what: str, mend: str = "fetch it again") -> Iterator[None]:
+    """Whatever damage makes a parser raise in the body becomes a `UserError`: `what`, why, and how
+    to `mend` it. What the system refuses says nothing of the content, and passes."""
+    try:
+        yield
+    except (UserError, PermissionError, MemoryError):
+        raise
+    except Exception as error:
+        said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(f"{what} ({said.splitlines()[0]}): {mend}") from error
+
+
+def unreadable(error: OSError) -> UserError:
+    """What a user is told of a file or folder that the system refuses."""
+    return UserError(f"can't read {error.filename}: {error.strerror}")
+
+
 def zip_part(stream: IO[bytes], member: ZipInfo) -> tuple[int, int]:
     """Offset and size of a file in the zip `stream`, which the zip's index alone doesn't tell.
 
@@ -82,213 +286,3 @@ def zip_part(stream: IO[bytes], member: ZipInfo) -> tuple[int, int]:
     if signature != b"PK\3\4":
         raise BadZipFile(f"{member.filename} is not where the index says")
     return member.header_offset + LOCAL_HEADER.size + name + extra, member.file_size
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One image before it is read."""
-
-    split: str
-    label: int
-    name: str
-    """Where it came from, such as train/n01440764/n01440764_18.JPEG; it also keys the image's
-    place in the order, so an image has the same name in every layout."""
-    place: Place
-
-
-class Source(Protocol):
-    """Images in a layout that users have. The order in which they are stored is made by the plan,
-    so a source may give them as they lie."""
-
-    layout: str
-    """A key of `sources.LAYOUTS`, or digits."""
-    name: str
-    """For file names: letters, digits, - and _."""
-    channels: int
-    """Of the images once prepared: 1 for grey, 3 for RGB."""
-    path: Path
-    """The folder that places count from, or the one file."""
-    in_blocks: bool
-    """Whether many images must be read for one: the blocks of their places."""
-
-    @property
-    def passed_over(self) -> Mapping[str, int]:
-        """How many files, by their kind, are no images of the set."""
-
-    @property
-    def notes(self) -> Sequence[str]:
-        """What of the layout a user may not expect."""
-
-    @property
-    def classes(self) -> Sequence[str]:
-        """ImageNet's wnids, or other class names; a label is a position in them."""
-
-    @property
-    def class_names(self) -> Sequence[str] | None:
-        """What people call the classes, where the layout has it beside `classes`."""
-
-    def __len__(self) -> int: ...
-
-    def items(self) -> Iterator[Item]:
-        """All images, always in the same order; they are not read here."""
-
-    def fingerprint(self) -> str:
-        """Another one for other images, as far as places, names and labels tell."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Images that lie together, in a folder or an archive. Compact: a name is a text, without
-    objects around it."""
-
-    split: str
-    label: int | np.ndarray
-    """Of all, or (len(names),) int64."""
-    prefix: str
-    """Of the items' names."""
-    where: Path
-    names: list[str]
-    """Of the files: in the folder `where`, or in the archive."""
-    parts: np.ndarray | None = None
-    """(len(names), 2) int64: offset and size of each in the archive `where`."""
-    absent: frozenset[str] = frozenset()
-    """Those of `names` that are not there."""
-
-    def part(self, split: str, chosen: np.ndarray) -> "Group":
-        """Those that are `chosen`, (len(names),) bool, as of `split`."""
-        label = self.label if isinstance(self.label, int) else self.label[chosen]
-        names = [self.names[i] for i in np.flatnonzero(chosen).tolist()]
-        parts = None if self.parts is None else self.parts[chosen]
-        return replace(self, split=split, label=label, names=names, parts=parts)
-
-    def items(self, path: Path) -> Iterator[Item]:
-        """Of a source at `path`."""
-        where = str(self.where.relative_to(path))
-        where = "" if where == "." else where
-        folder = f"{where}/" if where else ""
-        for i, name in enumerate(self.names):
-            if self.parts is not None:
-                place = Place("part", where, 0, *self.parts[i].tolist())
-            else:
-                place = Place("absent" if name in self.absent else "file", folder + name)
-            label = self.label if isinstance(self.label, int) else int(self.label[i])
-            yield Item(self.split, label, f"{self.prefix}{readable(name)}", place)
-
-
-class Grouped:
-    """A source that knows beforehand where each image lies.
-
-    Raises:
-        UserError: two of the images have one name.
-    """
-
-    channels = 3
-    in_blocks = False
-
-    def __init__(
-        self,
-        layout: str,
-        path: Path,
-        classes: Sequence[str],
-        groups: list[Group],
-        class_names: Sequence[str] | None = None,
-        *,
-        passed_over: Mapping[str, int],
-        notes: Sequence[str] = (),
-    ):
-        self.layout, self.path, self.name = layout, path, set_name(path, classes)
-        self.classes, self.class_names = classes, class_names
-        self.passed_over, self.notes = passed_over, notes
-        self.groups = groups
-        for prefix, alike in groupby(groups, lambda group: (group.prefix, group.where)):
-            names = [name for group in alike for name in group.names]
-            check_distinct(names, f"{path}: {prefix[0]} has two images")
-
-    def __len__(self) -> int:
-        return sum(len(group.names) for group in self.groups)
-
-    def items(self) -> Iterator[Item]:
-        for group in self.groups:
-            yield from group.items(self.path)
-
-    def fingerprint(self) -> str:
-        digest = blake2b(digest_size=16)
-        for group in self.groups:
-            where = str(group.where.absolute())
-            labels = group.label if isinstance(group.label, int) else group.label.tolist()
-            about = [group.split, str(labels), group.prefix, where, *group.names]
-            digest.update("\0".join(about).encode(errors="surrogateescape"))
-            digest.update(b"" if group.parts is None else group.parts.tobytes())
-        return digest.hexdigest()
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a file is to be an image, by its name; hidden files are not."""
-    path = Path(name)
-    return not path.name.startswith(".") and path.suffix.lower() in SUFFIXES
-
-
-def kind_of(name: str) -> str:
-    """What a file that is no image is counted as."""
-    path = Path(name)
-    if path.name.startswith("."):
-        return "hidden"
-    return readable(path.suffix.lower()) or "without a suffix"
-
-
-def readable(name: str) -> str:
-    """A file name as text: bytes that are not UTF-8 become replacement characters."""
-    return name.encode(errors="surrogateescape").decode(errors="replace")
-
-
-def listed(names: Sequence[str], shown: int = 5) -> str:
-    """The first of them, and how many more there are."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
-
-
-def say_passed_over(kinds: Mapping[str, int]) -> str:
-    """Such as: 12 files passed over: 9 .txt, 3 .pdf."""
-    total = sum(kinds.values())
-    by_count = sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0]))
-    each = listed([f"{count} {kind}" for kind, count in by_count], shown=10)
-    return f"{total} file{'s' if total != 1 else ''} passed over: {each}"
-
-
-def check_distinct(names: Sequence[str], what: str) -> None:
-    """Raises `UserError` if two of `names` are one to a reader; `what` says whose they are."""
-    seen: set[str] = set()
-    for name in map(readable, names):
-        if name in seen:
-            raise UserError(
-                f"{what} that are both called {name}, as far as their names are UTF-8: rename one"
-            )
-        seen.add(name)
-
-
-def set_name(path: Path, classes: Sequence[str]) -> str:
-    """What the files of a set are named after: ImageNet (if all of it, as timm has it), or else the
-    folder `path`, with nothing in it that a file name can't have."""
-    if all(re.fullmatch(r"n\d{8}", name) for name in classes):
-        return "imagenet1k" if len(classes) == 1000 else "imagenet"
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", path.resolve().name) or "images"
-
-
-UNCONDITIONAL = "images"
-"""The one class of a set that has none."""
-
-
-MAX_CLASSES = 1 << 20
-
-
-def wnids_by_label(seen: Mapping[int, set[str]], count: int) -> list[str] | None:
-    """The wnids of `count` labels, if in what was seen of it each has its own, in sorted order."""
-    wnids = [wnid for label in sorted(seen) for wnid in sorted(seen[label])]
-    sound = len(wnids) == count and wnids == sorted(set(wnids))
-    return wnids if sound and all(re.fullmatch(r"n\d{8}", wnid) for wnid in wnids) else None
-
-
-def shuffle_key(seed: int, purpose: str, name: str) -> bytes:
-    """16 bytes. Sorting names by this shuffles them, each in its place whatever else is among
-    them."""
-    return blake2b(f"{seed}/{purpose}/{name}".encode(), digest_size=16).digest()

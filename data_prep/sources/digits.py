@@ -1,49 +1,34 @@
 """The built-in source."""
 
-from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 
-from data_prep.sources.base import Item, Place
+from data_prep.sources.base import Group, Place, Source
+from data_prep.sources.names import SPLITS
 
 
-class Digits:
+class Digits(Source):
     """scikit-learn's 1,797 handwritten digits: 8x8, grey, 1,500 to train and 297 to validate."""
 
-    layout = name = "digits"
-    classes = tuple("0123456789")
-    class_names = None
     channels = 1
     size = 8
-    path = Path()
-    in_blocks = False
-    passed_over: Mapping[str, int] = MappingProxyType({})
-    notes = ()
+    path = Path("/digits")  # which is nowhere, and names the set
 
     def __init__(self, *, seed: int):
         from sklearn.model_selection import train_test_split
 
-        _, self._labels = _digits()
-        _, val = train_test_split(
-            np.arange(len(self)), test_size=297, stratify=self._labels, random_state=seed
-        )
-        self._val = frozenset(val.tolist())
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def items(self) -> Iterator[Item]:
-        for i in range(len(self)):
-            split = "val" if i in self._val else "train"
-            yield Item(
-                split, int(self._labels[i]), f"digits/{i:04d}", Place("digits", "", offset=i)
-            )
-
-    def fingerprint(self) -> str:
-        return " ".join(map(str, sorted(self._val)))
+        _, labels = _digits()
+        numbers = np.arange(len(labels))
+        halves = train_test_split(numbers, test_size=297, stratify=labels, random_state=seed)
+        groups = []
+        for split, half in zip(SPLITS, map(np.sort, halves), strict=True):
+            names = [f"{number:04d}" for number in half]
+            parts = np.stack([half, np.zeros_like(half)], axis=1)
+            group = Group(split, labels[half], "digits/", self.path, names, parts, reader="digits")
+            groups.append(group)
+        super().__init__("digits", self.path, [*"0123456789"], groups)
 
 
 def read_digit(file: Path, place: Place) -> np.ndarray:

@@ -3,41 +3,28 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
-from data_prep.sources.base import (
+from data_prep.sources.base import Group, HoldOut, Images, Source, damage_named, zip_part
+from data_prep.sources.names import (
     MAX_CLASSES,
     UNCONDITIONAL,
-    Group,
-    Grouped,
+    find_splits,
     is_image_name,
     kind_of,
-    zip_part,
 )
 from data_prep.sources.objects import open_file, read_file
-from data_prep.sources.splits import HoldOut, find_splits
 from data_prep.sources.walk import images_in
 from tarflow_dist.errors import UserError
 
 LABELS = "dataset.json"
+MEND = "give one with null, or [name, number] an image"
 LARGEST_LABELS = 1 << 28  # bytes: ImageNet's are 50 million
 
 
-class Images(NamedTuple):
-    """What is in a zip or a folder."""
-
-    names: list[str]
-    parts: np.ndarray | None
-    """(n, 2) int64, offset and size of each in the zip."""
-    about: bytes
-    """Its dataset.json."""
-    passed_over: Counter[str]
-
-
-class EDM(Grouped):
+class EDM(Source):
     """A zip, or a folder, with images and a dataset.json, whose `labels` are null or [name, number]
     an image; or a folder with such zips for train and val, by their names. Where there is no val,
     it is drawn here. Labels stay as they are, and classes are the numbers; without labels it is an
@@ -55,12 +42,11 @@ class EDM(Grouped):
         groups: list[Group] = []
         passed_over: Counter[str] = Counter()
         for split, place in splits.items():
-            images = _read_folder(place) if place.is_dir() else _read_zip(place)
+            images, about = _read_folder(place) if place.is_dir() else _read_zip(place)
             passed_over += images.passed_over
-            labels = _labels(place, images)
+            labels = _labels(images, about)
             prefix = "" if len(splits) == 1 else f"{place.stem}/"
-            group = Group(split, labels, prefix, place, images.names, images.parts)
-            groups.append(group.part(split, labels >= 0))
+            groups.append(images.group(split, labels, prefix).part(split, labels >= 0))
             passed_over["without a label"] += int((labels < 0).sum())
         if not all(group.names for group in groups):
             raise UserError(f"{path} has no images that its {LABELS} labels")
@@ -69,10 +55,10 @@ class EDM(Grouped):
         if count == 1:
             classes = [UNCONDITIONAL]
             notes.append("no labels, or one alone: an unconditional set, for model.num_classes=0")
-        if "val" not in splits:
-            notes.append("no val: a share of each class is held out")
-            groups = HoldOut(val_fraction, seed).split(groups)
-        super().__init__("edm", path, classes, groups, passed_over=+passed_over, notes=notes)
+        hold_out = HoldOut(val_fraction, seed, "no val: a share of each class is held out")
+        super().__init__(
+            "edm", path, classes, groups, passed_over=passed_over, notes=notes, hold_out=hold_out
+        )
 
     @staticmethod
     def recognises(path: Path) -> bool:
@@ -105,55 +91,54 @@ def _find(path: Path) -> dict[str, Path]:
     return {split: path / names[0] for split, names in splits.items()}
 
 
-def _read_folder(folder: Path) -> Images:
+def _read_folder(folder: Path) -> tuple[Images, bytes]:
+    """The images, and dataset.json."""
     images = images_in(folder)
     images.passed_over[kind_of(LABELS)] -= 1
-    about = read_file(folder / LABELS)
-    return Images(images.names, None, about, +images.passed_over)
+    return images, read_file(folder / LABELS)
 
 
-def _read_zip(file: Path) -> Images:
-    passed_over: Counter[str] = Counter()
-    found = []
-    try:
-        with open_file(file) as stream, ZipFile(stream) as archive:
-            if archive.getinfo(LABELS).file_size > LARGEST_LABELS:
-                raise ValueError(f"its {LABELS} is too large")
-            about = archive.read(LABELS)
-            for member in archive.infolist():
-                if is_image_name(member.filename):
-                    found.append((member.filename, *zip_part(stream, member)))
-                elif not member.is_dir() and member.filename != LABELS:
-                    passed_over[kind_of(member.filename)] += 1
-    except PermissionError:
-        raise
-    except (OSError, ValueError, LookupError, BadZipFile, NotImplementedError) as error:
-        raise UserError(f"{file} can't be read ({error}): fetch it again") from error
+def _read_zip(file: Path) -> tuple[Images, bytes]:
+    """As _read_folder."""
+    found, passed_over = [], Counter[str]()
+    with (
+        damage_named(f"{file} can't be read"),
+        open_file(file) as stream,
+        ZipFile(stream) as archive,
+    ):
+        if archive.getinfo(LABELS).file_size > LARGEST_LABELS:
+            raise ValueError(f"its {LABELS} is too large")
+        about = archive.read(LABELS)
+        for member in archive.infolist():
+            if is_image_name(member.filename):
+                found.append((member.filename, *zip_part(stream, member)))
+            elif not member.is_dir() and member.filename != LABELS:
+                passed_over[kind_of(member.filename)] += 1
     found.sort()
     parts = np.array([part for _, *part in found], np.int64).reshape(-1, 2)
-    return Images([name for name, *_ in found], parts, about, passed_over)
+    return Images(file, [name for name, *_ in found], passed_over, parts), about
 
 
-def _labels(place: Path, images: Images) -> np.ndarray:
+def _labels(images: Images, about: bytes) -> np.ndarray:
     """(n,) int64: 0 without labels at all, -1 for an image that has none.
 
+    Args:
+        about: what dataset.json says.
+
     Raises:
-        UserError: dataset.json is not as EDM's programs write it, or knows other images.
+        UserError: that is not as EDM's programs write it, or it knows other images.
     """
-    try:
-        about = json.loads(images.about)["labels"]
-        if about is None:
+    with damage_named(f"{LABELS} in {images.where} has no labels as EDM's", MEND):
+        listed = json.loads(about)["labels"]
+        if listed is None:
             return np.zeros(len(images.names), np.int64)
-        labels = {name.replace("\\", "/"): label for name, label in about}
+        labels = {name.replace("\\", "/"): label for name, label in listed}
         for name, label in labels.items():
             if type(label) is not int or not 0 <= label < MAX_CLASSES:
                 raise ValueError(f"the label of {name} is {str(label)[:100]}, and not a number")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        said = str(error) or type(error).__name__
-        raise UserError(f"{LABELS} in {place} has no labels as EDM's ({said})") from error
     if missing := sorted(labels.keys() - set(images.names)):
         raise UserError(
-            f"{place} lacks {len(missing)} of the images that {LABELS} labels, first {missing[0]}: "
-            "fetch it again"
+            f"{images.where} lacks {len(missing)} of the images that {LABELS} labels, first "
+            f"{missing[0]}: fetch it again"
         )
     return np.array([labels.get(name, -1) for name in images.names], np.int64)

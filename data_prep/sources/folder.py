@@ -5,13 +5,20 @@ from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
-from data_prep.sources.base import SPLITS, UNCONDITIONAL, Grouped, listed, readable, say_passed_over
-from data_prep.sources.splits import SPLIT_NAMES, HoldOut
-from data_prep.sources.walk import ClassFolders, class_folders, folders_in, images_in, unreadable
+from data_prep.sources.base import HoldOut, Source
+from data_prep.sources.names import (
+    SPLIT_NAMES,
+    SPLITS,
+    UNCONDITIONAL,
+    listed,
+    readable,
+    say_passed_over,
+)
+from data_prep.sources.walk import ClassFolders, class_folders, folders_in, images_in
 from tarflow_dist.errors import UserError
 
 
-class Folder(Grouped):
+class Folder(Source):
     """A folder of class folders, images at any depth below them: SRC/CLASS/…/IMAGE, split here, or
     SRC/{train,val}/CLASS/…/IMAGE, split as it lies; these may be called as in SPLIT_NAMES. Without
     class folders, SRC/IMAGE or SRC/{train,val}/IMAGE, it is an unconditional set of the one class
@@ -25,18 +32,15 @@ class Folder(Grouped):
     """
 
     def __init__(self, path: Path, *, val_fraction: float, seed: int):
-        try:
-            splits = _split_folders(path) or {"": ""}
-            found = {split: class_folders(path / name) for split, name in splits.items()}
-            passed_over = Counter() if "" in splits else _beside(path, splits.values())
-        except OSError as error:
-            raise unreadable(error) from error
+        splits = _split_folders(path) or {"train": ""}
+        found = {split: class_folders(path / name) for split, name in splits.items()}
+        passed_over = _beside(path, splits.values()) if "val" in splits else Counter[str]()
         for there in found.values():
             passed_over += there.passed_over
         _check(found, passed_over)
         above = {split: f"{name}/" if name else "" for split, name in splits.items()}
         notes = [
-            f"folders without images are no classes: {listed(there.empty)} in {there.loose.path}"
+            f"folders without images are no classes: {listed(there.empty)} in {there.loose.where}"
             for there in found.values()
             if there.empty
         ]
@@ -54,9 +58,10 @@ class Folder(Grouped):
             classes = [UNCONDITIONAL]
             notes.append("no class folders: an unconditional set, for model.num_classes=0")
             groups = [there.loose.group(split, 0, above[split]) for split, there in found.items()]
-        if "" in found:
-            groups = HoldOut(val_fraction, seed).split(groups)
-        super().__init__("folder", path, classes, groups, passed_over=+passed_over, notes=notes)
+        hold_out = HoldOut(val_fraction, seed)
+        super().__init__(
+            "folder", path, classes, groups, passed_over=passed_over, notes=notes, hold_out=hold_out
+        )
 
 
 def _check(found: dict[str, ClassFolders], passed_over: Counter[str]) -> None:
@@ -64,22 +69,22 @@ def _check(found: dict[str, ClassFolders], passed_over: Counter[str]) -> None:
     for there in found.values():
         if not there.classes and not there.loose.names:
             besides = f": {say_passed_over(passed_over)}" if passed_over else ""
-            raise UserError(f"{there.loose.path} has no images that Pillow reads{besides}")
-    if "" in found:
+            raise UserError(f"{there.loose.where} has no images that Pillow reads{besides}")
+    if "val" not in found:
         if len(there.classes) == 1 and (split := _split_of(name := next(iter(there.classes)))):
             other = SPLITS[split == "train"]
-            alone = there.loose.path / name
+            alone = there.loose.where / name
             raise UserError(
-                f"{there.loose.path} has {name}/ but no {other}/: give {alone} to split it"
+                f"{there.loose.where} has {name}/ but no {other}/: give {alone} to split it"
             )
         return
     train, val = found["train"], found["val"]
     if bool(train.classes) != bool(val.classes):
         raise UserError(
-            f"{train.loose.path} and {val.loose.path} differ: only one has class folders"
+            f"{train.loose.where} and {val.loose.where} differ: only one has class folders"
         )
     if unknown := sorted(set(val.classes) - set(train.classes)):
-        raise UserError(f"{val.loose.path} has a class that train lacks: {unknown[0]}")
+        raise UserError(f"{val.loose.where} has a class that train lacks: {unknown[0]}")
 
 
 def _split_folders(path: Path) -> dict[str, str]:
@@ -120,4 +125,4 @@ def _beside(path: Path, splits: Collection[str]) -> Counter[str]:
         if name not in splits:
             there = images_in(path / name)
             found[f"in {readable(name)}/"] += len(there.names) + there.passed_over.total()
-    return +found
+    return found

@@ -4,9 +4,10 @@ import csv
 from collections import Counter
 from pathlib import Path
 
-from data_prep.sources.base import Group, Grouped, check_distinct
+from data_prep.sources.base import Group, Source, damage_named
+from data_prep.sources.names import check_distinct
 from data_prep.sources.objects import read_file
-from data_prep.sources.walk import class_folders, images_in, unreadable
+from data_prep.sources.walk import class_folders, images_in
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import inside
 
@@ -15,7 +16,7 @@ SOLUTION = "LOC_val_solution.csv"
 MAPPING = "LOC_synset_mapping.txt"
 
 
-class Kaggle(Grouped):
+class Kaggle(Source):
     """A folder with ILSVRC/Data/CLS-LOC/{train/WNID, val}, LOC_val_solution.csv (ImageId,
     PredictionString, which starts with a wnid) and LOC_synset_mapping.txt (wnid and names a line).
     The test images have no labels and are left out.
@@ -26,11 +27,8 @@ class Kaggle(Grouped):
 
     def __init__(self, path: Path):
         val = path / IMAGES / "val"
-        try:
-            found = class_folders(path / IMAGES / "train")
-            in_val = images_in(val, deep=False) if val.is_dir() else None
-        except OSError as error:
-            raise unreadable(error) from error
+        found = class_folders(path / IMAGES / "train")
+        in_val = images_in(val, deep=False) if val.is_dir() else None
         train, there = found.classes, set(in_val.names if in_val else ())
         names = dict(line.partition(" ")[::2] for line in _text(path / MAPPING).splitlines())
         classes = sorted(names)
@@ -57,7 +55,7 @@ class Kaggle(Grouped):
         passed_over = found.passed_over + (in_val.passed_over if in_val else Counter())
         passed_over["loose images"] += len(found.loose.names)
         class_names = [names[wnid] for wnid in classes]
-        super().__init__("kaggle", path, classes, groups, class_names, passed_over=+passed_over)
+        super().__init__("kaggle", path, classes, groups, class_names, passed_over=passed_over)
 
     @staticmethod
     def recognises(path: Path) -> bool:
@@ -67,20 +65,14 @@ class Kaggle(Grouped):
 def _solution(file: Path) -> dict[str, list[str]]:
     """The validation images' file names by wnid."""
     found: dict[str, list[str]] = {}
-    try:
+    with damage_named(f"{file} has no ImageId and PredictionString in each line"):
         for row in csv.DictReader(_text(file).splitlines()):
             wnid = row["PredictionString"].split()[0]  # then boxes, and other boxes' wnids
             name = inside(Path(), f"{row['ImageId']}.JPEG")
             found.setdefault(wnid, []).append(str(name))
-    except ValueError as error:
-        raise UserError(f"{file} names an image that can't be one: {error}") from error
-    except (KeyError, IndexError, AttributeError, csv.Error) as error:
-        raise UserError(f"{file} has no ImageId and PredictionString in each line") from error
     return found
 
 
 def _text(file: Path) -> str:
-    try:
+    with damage_named(f"can't read {file}, which is needed beside ILSVRC/"):
         return read_file(file).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"can't read {file}, which is needed beside ILSVRC/: {error}") from error

@@ -1,7 +1,6 @@
 """Files of a source, on a disk or in an object store, to be read where they lie."""
 
 import errno
-import io
 import os
 import re
 import stat
@@ -11,11 +10,13 @@ from functools import cache
 from pathlib import Path, PosixPath
 from typing import IO, Any, NamedTuple, NoReturn
 
+from fsspec.spec import AbstractBufferedFile
+
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import load_json, open_regular, read_regular
+from tarflow_dist.files import open_regular, read_regular
 
 S3 = "s3://"
-BUFFER = 1 << 22  # bytes that are fetched at once where a file is read from the front on
+BUFFER = 1 << 22  # bytes that are fetched ahead where a file is read from the front on
 CONNECTIONS = 32
 ABSENT = ("404", "NoSuchKey")
 
@@ -36,19 +37,13 @@ def source_path(address: str) -> Path:
 def open_file(file: Path) -> IO[bytes]:
     """A regular file, to be read from any place in it. Errors as `open_regular`."""
     if isinstance(file, ObjectPath):
-        return io.BufferedReader(_Stream(file), BUFFER)
+        return _Stream(file)
     return open(open_regular(file), "rb")
 
 
 def read_file(file: Path) -> bytes:
     """All of a regular file. Errors as `open_regular`."""
     return file.fetch() if isinstance(file, ObjectPath) else read_regular(file)
-
-
-def read_json(file: Path) -> Any:
-    """What a JSON file says. Errors as `tarflow_dist.files.read_json`."""
-    with open_file(file) as stream:
-        return load_json(stream)
 
 
 def read_part(file: Path, offset: int, size: int) -> bytes:
@@ -135,35 +130,14 @@ class ObjectPath(PosixPath):
         return _ask(self, lambda s3: s3.get_object(**options)["Body"].read())
 
 
-class _Stream(io.RawIOBase):
+class _Stream(AbstractBufferedFile):
     """An object from any place in it on."""
 
     def __init__(self, file: ObjectPath):
-        about = _ask(file, lambda s3: s3.head_object(Bucket=file.bucket, Key=file.key))
-        self._file, self._size, self._at = file, about["ContentLength"], 0
+        super().__init__(None, file, block_size=BUFFER, size=file.stat().st_size)
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        if base + offset < 0:
-            raise OSError(errno.EINVAL, "a place before the beginning", str(self._file))
-        self._at = base + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        size = max(0, min(len(buffer), self._size - self._at))
-        data = self._file.fetch(self._at, size)
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return self.path.fetch(start, end - start)
 
 
 def forget_listings() -> None:

@@ -1,30 +1,34 @@
-"""Arrow tables of images and labels, as Hugging Face's datasets have them."""
+"""Tables of images and labels as Hugging Face has them: parquet files of its hub, and the folders
+that save_to_disk of its datasets writes."""
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from hashlib import blake2b
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.sources.base import MAX_CLASSES, Item, Place, set_name, wnids_by_label
-from data_prep.sources.splits import HoldOut
+from data_prep.sources.base import Group, HoldOut, Place, Source, damage_named
+from data_prep.sources.names import MAX_CLASSES, SPLITS, find_splits, wnids_by_label
+from data_prep.sources.objects import ObjectPath, open_file
 from tarflow_dist.errors import UserError
+from tarflow_dist.files import inside, read_json, regular
 
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label")
 # imagenet-1k's paths: n01440764_10026_n01440764.JPEG, ILSVRC2012_val_00000293_n01440764.JPEG
 WNID_PATH = re.compile(r"^(?:.*/)?([^/]+)_(n\d{8})(\.\w+)$")
+# how the hub's names begin; test files have no labels
+PREFIXES = {"train": ("train",), "val": ("validation", "valid", "val")}
+SPLITS_FILE, STATE_FILE = "dataset_dict.json", "state.json"
 
 
-class Part(NamedTuple):
+class Block(NamedTuple):
     """Rows that are read at once."""
 
-    split: str
-    file: Path
-    number: int
-    """Of the part in its file."""
     schema: Any
     read: Callable[[list[str]], Any]
     """The table of these columns; NAME.path is a part of one."""
@@ -39,121 +43,239 @@ class Columns(NamedTuple):
     """Whether the images have paths."""
 
 
-class Tables:
+class Part(NamedTuple):
+    """What is known of a block's rows."""
+
+    split: str
+    file: Path
+    number: int
+    """Of the block in its file."""
+    labels: np.ndarray
+    """(rows,) int64, -1 without one."""
+    paths: list[str | None]
+    """What the images' files were called, if known."""
+
+
+class Tables(Source):
     """Rows of an image, the file's bytes or a struct of `bytes` and perhaps `path`, and its label,
     an integer; rows whose label is -1 or null are left out. Labels stay as they are. Classes are
     the wnids in the paths, where each label has its own in sorted order (as in imagenet-1k), or
     else ClassLabel's names, or else the numbers.
 
-    Paths and labels are read here. A subclass sets `layout`, and what `parts` needs before it calls
-    this constructor.
-
     Args:
-        hold_out: how val is drawn, where no part is of it.
+        files: the splits and their files.
 
     Raises:
         UserError: a file is damaged, or holds no such table.
     """
 
-    layout: str
-    channels = 3
-    in_blocks = False
-    notes: tuple[str, ...] = ()
-
-    def __init__(self, path: Path, hold_out: HoldOut | None = None):
-        self.path = path
-        try:
-            labels = self._read_labels()
-        except PermissionError:
-            raise
-        except (OSError, ValueError, TypeError, LookupError) as error:  # pyarrow's are such, too
-            said = str(error).splitlines()[0]
-            raise UserError(f"the {self.layout} files in {path} can't be read: {said}") from error
-        self._in_val: np.ndarray | None = None
-        if hold_out:
-            self._in_val = hold_out.draw([str(row) for row in range(len(labels))], labels)
-        self.name = set_name(path, self.classes)
-
-    def parts(self) -> Iterator[Part]:
-        """All of them, always in the same order."""
-        raise NotImplementedError
-
-    def _read_labels(self) -> np.ndarray:
-        """Those of all rows that have one."""
-        names: list[str] | None = None
-        seen: dict[int, set[str]] = {}
-        found: list[np.ndarray] = []
-        digest = blake2b(digest_size=16)
-        rows = 0
-        for part in self.parts():
-            names = names or _class_names(part.schema, table_columns(part.schema).label)
-            labels, paths = _labels_and_paths(part)
-            found.append(labels[labels >= 0])
-            rows += len(labels)
-            digest.update(repr((str(part.file.absolute()), paths, labels.tolist())).encode())
-            for label, path in zip(labels.tolist(), paths, strict=True):
-                match = WNID_PATH.match(path or "")
-                seen.setdefault(label, set()).add(match[2] if match else "")
-        seen.pop(-1, None)
-        self._labelled = sum(map(len, found))  # rows that have a label
-        self._fingerprint = digest.hexdigest()
-        unlabelled = rows - self._labelled
-        self.passed_over = {"without a label": unlabelled} if unlabelled else {}
-        if not seen:
-            raise ValueError("no row has a label")
-        count = len(names) if names else min(max(seen) + 1, MAX_CLASSES)
-        if not 0 <= min(seen) <= max(seen) < count:
-            raise ValueError(f"labels go from {min(seen)} to {max(seen)}, with {count} classes")
-        wnids = wnids_by_label(seen, count)
-        self._has_wnids = wnids is not None
-        self.classes = wnids or names or [str(n) for n in range(count)]
-        self.class_names = names if wnids else None
-        return np.concatenate(found)
-
-    def __len__(self) -> int:
-        return self._labelled
-
-    def items(self) -> Iterator[Item]:
-        position = 0  # in all rows that have a label
-        for part in self.parts():
-            labels, paths = _labels_and_paths(part)
-            file = str(part.file.relative_to(self.path))
-            for row in np.flatnonzero(labels >= 0).tolist():
-                label = int(labels[row])
-                name = self._name(paths[row], label) or f"{part.file.name}/{part.number}/{row}"
-                in_val = self._in_val is not None and self._in_val[position]
-                place = Place(self.layout, file, part.number, row)
-                yield Item("val" if in_val else part.split, label, f"{part.split}/{name}", place)
-                position += 1
-
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
-    def _name(self, path: str | None, label: int) -> str | None:
-        """The image's name in the other layouts, if the path tells."""
-        if path and self._has_wnids and (match := WNID_PATH.match(path)):
-            return f"{match[2]}/{match[1]}{match[3]}"
-        return f"{self.classes[label]}/{path}" if path else None
+    def __init__(
+        self,
+        layout: str,
+        path: Path,
+        files: Sequence[tuple[str, Path]],
+        *,
+        passed_over: Mapping[str, int] = MappingProxyType({}),
+        hold_out: HoldOut | None = None,
+    ):
+        with damage_named(f"the {layout} files in {path} can't be read"):
+            names: list[str] | None = None
+            parts = []
+            for split, file in files:
+                for number, block in enumerate(_blocks(file)):
+                    columns = _columns(block.schema)
+                    names = names or _class_names(block.schema, columns.label)
+                    parts.append(Part(split, file, number, *_labels_and_paths(block, columns)))
+            wnids, count = _wnids(parts, names)
+        classes = wnids or names or [str(number) for number in range(count)]
+        groups, without = [], 0
+        for part in parts:
+            rows = np.flatnonzero(part.labels >= 0)
+            labels = part.labels[rows]
+            without += len(part.labels) - len(rows)
+            group = Group(
+                part.split,
+                labels,
+                f"{part.split}/",
+                part.file,
+                [
+                    _name(part, row, classes[label], wnids is not None)
+                    for row, label in zip(rows.tolist(), labels.tolist(), strict=True)
+                ],
+                np.stack([rows, np.zeros_like(rows)], axis=1),
+                reader=layout,
+                block=part.number,
+                in_block=layout == "parquet",
+            )
+            groups.append(group)
+        super().__init__(
+            layout,
+            path,
+            classes,
+            groups,
+            names if wnids else None,
+            passed_over={**passed_over, "without a label": without},
+            hold_out=hold_out,
+        )
 
 
-def _labels_and_paths(part: Part) -> tuple[np.ndarray, list[str | None]]:
-    """Of each row: int64, -1 without a label; and what the image's file was called, if known."""
-    columns = table_columns(part.schema)
+class Parquet(Tables):
+    """A folder with train-*.parquet and validation-*.parquet, itself or in data/; for what is in
+    them, see Tables.
+
+    Raises:
+        UserError: `path` is no such folder, or a file is damaged.
+    """
+
+    def __init__(self, path: Path):
+        found = _find(path)
+        if missing := [split for split in SPLITS if not found[split]]:
+            begin = PREFIXES[missing[0]][0]
+            raise UserError(f"{path} has no files {begin}-*.parquet, here or in data/")
+        files = [(split, file) for split in SPLITS for file in found[split]]
+        super().__init__("parquet", path, files)
+
+    @staticmethod
+    def recognises(path: Path) -> bool:
+        return any(_find(path).values())
+
+
+def _find(path: Path) -> dict[str, list[Path]]:
+    files = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
+    return {
+        split: [file for file in files if re.split(r"[-.]", file.name)[0] in PREFIXES[split]]
+        for split in SPLITS
+    }
+
+
+class Arrow(Tables):
+    """A folder with a dataset_dict.json and a folder a split, or the folder of one split, each with
+    a state.json and data-*.arrow; for what is in these, see Tables. Where there is no val, it is
+    drawn here.
+
+    Args:
+        val_fraction: share of each class held out where there is no val.
+
+    Raises:
+        UserError: `path` is no such folder, or a file is damaged.
+    """
+
+    def __init__(self, path: Path, *, val_fraction: float, seed: int):
+        if isinstance(path, ObjectPath):
+            raise UserError(f"can't read {path}: folders of save_to_disk are mapped from a disk")
+        splits: dict[str, list[str]] = {"train": [""]}
+        others: list[str] = []
+        with damage_named(f"{path} is not whole as save_to_disk writes it", "copy it again"):
+            if (path / SPLITS_FILE).is_file():
+                splits, others = find_splits(map(str, read_json(path / SPLITS_FILE)["splits"]))
+            files = [
+                (split, inside(folder, about["filename"]))
+                for split, names in splits.items()
+                for folder in (inside(path, name) if name else path for name in names)
+                for about in read_json(folder / STATE_FILE)["_data_files"]
+            ]
+        if "train" not in splits:
+            raise UserError(f"{path} has no split that is called train")
+        note = "no split for val: a share of each class is held out"
+        super().__init__(
+            "arrow",
+            path,
+            files,
+            passed_over={f"folder {name}/": 1 for name in others},
+            hold_out=HoldOut(val_fraction, seed, note, by_name=False),
+        )
+
+    @staticmethod
+    def recognises(path: Path) -> bool:
+        alone = (path / STATE_FILE).is_file() and any(path.glob("*.arrow"))
+        return (path / SPLITS_FILE).is_file() or alone
+
+
+def _blocks(file: Path) -> Iterator[Block]:
+    """A parquet file's row groups, or an arrow file's record batches."""
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+    if file.suffix == ".arrow":
+        with pa.memory_map(str(regular(file))) as source, pa.ipc.open_stream(source) as batches:
+            for batch in batches:
+                yield Block(batches.schema, partial(_select, batch))
+    else:
+        with open_file(file) as stream, ParquetFile(stream, pre_buffer=False) as parquet:
+            for group in range(parquet.num_row_groups):
+                yield Block(parquet.schema_arrow, partial(parquet.read_row_group, group))
+
+
+def _select(batch: Any, columns: list[str]) -> Any:
+    import pyarrow as pa
+
+    names = [column.partition(".")[0] for column in columns]
+    table = pa.Table.from_batches([batch]).select(names)
+    table.validate(full=True)  # or what is damaged would be read past its end
+    return table
+
+
+def _labels_and_paths(block: Block, columns: Columns) -> tuple[np.ndarray, list[str | None]]:
+    """As Part has them."""
     wanted = [f"{columns.image}.path", columns.label]
-    table = part.read(wanted if columns.has_path else wanted[1:])
+    table = block.read(wanted if columns.has_path else wanted[1:])
     labels = table[columns.label].cast("int64").fill_null(-1).to_numpy()
     if not columns.has_path:
         return labels, [None] * len(labels)
     return labels, table[columns.image].combine_chunks().field("path").to_pylist()
 
 
-def image_in(column: Any, row: int) -> bytes | None:
+def _wnids(parts: list[Part], names: list[str] | None) -> tuple[list[str] | None, int]:
+    """The wnids in the paths, if each label has its own in sorted order, and how many classes there
+    are.
+
+    Raises:
+        ValueError: the labels are none.
+    """
+    seen: dict[int, set[str]] = {}
+    for part in parts:
+        for label, path in zip(part.labels.tolist(), part.paths, strict=True):
+            match = WNID_PATH.match(path or "")
+            seen.setdefault(label, set()).add(match[2] if match else "")
+    seen.pop(-1, None)
+    if not seen:
+        raise ValueError("no row has a label")
+    count = len(names) if names else min(max(seen) + 1, MAX_CLASSES)
+    if not 0 <= min(seen) <= max(seen) < count:
+        raise ValueError(f"labels go from {min(seen)} to {max(seen)}, with {count} classes")
+    return wnids_by_label(seen, count), count
+
+
+def _name(part: Part, row: int, folder: str, has_wnids: bool) -> str:
+    """The image's name in the other layouts, in the `folder` of its class, if its path tells."""
+    path = part.paths[row]
+    if path and has_wnids and (match := WNID_PATH.match(path)):
+        return f"{match[2]}/{match[1]}{match[3]}"
+    return f"{folder}/{path}" if path else f"{part.file.name}/{part.number}/{row}"
+
+
+def read_row(file: Path, place: Place) -> bytes | None:
     """The file in that row of a column of images."""
-    image = column[row].as_py()
+    image = _images(file, place.block)[place.offset].as_py()
     return image["bytes"] if isinstance(image, dict) else image
 
 
-def table_columns(schema: Any) -> Columns:
+@lru_cache(maxsize=1)
+def _images(file: Path, number: int) -> Any:
+    """The column of images of a block."""
+    try:
+        blocks = _blocks(file)  # whose end closes the file
+        block = next(islice(blocks, number, None))
+        column = _columns(block.schema).image
+        return block.read([column])[column]
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", None):  # the system's, and not pyarrow's
+            raise
+        said = str(error).splitlines()[0]
+        raise UserError(f"{file} is damaged ({said}): fetch it again") from error
+
+
+def _columns(schema: Any) -> Columns:
     """Raises `ValueError` if the columns are not those of labelled images."""
     import pyarrow.types as types
 

@@ -4,28 +4,13 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from data_prep.images import is_image
-from data_prep.sources.base import Group, check_distinct, is_image_name, kind_of, readable
+from data_prep.sources.base import Images
+from data_prep.sources.names import check_distinct, is_image_name, kind_of, readable
 from data_prep.sources.objects import ObjectPath, open_file
-from tarflow_dist.errors import UserError
 from tarflow_dist.files import NotRegularError
-
-
-class Images(NamedTuple):
-    """The images in a folder."""
-
-    path: Path
-    names: list[str]
-    """Paths of the images in it, sorted."""
-    absent: frozenset[str]
-    """Those of them that are links to nothing."""
-    passed_over: Counter[str]
-    """What else lies there, by its kind."""
-
-    def group(self, split: str, label: int, prefix: str) -> Group:
-        return Group(split, label, prefix, self.path, self.names, absent=self.absent)
 
 
 class ClassFolders(NamedTuple):
@@ -50,22 +35,20 @@ def class_folders(folder: Path) -> ClassFolders:
     """What lies in `folder`. Hidden files and folders are passed over.
 
     Raises:
-        UserError: two of the folders have one name, or one can't be read.
+        UserError: two of the folders have one name.
+        OSError: one can't be read.
     """
     found, empty = {}, []
-    try:
-        loose = images_in(folder, deep=False)
-        names = folders_in(folder)
-        check_distinct(names, f"{folder} has two class folders")
-        for name in names:
-            images = images_in(folder / name)
-            if images.names:
-                found[readable(name)] = images
-            else:
-                empty.append(readable(name))
-                loose.passed_over.update(images.passed_over)
-    except OSError as error:
-        raise unreadable(error) from error
+    loose = images_in(folder, deep=False)
+    names = folders_in(folder)
+    check_distinct(names, f"{folder} has two class folders")
+    for name in names:
+        images = images_in(folder / name)
+        if images.names:
+            found[readable(name)] = images
+        else:
+            empty.append(readable(name))
+            loose.passed_over.update(images.passed_over)
     return ClassFolders(found, loose, empty)
 
 
@@ -82,46 +65,43 @@ def images_in(folder: Path, *, deep: bool = True) -> Images:
     absent: set[str] = set()
     passed_over: Counter[str] = Counter()
 
-    files = _in_store(folder, deep) if isinstance(folder, ObjectPath) else _on_disk(folder, deep)
-    for name, is_there in files:
+    for name, is_there in _files(folder, deep):
         if is_image_name(name) or (is_there and _holds_image(folder / name)):
             names.append(name)
             if not is_there:
                 absent.add(name)
         else:
             passed_over[kind_of(name)] += 1
-    return Images(folder, sorted(names), frozenset(absent), passed_over)
+    return Images(folder, sorted(names), passed_over, absent=frozenset(absent))
 
 
-def _on_disk(folder: Path, deep: bool) -> Iterator[tuple[str, bool]]:
+def _files(
+    folder: Path, deep: bool, above: frozenset[Path] = frozenset()
+) -> Iterator[tuple[str, bool]]:
     """The files in a folder, and hidden folders: their names from there on, and whether they are
     there, or a link to nothing."""
-
-    def search(path: str, inside: str, above: frozenset[tuple[int, int]]) -> Iterator[Any]:
-        about = os.stat(path)
-        here = (about.st_dev, about.st_ino)
-        if here in above:
-            return
-        with os.scandir(path) as entries:
-            for entry in entries:
-                name = inside + entry.name
-                if not entry.is_dir() or entry.name.startswith("."):
-                    yield name, not entry.is_symlink() or os.path.exists(entry.path)
-                elif deep:
-                    yield from search(entry.path, f"{name}/", above | {here})
-
-    return search(str(folder), "", frozenset())
-
-
-def _in_store(folder: ObjectPath, deep: bool) -> Iterator[tuple[str, bool]]:
-    """As _on_disk."""
-    there = folder.listing()
-    yield from ((name, True) for name in there.files)
-    for name in there.folders:
-        if name.startswith("."):
-            yield name, True
+    here = folder.resolve()
+    if here in above:
+        return
+    for name, is_folder, is_there in _entries(folder):
+        if not is_folder or name.startswith("."):
+            yield name, is_there
         elif deep:
-            yield from ((f"{name}/{file}", True) for file, _ in _in_store(folder / name, deep))
+            for below, is_there in _files(folder / name, deep, above | {here}):
+                yield f"{name}/{below}", is_there
+
+
+def _entries(folder: Path) -> Iterator[tuple[str, bool, bool]]:
+    """What lies in a folder: its name, whether it is a folder, whether it is there."""
+    if isinstance(folder, ObjectPath):
+        there = folder.listing()
+        yield from ((name, True, True) for name in there.folders)
+        yield from ((name, False, True) for name in there.files)
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            is_there = not entry.is_symlink() or os.path.exists(entry.path)
+            yield entry.name, entry.is_dir(), is_there
 
 
 def _holds_image(file: Path) -> bool:
@@ -136,13 +116,4 @@ def _holds_image(file: Path) -> bool:
 
 def folders_in(path: Path) -> list[str]:
     """The names of the folders in `path`, sorted, without hidden ones."""
-    if isinstance(path, ObjectPath):
-        names = path.listing().folders
-    else:
-        names = [file.name for file in path.iterdir() if file.is_dir()]
-    return sorted(name for name in names if not name.startswith("."))
-
-
-def unreadable(error: OSError) -> UserError:
-    """What a user is told of a file or folder that the system refuses."""
-    return UserError(f"can't read {error.filename}: {error.strerror}")
+    return sorted(name for name, is_folder, _ in _entries(path) if is_folder and name[0] != ".")

@@ -12,17 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.sources.archives import SCANNERS, TRAIN, VAL
-from data_prep.sources.base import (
+from data_prep.sources.archives import SCANNERS, TRAIN, VAL, files_in
+from data_prep.sources.base import Group, HoldOut, Source, damage_named
+from data_prep.sources.names import (
     MAX_CLASSES,
-    Group,
-    Grouped,
+    find_splits,
     is_image_name,
     kind_of,
     wnids_by_label,
 )
 from data_prep.sources.objects import open_file
-from data_prep.sources.splits import HoldOut, find_splits
 from tarflow_dist.errors import UserError
 from tarflow_dist.telemetry.progress import Progress
 
@@ -57,7 +56,7 @@ class Scanned(NamedTuple):
     passed_over: Counter[str]
 
 
-class WebDataset(Grouped):
+class WebDataset(Source):
     """Tars with an image and its label a sample: KEY.jpg, or any suffix of Pillow's, and KEY.cls,
     a number, or KEY.json, its `label`. They lie in `path` or in folders in it, and are told apart
     by the names of the splits in theirs: imagenet1k-train-0000.tar, imagenet1k-validation-00.tar,
@@ -95,12 +94,12 @@ class WebDataset(Grouped):
             passed_over += found.passed_over
             prefix = f"{split}/" if has_wnids else f"{tar.relative_to(path).as_posix()}/"
             names = found.paths if has_wnids else found.names
-            groups.append(Group(split, found.labels, prefix, tar, names, found.parts))
-        notes = []
-        if "val" not in splits:
-            groups = HoldOut(val_fraction, seed).split(groups)
-            notes.append("no tars for val: a share of each class is held out")
-        super().__init__("wds", path, classes, groups, passed_over=passed_over, notes=notes)
+            groups.append(
+                Group(split, found.labels, prefix, tar, names, found.parts, reader="part")
+            )
+        note = "no tars for val: a share of each class is held out"
+        hold_out = HoldOut(val_fraction, seed, note)
+        super().__init__("wds", path, classes, groups, passed_over=passed_over, hold_out=hold_out)
 
     @staticmethod
     def recognises(path: Path) -> bool:
@@ -125,16 +124,15 @@ def _may_be_labelled(file: Path) -> bool:
 def _scan(file: Path) -> Scanned:
     samples: list[Sample] = []
     passed_over: Counter[str] = Counter()
-    try:
-        with open_file(file) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            for _, members in groupby(_members(tar, passed_over), lambda member: member[0]):
-                sample = _sample(tar, {role: member for _, role, member in members}, passed_over)
-                if sample is not None:
-                    samples.append(sample)
-    except PermissionError:
-        raise
-    except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} is damaged or no WebDataset tar ({error})") from error
+    with (
+        damage_named(f"{file} is damaged or no WebDataset tar"),
+        open_file(file) as stream,
+        tarfile.open(fileobj=stream, mode="r:") as tar,
+    ):
+        for _, members in groupby(_members(tar, passed_over), lambda member: member[0]):
+            sample = _sample(tar, {role: member for _, role, member in members}, passed_over)
+            if sample is not None:
+                samples.append(sample)
     return Scanned(
         [sample.name for sample in samples],
         [sample.path for sample in samples],
@@ -150,10 +148,7 @@ def _members(
     tar: tarfile.TarFile, passed_over: Counter[str]
 ) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
     """The sample, what it is of it (image, cls or json), and where it lies, of each file."""
-    while (member := tar.next()) is not None:
-        tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
-        if not member.isfile():
-            continue
+    for member in files_in(tar):
         match = MEMBER.fullmatch(member.name)
         suffix = match[2].lower() if match else ""
         role = suffix if suffix in ("cls", "json") else "image"

@@ -1,10 +1,8 @@
 """A preparation that is killed, refused or out of disk goes on, and ends as an unbroken one."""
 
 import fcntl
-import hashlib
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -14,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from importlib.metadata import version
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -271,29 +268,6 @@ def test_an_unfinished_run_with_other_settings_is_refused(few: Path, unfinished:
     assert "with other images" in refused(few, unfinished)
     (few / "a" / "new.png").unlink()
     main(command(few, unfinished, "--max-errors", "0.5"))
-
-
-def test_what_versions_before_plans_left(few: Path, tmp_path: Path) -> None:
-    """Finished sets stay as they are; an unfinished run is named for what it is."""
-    versions = {name: version(name) for name in ("tarflow_dist", "pillow", "mosaicml-streaming")}
-    about = {
-        **{"size": 8, "crop": "adm", "encode": "png", "seed": 0, "shard_bytes": 1 << 26},
-        **{"formats": ["mds"], "name": "few", "layout": "folder"},
-        "source": Folder(few, val_fraction=0.1, seed=0).fingerprint(),
-        "versions": {"python": platform.python_version(), **versions},
-    }
-    done, begun = tmp_path / "done", tmp_path / "begun" / ".partial"
-    main(command(few, done))
-    made = hashlib.sha256(json.dumps(about).encode()).hexdigest()
-    (done / "mds" / "timing.json").write_text(json.dumps({"preparation": made}))
-    before = contents(done)
-    main(command(few, done))
-    assert contents(done) == before
-    assert "already holds a set" in refused(few, done, "--seed", "1")
-    begun.mkdir(parents=True)
-    (begun / "begun.json").write_text(json.dumps(about, indent=1))
-    said = refused(few, begun.parent)
-    assert said.startswith(f"{begun} was begun by an older version of this program, which planned")
 
 
 def cut(content: bytearray) -> bytearray:

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image, JpegImagePlugin, UnidentifiedImageError
 from torchvision import transforms
 
-from data_prep.encode import Encoded, Recipe, Rejected, encode_item
+from data_prep.encode import store_image
 from data_prep.images import (
+    Stored,
     adm_crop,
     encode_image,
     open_image,
@@ -20,6 +21,7 @@ from data_prep.images import (
     tarflow_crop,
     to_8bit,
 )
+from data_prep.records import Settings
 
 SIZES = [(64, 64), (8, 8), (500, 375), (375, 500), (131, 97), (33, 129), (20, 30), (640, 65)]
 
@@ -375,12 +377,12 @@ def test_decompression_bombs_are_refused(side: int, encode: str) -> None:
 @pytest.mark.parametrize("encode", ["png", "keep"])
 def test_a_giant_is_taken_once_it_is_said_to_be_honest(encode: str) -> None:
     content = file_of(Image.new("L", (30, 40)), "PNG")
-    recipe = Recipe(None if encode == "keep" else 8, 3, "adm", encode, max_pixels=1199)
-    refused = encode_item(recipe, lambda: content)
-    assert isinstance(refused, Rejected)
-    assert refused.reason.startswith("more than 1199 pixels")
-    taken = encode_item(replace(recipe, max_pixels=1200), lambda: content)
-    assert isinstance(taken, Encoded)
+    settings = Settings(None if encode == "keep" else 8, encode=encode, max_pixels=1199)
+    refused = store_image(lambda: content, settings, 3)
+    assert isinstance(refused, str)
+    assert refused.startswith("more than 1199 pixels")
+    taken = store_image(lambda: content, replace(settings, max_pixels=1200), 3)
+    assert isinstance(taken, Stored)
     assert (taken.original_width, taken.original_height) == (30, 40)
 
 

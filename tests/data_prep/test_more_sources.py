@@ -439,7 +439,7 @@ def test_a_saved_split_alone(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text(json.dumps(state))
     found = source(tmp_path)
     assert (found.layout, found.classes) == ("arrow", names)
-    assert found.notes == ("no split for val: a share of each class is held out",)
+    assert found.notes == ["no split for val: a share of each class is held out"]
     ours = pixels(found)
     assert sorted(label for label, _ in ours["val"]) == [0, 1]
     assert sorted(ours["train"] + ours["val"]) == sorted(

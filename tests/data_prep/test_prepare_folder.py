@@ -14,7 +14,7 @@ from data_prep.__main__ import main
 from data_prep.pipeline import prepare
 from data_prep.records import Settings
 from data_prep.sources import Folder
-from data_prep.sources.base import set_name
+from data_prep.sources.names import set_name
 from tarflow_dist.errors import UserError
 
 

@@ -10,9 +10,10 @@ from PIL import Image
 from data_prep.__main__ import main
 from data_prep.pipeline import prepare
 from data_prep.records import Settings
-from data_prep.show import CELL, COLUMNS, GAP, NAMES
+from data_prep.show import CELL, COLUMNS
 from data_prep.sources import Folder
 from tarflow_dist.errors import UserError
+from tarflow_dist.telemetry.pictures import GUTTER, NAME_WIDTH
 
 COLOURS = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
 
@@ -44,14 +45,14 @@ def test_table_and_pictures(out: Path, form: str) -> None:
 
     with Image.open(out / form / "contact-sheet.png") as image:
         sheet = np.asarray(image)
-    step = CELL + GAP
-    assert sheet.shape == (3 * step + GAP, NAMES + COLUMNS * step, 3)
+    step = CELL + GUTTER
+    assert sheet.shape == (3 * step, NAME_WIDTH + COLUMNS * step, 3)
     for row, colour in enumerate(COLOURS):
         for column in range(COLUMNS):
-            cell = sheet[GAP + row * step :, NAMES + column * step :][:CELL, :CELL]
+            cell = sheet[row * step :, NAME_WIDTH + column * step :][:CELL, :CELL]
             expected = colour if column < 6 else (255, 255, 255)  # six of a class, 16 x 6 pixels
             assert (cell == expected).all()
-        assert (sheet[row * step :, :NAMES][:step] < 128).any()  # a name
+        assert (sheet[row * step :, :NAME_WIDTH][:step] < 128).any()  # a name
 
 
 def test_what_the_machine_refuses_is_a_sentence(out: Path, tmp_path: Path) -> None:
