@@ -273,12 +273,7 @@ def run(args: argparse.Namespace) -> None:
             image_shape, class_names, provenance = samples.image_shape, [], {}
         training_run = find_training_run(args.wandb, provenance) if args.wandb else None
         extractors = [
-            make_extractor(
-                name,
-                image_shape=image_shape,
-                inception_weights=args.inception_weights,
-                device=device,
-            )
+            make_extractor(name, image_shape, args.inception_weights, device)
             for name in args.features
         ]
         reference = open_reference(

@@ -251,8 +251,8 @@ class RowMeans:
 
 def run_with_row_means(command: list[str]) -> None:
     make = features.make_extractor
-    features.make_extractor = lambda name, **options: (
-        RowMeans() if name == "inception" else make(name, **options)
+    features.make_extractor = lambda name, *options: (
+        RowMeans() if name == "inception" else make(name, *options)
     )
     sample_fid.check_features = lambda *_: None
     main(command)
