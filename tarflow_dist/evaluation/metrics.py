@@ -23,7 +23,6 @@ NEIGHBOURHOOD = 3  # k of precision and recall
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000
 JACKKNIFE_GROUPS = 10
 BLOCK = 512  # rows of a table of distances that are held at a time
-FEATURES_MISSING = "the reference holds no features of single images, only their moments"
 
 
 class Unmeasurable(Exception):  # noqa: N818
@@ -164,7 +163,7 @@ def _both_features(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     assert samples.features is not None
     if reference.features is None:
-        raise Unmeasurable(FEATURES_MISSING)
+        raise Unmeasurable("the reference holds no features of single images, only their moments")
     if min(len(samples.features), len(reference.features)) <= NEIGHBOURHOOD:
         raise Unmeasurable("too few images")
     return samples.features, reference.features
