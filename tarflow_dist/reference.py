@@ -48,18 +48,14 @@ def main(argv: list[str]) -> None:
     device = distributed.init()
     reference = open_shards_reference(args.shards, args.split, args.keep)
     assert reference.images is not None
-    extractor = make_extractor(
-        args.features,
-        image_shape=reference.images.image_shape,
-        inception_weights=args.inception_weights,
-        device=device,
-    )
+    shape = reference.images.image_shape
+    extractor = make_extractor(args.features, shape, args.inception_weights, device)
     measured = measure_reference(reference, extractor, batch_size=args.batch_size, device=device)
     if measured is not None:
         about = {
             **measured.about,
             **reference.about,
-            "image_shape": list(reference.images.image_shape),
+            "image_shape": list(shape),
             "class_names": reference.class_names,
             "class_counts": reference.class_counts,
             "environment": describe_environment(),

@@ -247,6 +247,7 @@ def run(args: argparse.Namespace) -> None:
     from tarflow_dist import distributed
     from tarflow_dist.evaluation.draw import draw
     from tarflow_dist.evaluation.features import make_extractor
+    from tarflow_dist.evaluation.image_sets import ShardImages
     from tarflow_dist.evaluation.measure import measure_points, measure_reference
     from tarflow_dist.evaluation.neighbours import Neighbours
     from tarflow_dist.evaluation.point import Point, stage
@@ -273,12 +274,7 @@ def run(args: argparse.Namespace) -> None:
             image_shape, class_names, provenance = samples.image_shape, [], {}
         training_run = find_training_run(args.wandb, provenance) if args.wandb else None
         extractors = [
-            make_extractor(
-                name,
-                image_shape=image_shape,
-                inception_weights=args.inception_weights,
-                device=device,
-            )
+            make_extractor(name, image_shape, args.inception_weights, device)
             for name in args.features
         ]
         reference = open_reference(
@@ -299,9 +295,9 @@ def run(args: argparse.Namespace) -> None:
             about = {"samples": str(args.samples), "num_samples": len(samples)}
             points = [Point("", args.out, samples, about)]
         neighbours = None
-        if reference.searchable is not None:
+        if isinstance(reference.images, ShardImages):  # where any image is found at once
             sets = [point.samples for point in points]
-            neighbours = Neighbours(sets, reference.searchable, extractors[0], device)
+            neighbours = Neighbours(sets, reference.images, extractors[0], device)
         sizes: dict[str, Any] = {"batch_size": args.batch_size, "device": device}
         found = []
         for place, extractor in enumerate(extractors):

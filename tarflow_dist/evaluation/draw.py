@@ -43,7 +43,8 @@ def draw(
     points = []
     # points that differ in the denoising alone share the decoding, and each has the others' time
     for _, alike in groupby(settings, lambda name: settings[name].guidance):
-        names, seconds = list(alike), dict[str, float]()
+        names = list(alike)
+        seconds: dict[str, float] = {}
         with stage(seconds, "sampling"):
             drawn = draw_missing_chunks(
                 [stores[name] for name in names],

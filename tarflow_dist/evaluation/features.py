@@ -46,7 +46,6 @@ class FeatureExtractor(Protocol):
 
 def make_extractor(
     name: str,
-    *,
     image_shape: tuple[int, int, int],
     inception_weights: Path | None = None,
     device: torch.device | str = "cpu",

@@ -168,11 +168,7 @@ class FolderImages(Samples):
             raise UserError(f"{folder} holds {len(self._files)} pictures: two or more are needed")
         with open_picture(self._files[0]) as first:
             self._channels = 1 if first.mode in ("1", "L", "I;16") else 3
-            self._side = (first.height, first.width)
-
-    @property
-    def image_shape(self) -> ImageShape:
-        return self._channels, *self._side
+            self._size = to_8bit(first, self._channels).size
 
     def __len__(self) -> int:
         return len(self._files)
@@ -186,13 +182,13 @@ class FolderImages(Samples):
     def _read(self, file: Path) -> Pixels:
         """(H, W, C)."""
         with open_picture(file) as image:
-            pixels = np.asarray(to_8bit(image, self._channels))
-        if pixels.shape[:2] != self._side:
-            there, first = (f"{width}×{height}" for height, width in (pixels.shape[:2], self._side))
+            upright = to_8bit(image, self._channels)
+        if upright.size != self._size:
+            there, first = (f"{width}×{height}" for width, height in (upright.size, self._size))
             raise UserError(
                 f"{file} is {there} and {self._files[0]} is {first}: they should be of one size"
             )
-        return pixels.reshape(*self._side, self._channels)
+        return np.asarray(upright).reshape(upright.height, upright.width, self._channels)
 
 
 @contextmanager

@@ -22,8 +22,7 @@ Device = torch.device | str
 NEIGHBOURHOOD = 3  # k of precision and recall
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000
 JACKKNIFE_GROUPS = 10
-BLOCK = 256  # rows of a table of distances that are held at a time
-FEATURES_MISSING = "the reference holds no features of single images, only their moments"
+BLOCK = 512  # rows of a table of distances that are held at a time
 
 
 class Unmeasurable(Exception):  # noqa: N818
@@ -164,7 +163,7 @@ def _both_features(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     assert samples.features is not None
     if reference.features is None:
-        raise Unmeasurable(FEATURES_MISSING)
+        raise Unmeasurable("the reference holds no features of single images, only their moments")
     if min(len(samples.features), len(reference.features)) <= NEIGHBOURHOOD:
         raise Unmeasurable("too few images")
     return samples.features, reference.features
@@ -187,30 +186,16 @@ def share_within(
     least one in `of` (M, F) (arXiv 1904.06991). By torch-fidelity's rule; its own function takes
     minutes for 50,000 samples on a CPU, and moves all distances there from a GPU. Collective."""
     x, y = (torch.from_numpy(features).to(device) for features in (points, of))
-    radii = _squared_radii(y)
+    radii = y.new_zeros(len(y))
+    for start in _own(range(0, len(y), BLOCK)):
+        block = slice(start, start + BLOCK)
+        distances = torch.cdist(y[block], y)
+        radii[block] = distances.kthvalue(NEIGHBOURHOOD + 1).values  # itself is one of them
+    distributed.sum_over_ranks(radii)
     within = torch.zeros((), dtype=torch.int64, device=device)
     for start in _own(range(0, len(x), BLOCK)):
-        squares = _squared_distances(x[start : start + BLOCK], y)
-        within += (squares <= radii).any(dim=1).sum()
+        within += (torch.cdist(x[start : start + BLOCK], y) <= radii).any(dim=1).sum()
     return int(distributed.sum_over_ranks(within)) / len(x)
-
-
-def _squared_radii(x: torch.Tensor) -> torch.Tensor:
-    """Of each row's ball, which reaches its third neighbour. Collective."""
-    radii = x.new_zeros(len(x))
-    for start in _own(range(0, len(x), BLOCK)):
-        block = slice(start, start + BLOCK)
-        nearest = _squared_distances(x[block], x).topk(
-            NEIGHBOURHOOD + 1,  # itself is one of them
-            dim=1,
-            largest=False,
-        )
-        radii[block] = nearest.values.amax(dim=1)
-    return distributed.sum_over_ranks(radii)
-
-
-def _squared_distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.addmm(b.square().sum(dim=1), a, b.T, alpha=-2) + a.square().sum(dim=1)[:, None]
 
 
 def _kernel_distance(

@@ -45,11 +45,6 @@ class Reference:
     statistics: FeatureSet | None = None
     keep: int = KEPT_FEATURES
 
-    @property
-    def searchable(self) -> ImageSet | None:
-        """The images, if any of them is found at once."""
-        return self.images if isinstance(self.images, ShardImages) else None
-
 
 def _about(path: str, split: str | None, count: int | None, sha256: str) -> dict[str, Any]:
     keys = ("reference", "reference_split", "reference_images", "reference_sha256")

@@ -79,13 +79,10 @@ class SampleStore(Samples):
         """Writes the settings; one rank does this before any chunk is written. If there are fewer
         samples than are asked for now, a chunk that was the last and short is drawn again."""
         before = self._num_samples_there
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if before < self.num_samples and before % self.chunk_size:
-                self.chunk_file(before // self.chunk_size).unlink(missing_ok=True)
-            write_sealed(self.folder / SETTINGS_FILE, self.settings, version=VERSION)
-        except OSError as error:
-            raise UserError(f"{self.folder} can't be written: {error}") from error
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if before < self.num_samples and before % self.chunk_size:
+            self.chunk_file(before // self.chunk_size).unlink(missing_ok=True)
+        write_sealed(self.folder / SETTINGS_FILE, self.settings, version=VERSION)
 
     def chunk_file(self, chunk: int) -> Path:
         return self.folder / f"samples-{chunk:06d}.parquet"

@@ -6,6 +6,7 @@ from typing import Any
 from tarflow_dist.files import from_saved
 from tarflow_dist.flow.config import FlowConfig
 from tarflow_dist.flow.flops import FlowCost
+from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.models.classes import Classes, some
 
 TASK = "unconditional-image-generation"
@@ -49,8 +50,9 @@ def model_card(
         eval_results=measured,
     )
     call = ["[0]"] if config.num_classes else []
-    if result and result["guidance"]:
-        call += [f"{name}={result[name]}" for name in ("guidance", "annealed", "attn_temp")]
+    if result:
+        plain = Guidance().arguments().items()
+        call += [f"{name}={result[name]!r}" for name, value in plain if result[name] != value]
     card = ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_suffix(".md.jinja")),

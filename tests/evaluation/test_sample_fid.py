@@ -251,8 +251,8 @@ class RowMeans:
 
 def run_with_row_means(command: list[str]) -> None:
     make = features.make_extractor
-    features.make_extractor = lambda name, **options: (
-        RowMeans() if name == "inception" else make(name, **options)
+    features.make_extractor = lambda name, *options: (
+        RowMeans() if name == "inception" else make(name, *options)
     )
     sample_fid.check_features = lambda *_: None
     main(command)
@@ -479,6 +479,17 @@ def test_pictures_that_are_no_set(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"a\.png is no image that can be read"):
         open_samples(tmp_path)
+
+
+def test_pictures_that_lie_on_their_side(tmp_path: Path) -> None:
+    """As telephones write them: turned by what their EXIF says."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for name in ("a.png", "b.png"):
+        Image.new("L", (6, 4)).save(tmp_path / name, exif=turned)
+    pictures = open_samples(tmp_path)
+    assert pictures.image_shape == (1, 6, 4)
+    assert pictures.images([0, 1]).shape == (2, 6, 4, 1)
 
 
 def test_interrupted_says_what_stays(

@@ -161,7 +161,7 @@ def samples_of(folder: Path, weights_sha256: str) -> Path:
     result |= {"num_samples": 50_000, "labels": "random", "guidance": 1.5, "annealed": True}
     result |= {"seed": 0, "samples_sha256": "ab" * 32, "redrawn_samples": 7}
     result |= {"reference_images": 1000}
-    result |= {"rule": "linear", "guide": "both", "guide_blocks": None, "attn_temp": 1.0}
+    result |= {"rule": "gaussian", "guide": "both", "guide_blocks": None, "attn_temp": 1.0}
     result |= {"denoise": True, "reference": "shards/pets", "reference_split": "train"}
     result |= {"warnings": ["few samples"], "weights_sha256": weights_sha256}
     (folder / "result.json").write_text(json.dumps(result))
@@ -184,7 +184,7 @@ def test_the_card_says_what_is_known(server: Hub, tmp_path: Path) -> None:
     assert result["metrics"][0] == {"type": "fid", "value": 3.25}
     for part in ("![samples](grid.png)", "3.25", "12,800", "ant, bee, cow", "few samples", "mit"):
         assert part in text
-    assert "sample([0], guidance=1.5, annealed=True, attn_temp=1.0)" in text
+    assert "sample([0], guidance=1.5, annealed=True, rule='gaussian')" in text
     exec(text.split("```python\n")[1].split("```")[0], {})  # its snippet runs
     # what its owner wrote there stays, until it is asked for anew
     files["README.md"] = b"---\n---\nmine"
