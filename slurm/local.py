@@ -83,7 +83,7 @@ def start(job: Job) -> "SubprocessContext":
         "LOCAL_WORLD_SIZE": str(len(ranks)),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port(os.getpid())),
-        "TORCHELASTIC_RUN_ID": "logs",  # begins the name of their folder
+        "TORCHELASTIC_RUN_ID": "logs",  # torch begins the name of their folder with it
     }
     if not resources.gpus_per_node:
         common["CUDA_VISIBLE_DEVICES"] = ""
