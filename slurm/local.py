@@ -75,8 +75,8 @@ def start(job: Job) -> "SubprocessContext":
     file = job.folder / "job.pkl"
     file.write_bytes(pickle.dumps(job))
     command = [resources.python or sys.executable, "-P", "-u", "-m", "slurm.job", str(file)]
-    rank = f"{submission.code_first(job.folder)} exec {shlex.join(command)}"
-    script = " &&\n".join([*submission.environment(resources), rank])
+    line = f"{submission.code_first(job.folder)} exec {shlex.join(command)}"
+    script = " &&\n".join([*submission.environment(resources), line])
     ranks = range(resources.ranks_per_node)
     common = {
         "WORLD_SIZE": str(len(ranks)),
