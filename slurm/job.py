@@ -24,7 +24,7 @@ from submitit.helpers import TorchDistributedEnvironment
 from slurm.records import OUTCOME
 from slurm.tasks import MODULES, Task
 from tarflow_dist.cost.estimate import checkpoint_bytes
-from tarflow_dist.errors import UserError, refusal
+from tarflow_dist.errors import UserError, end_with_torchrun, refusal
 from tarflow_dist.flow.flops import FlowCost
 from tarflow_dist.train import EXIT_INTERRUPTED
 
@@ -200,4 +200,5 @@ def ranks_together() -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    end_with_torchrun()  # here with --local's launch.py, killed or hung up
     pickle.loads(Path(sys.argv[1]).read_bytes()).run()

@@ -75,15 +75,15 @@ def start(job: Job) -> "SubprocessContext":
     file = job.folder / "job.pkl"
     file.write_bytes(pickle.dumps(job))
     command = [resources.python or sys.executable, "-P", "-u", "-m", "slurm.job", str(file)]
-    rank = f"{submission.code_first(job.folder)} exec {shlex.join(command)}"
-    script = " &&\n".join([*submission.environment(resources), rank])
+    line = f"{submission.code_first(job.folder)} exec {shlex.join(command)}"
+    script = " &&\n".join([*submission.environment(resources), line])
     ranks = range(resources.ranks_per_node)
     common = {
         "WORLD_SIZE": str(len(ranks)),
         "LOCAL_WORLD_SIZE": str(len(ranks)),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port(os.getpid())),
-        "TORCHELASTIC_RUN_ID": "logs",  # begins the name of their folder
+        "TORCHELASTIC_RUN_ID": "logs",  # torch begins the name of their folder with it
     }
     if not resources.gpus_per_node:
         common["CUDA_VISIBLE_DEVICES"] = ""

@@ -12,6 +12,11 @@ from tarflow_dist.training import latest_checkpoint, run_folder
 
 SHOWN = 4  # submissions
 SECONDS_BETWEEN_LOOKS = 1.0
+# scancel's options in each state, and what they do
+ENDING = {
+    "PENDING": ((), "taken from the queue"),
+    "RUNNING": (("--signal=USR2",), "told to save and end"),
+}
 
 
 def status(run: Path) -> None:
@@ -33,20 +38,24 @@ def status(run: Path) -> None:
 
 def stop(run: Path) -> None:
     """Ends a run's jobs: a running one saves first, a waiting one is taken from the queue."""
-    signalled: set[str] = set()
     stopped = False
     for record in _submitted(run):
+        told: set[str] = set()
         while (state := record.state()).active:
             stopped = True
             (record.folder / STOP).touch()
-            if state.name == "PENDING":
-                ask_slurm("scancel", record.job_id)
-            elif state.name == "RUNNING" and record.job_id not in signalled:
-                print(f"job {record.job_id}: told to save and end", flush=True)
-                ask_slurm("scancel", "--signal=USR2", record.job_id)
-                signalled.add(record.job_id)
+            if state.name in ENDING and state.name not in told:
+                options, what = ENDING[state.name]
+                if ask_slurm("scancel", *options, record.job_id) is not None:
+                    print(f"job {record.job_id}: {what}", flush=True)
+                    told.add(state.name)
+                elif record.state() == state:  # and has not just ended
+                    (record.folder / STOP).unlink()
+                    raise UserError(
+                        f"job {record.job_id} goes on, since scancel fails: is it another user's?"
+                    )
             time.sleep(SECONDS_BETWEEN_LOOKS)
-        if record.job_id in signalled:
+        if "RUNNING" in told:
             newest = record.newest_checkpoint()
             saved = f"saved at {int(newest):,} images" if newest else "nothing to save"
             print(f"job {record.job_id}: {state.name}, {saved}")

@@ -52,8 +52,11 @@ def submit(chain: Sequence[Task], *, command: str) -> None:
 
 
 def check_partition(resources: Resources) -> None:
-    """Raises `UserError` if there is no such partition, or no Slurm here."""
-    known = sorted(set((ask_slurm("sinfo", "--noheader", "--format=%R") or "").split()))
+    """Raises `UserError` if there is no such partition, or no Slurm that answers."""
+    told = ask_slurm("sinfo", "--noheader", "--format=%R")
+    if told is None:
+        raise UserError("Slurm does not answer: wait until sinfo does")
+    known = sorted(set(told.split()))
     for name in (resources.partition or "").split(","):
         if name and name not in known:
             raise UserError(f"there is no partition {name}: choose among {', '.join(known)}")

@@ -51,7 +51,7 @@ def run_command(main: Callable[[list[str]], int | None]) -> NoReturn:
     on a `UserError`, a full disk or a missing permission. Output that nobody reads is dropped, and
     a rank ends with its torchrun."""
     _keep_streams_open()
-    _end_with_torchrun()
+    end_with_torchrun()
     try:
         code = main(sys.argv[1:]) or 0
     except (UserError, OSError) as error:
@@ -89,7 +89,7 @@ def _keep_streams_open() -> None:
         setattr(sys, name, io.TextIOWrapper(file, errors="backslashreplace", line_buffering=True))
 
 
-def _end_with_torchrun() -> None:
+def end_with_torchrun() -> None:
     """Under torchrun, ends this process as SIGTERM does (training saves first) once torchrun is
     gone: killed, it can't end its ranks itself. Elsewhere nothing happens."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:

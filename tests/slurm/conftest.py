@@ -5,9 +5,9 @@ import pytest
 from strikes import Launcher
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def launch() -> Iterator[Launcher]:
-    """launch.py on a cluster of two nodes."""
+    """launch.py on a cluster of two nodes, which a file of tests may damage."""
     if problem := clusters.missing():
         pytest.skip(problem)
     with clusters.Cluster() as cluster:

@@ -180,6 +180,31 @@ def test_without_slurm_it_says_what_else_there_is() -> None:
     assert "--dry-run" in told
 
 
+@pytest.fixture
+def slurm_is_down(tmp_path: Path) -> Path:
+    """A folder of Slurm's programs, of which only squeue answers."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("sinfo", "sacct", "scancel"):
+        (programs / name).write_text("#!/bin/sh\nexit 1\n")
+    (programs / "squeue").write_text("#!/bin/sh\necho 'RUNNING|None|n1|N/A'\n")
+    for file in programs.iterdir():
+        file.chmod(0o755)
+    return programs
+
+
+def test_when_slurm_refuses_or_does_not_answer(slurm_is_down: Path, tmp_path: Path) -> None:
+    told = launch("--force", "configs/in256.yaml", code=2, PATH=str(slurm_is_down))
+    assert told.endswith("error: Slurm does not answer: wait until sinfo does\n")
+    job = tmp_path / "run" / "slurm" / "job"
+    job.mkdir(parents=True)
+    Record(job, tmp_path / "run", "train", attempts=3, command="", job_id="7").write()
+    assert "job 7 RUNNING (n1)" in launch("status", tmp_path / "run", PATH=str(slurm_is_down))
+    told = launch("stop", tmp_path / "run", code=2, PATH=str(slurm_is_down))
+    assert told == "error: job 7 goes on, since scancel fails: is it another user's?\n"
+    assert not (job / "stop").exists()
+
+
 def test_a_time_without_quotes_is_caught(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("time: 24:00:00\n")
     told = launch("--cluster", tmp_path / "mine.yaml", "configs/in256.yaml", code=2)

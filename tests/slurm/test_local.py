@@ -3,13 +3,18 @@
 import logging
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from commands import processes_of
+from strikes import until
 
 from slurm import local
 from slurm.job import Job
+from slurm.records import read_outcome
 from slurm.resources import Resources
 from slurm.tasks import Task
 
@@ -28,6 +33,19 @@ class OneFails(Job):
         raise ValueError("of its own")
 
 
+@pytest.fixture(autouse=True)
+def _this_file_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the ranks."""
+    here = Path(__file__).parent
+    path = f"{here}:{here.parent}:{os.environ.get('PYTHONPATH', '')}"
+    monkeypatch.setenv("PYTHONPATH", path)
+
+
+def job_of(kind: str, folder: Path, setup: list[str]) -> Job:
+    resources = Resources(gpus_per_node=0, tasks_per_node=2, setup=setup)
+    return OneFails(folder, Task(kind, (), folder, resources))
+
+
 @pytest.mark.parametrize(
     ("kind", "setup"),
     [
@@ -43,10 +61,8 @@ def test_none_outlives_the_job(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}")
     terminated = signal.getsignal(signal.SIGTERM)
-    resources = Resources(gpus_per_node=0, tasks_per_node=2, setup=setup)
-    job = OneFails(tmp_path, Task(kind, (), tmp_path, resources))
+    job = job_of(kind, tmp_path, setup)
     try:
         ranks = local.start(job)
         wait = ranks.wait
@@ -78,3 +94,16 @@ def test_none_outlives_the_job(
     elif kind == "misses a module":
         assert "module_that_there_is_not: command not found" in told
         assert "as one whose setup fails" in told
+
+
+def test_ranks_end_with_the_launcher(tmp_path: Path) -> None:
+    start = "from test_local import *; local.start(job_of('interrupted', Path(sys.argv[1]), []))"
+    command = [sys.executable, "-c", f"{start}; time.sleep(600)", str(tmp_path)]
+    launcher = subprocess.Popen(command, cwd=Path(__file__).parents[2])
+    until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "both ranks")
+    launcher.kill()
+    launcher.wait()
+    until(lambda: not processes_of(str(tmp_path)), "their end")
+    outcome = read_outcome(tmp_path)
+    assert outcome is not None
+    assert outcome["state"] == "interrupted"
