@@ -155,10 +155,6 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name, what in TAKEN.items():
         if (args.out / name).exists():
             raise UserError(f"--out {args.out} is the folder of {what}: choose another for samples")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {args.out} can't be written to: {error.strerror}") from error
     if args.wandb is not None and not (args.wandb / "config.yaml").is_file():
         raise UserError(f"--wandb {args.wandb} is not the folder of a training run")
     check_features(args.features, args.inception_weights)
@@ -327,6 +323,10 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     check_arguments(args)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out} can't be written to: {error.strerror}") from error
     try:
         run(args)
     except KeyboardInterrupt:

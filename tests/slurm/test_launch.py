@@ -238,6 +238,7 @@ def test_samples_are_measured_against_a_file(
     shown = launch(*options, "--", *arguments, "--out", tmp_path / "out")
     assert re.search(r"folder +jobs/sample_fid-drawn", shown)
     assert "would be refused" not in shown
+    assert not (tmp_path / "out").exists()  # nothing is done yet
 
     resources = Resources(gpus_per_node=0)
     task = Task("sample_fid", (), tmp_path / "job", resources, str(reference))
