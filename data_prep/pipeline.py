@@ -191,9 +191,10 @@ def _make_share(maker: ShardMaker, workers: int, rank: int, world_size: int) -> 
     results = map_in_order(maker, numbers, workers)
     try:
         with Progress("prepare", sum(plan.shards[i].images for i in numbers)) as progress:
-            for made in results:
-                before += made.images if made.was_there else 0
-                bad += made.bad
+            for number, (its_bad, was_there) in zip(numbers, results, strict=True):
+                images = plan.shards[number].images
+                before += images if was_there else 0
+                bad += its_bad
                 if bad > allowed:
                     name, reason = first_error(maker.folder)
                     raise UserError(
@@ -201,7 +202,7 @@ def _make_share(maker: ShardMaker, workers: int, rank: int, world_size: int) -> 
                         "--max-errors to go on without them, or mend them and remove "
                         f"{maker.folder} to start over"
                     )
-                progress.update(made.images)
+                progress.update(images)
     finally:
         results.close()
     return before

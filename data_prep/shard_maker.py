@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from xxhash import xxh3_128_hexdigest
 
@@ -27,21 +27,12 @@ VERSION = 1
 DONE, PARTS = "done", "parts"
 
 
-class Made(NamedTuple):
-    """How a shard came out."""
-
-    images: int
-    bad: int
-    """Of them, those that could not be read."""
-    was_there: bool
-
-
 @dataclass(frozen=True)
 class Record:
     """What is known of a shard that is done."""
 
-    images: int
     bad: int
+    """Of its images, those that could not be read."""
     rows: bytes
     """A Parquet file of RESULT and where the images begin in the shards, a row an image of the
     plan."""
@@ -63,13 +54,15 @@ class ShardMaker:
     settings: Settings
     formats: Sequence[str]
 
-    def __call__(self, number: int) -> Made:
-        """Raises:
-        UserError: the system refuses files or memory.
-        OSError: it can't be written.
+    def __call__(self, number: int) -> tuple[int, bool]:
+        """How many of the shard's images could not be read, and whether it was there.
+
+        Raises:
+            UserError: the system refuses files or memory.
+            OSError: it can't be written.
         """
         if record := read_record(self.folder, number):
-            return Made(record.images, record.bad, was_there=True)
+            return record.bad, True
         plan = Plan(self.folder)
         items = plan.items(number)
         results = self._encode(plan, items)
@@ -115,7 +108,7 @@ class ShardMaker:
             "shards": {form: asdict(shard) for form, shard in shards.items()},
         }
         write_sealed(done.with_suffix(".json"), about, version=VERSION)
-        return Made(len(items), bad, was_there=False)
+        return bad, False
 
     def _encode(self, plan: Plan, items: Sequence[Item]) -> list[Stored | str]:
         """In the items' order. They are read as they lie, so that a block is read once."""
@@ -157,7 +150,7 @@ def read_record(folder: Path, number: int) -> Record | None:
         whole = (about["number"], about["rows"]) == (number, xxh3_128_hexdigest(rows)) and all(
             _size(folder, form, shard.file) == shard.bytes for form, shard in shards.items()
         )
-        return Record(about["images"], about["bad"], rows, shards) if whole else None
+        return Record(about["bad"], rows, shards) if whole else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
