@@ -20,6 +20,7 @@ from data_prep.plan import BEGUN, Plan, begin
 from data_prep.records import Settings, versions
 from data_prep.shard_maker import DONE, ShardMaker
 from data_prep.sources import Source
+from data_prep.sources.base import damage_named
 from data_prep.workers import map_in_order
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import lock_folder, publish_folder, read_json
@@ -138,12 +139,8 @@ def _digest(about: dict[str, Any]) -> str:
 
 
 def _read_summary(folder: Path) -> dict[str, Any]:
-    try:
+    with damage_named(f"{folder}/summary.json is damaged", "remove the set"):
         return read_json(folder / "summary.json")
-    except PermissionError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}/summary.json is damaged: remove the set") from error
 
 
 def _write_sets(

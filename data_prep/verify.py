@@ -231,14 +231,7 @@ def _check_rest(data: bytes, rows: list[dict[str, Any]], writer: Format) -> str:
     these must give the same bytes."""
     offsets = [row["offset"] for row in rows]
     samples = [
-        Sample(
-            row.get(POSITION, row["index"]),
-            row["label"],
-            row["class"],
-            row["source"],
-            row["kind"],
-            data[row["offset"] : row["offset"] + row["bytes"]],
-        )
+        Sample.of({POSITION: row["index"], **row}, data[row["offset"] :][: row["bytes"]])
         for row in rows
     ]
     try:
