@@ -29,7 +29,6 @@ from tarflow_dist.telemetry.progress import Progress
 MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # a sample's key, and what the file is of it
 CLASS_AND_FILE = re.compile(r"(?:.*/)?(n\d{8})/([^/]+)")
 FIRST = 8  # files that tell what a tar is
-LARGEST_TEXT = 1 << 20  # bytes of a label or a json
 
 
 class Sample(NamedTuple):
@@ -165,9 +164,9 @@ def _sample(
     if "image" not in files:
         return None
     image = files["image"]
-    about = json.loads(_content(tar, files["json"])) if "json" in files else {}
+    about = json.loads(read_member(tar, files["json"])) if "json" in files else {}
     about = about if isinstance(about, dict) else {}
-    label = int(_content(tar, files["cls"])) if "cls" in files else about.get("label")
+    label = int(read_member(tar, files["cls"])) if "cls" in files else about.get("label")
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < MAX_CLASSES:
         passed_over["without a label"] += 1
         return None
@@ -180,12 +179,6 @@ def _sample(
         f"{original[1]}/{original[2]}" if original else "",
         class_name if isinstance(class_name, str) else "",
     )
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    if member.size > LARGEST_TEXT:
-        raise ValueError(f"{member.name} is no label")
-    return read_member(tar, member)
 
 
 def _classes(path: Path, scanned: list[Scanned]) -> tuple[list[str], bool]:
