@@ -70,7 +70,9 @@ def prepare(
                 (partial / BEGUN).unlink()  # the rest is known to be none without it
         if partial.exists():
             shutil.rmtree(partial)
-        return _read_summary(out / formats[0])
+        file = out / formats[0] / "summary.json"
+        with damage_named(f"{file} is damaged", "remove the set"):
+            return read_json(file)
     except OSError as error:
         raise UserError(f"can't write to {out}: {error.strerror or error}") from error
 
@@ -136,11 +138,6 @@ def _made_by(folder: Path) -> str | None:
 
 def _digest(about: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
-
-
-def _read_summary(folder: Path) -> dict[str, Any]:
-    with damage_named(f"{folder}/summary.json is damaged", "remove the set"):
-        return read_json(folder / "summary.json")
 
 
 def _write_sets(
