@@ -53,7 +53,7 @@ def describe_sets(source: Source, settings: Settings, folder: Path, formats: Seq
     stored, bad = ({s: np.zeros(len(source.classes), np.int64) for s in SPLITS} for _ in range(2))
     shards: dict[str, dict[str, list[Shard]]]
     shards = {form: {split: [] for split in SPLITS} for form in formats}
-    for planned, record, table in _tables(source, plan, folder):
+    for planned, record, table in _tables(plan, folder):
         for form in record.shards.keys() & shards.keys():
             shards[form][planned.split].append(record.shards[form])
         is_bad = pc.is_valid(table["reason"])
@@ -69,7 +69,7 @@ def describe_sets(source: Source, settings: Settings, folder: Path, formats: Seq
         writer.write_index(folder / form, shards[form])
         manifest = _manifest(source, plan, folder, form)
         _write_table(folder / form / "manifest.parquet", manifest, MANIFEST)
-        tables = (table for *_, table in _tables(source, plan, folder))
+        tables = (table for *_, table in _tables(plan, folder))
         errors = (table.filter(pc.is_valid(table["reason"])) for table in tables)
         _write_table(folder / form / "errors.parquet", errors, ERRORS)
         (folder / form / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -77,44 +77,26 @@ def describe_sets(source: Source, settings: Settings, folder: Path, formats: Seq
 
 def first_error(folder: Path) -> tuple[str, str]:
     """An image that could not be read, of the shards that are done, and why."""
-    plan = Plan(folder)
-    for number, _ in enumerate(plan.shards):
+    for number, _ in enumerate(Plan(folder).shards):
         record = read_record(folder, number)
         if record and record.bad:
-            reasons = _rows(record)["reason"].to_pylist()
-            at = next(i for i, reason in enumerate(reasons) if reason)
-            return plan.items(number)[at].name, reasons[at]
+            bad = next(row for row in _read(record).to_pylist() if row["reason"])
+            return bad["source"], bad["reason"]
     raise AssertionError
 
 
-def _rows(record: Record) -> Any:
+def _read(record: Record) -> Any:
     import pyarrow.parquet as pq
 
-    return pq.read_table(BytesIO(record.rows), use_threads=False)
+    return pq.read_table(BytesIO(record.table), use_threads=False)
 
 
-def _tables(source: Source, plan: Plan, folder: Path) -> Iterator[tuple[Planned, Record, Any]]:
+def _tables(plan: Plan, folder: Path) -> Iterator[tuple[Planned, Record, Any]]:
     """What is known of all images, those that could not be read among them, a table a shard."""
-    import pyarrow as pa
-
-    nameless = [None] * len(source.classes)
-    classes = pa.array(source.classes, pa.string())
-    class_names = pa.array(source.class_names or nameless, pa.string())
     for number, planned in enumerate(plan.shards):
         record = read_record(folder, number)
         assert record is not None, "all shards are there"
-        images, results = plan.table(number), _rows(record)
-        labels = images["label"].combine_chunks().cast("int64")
-        known = {
-            "split": pa.array([planned.split] * len(labels)),
-            "position": pa.array(np.arange(planned.first, planned.first + len(labels))),
-            "source": images["name"],
-            "label": labels,
-            "class": classes.take(labels),
-            "class_name": class_names.take(labels),
-        }
-        table = pa.table({**known, **{name: results[name] for name in results.column_names}})
-        yield planned, record, table
+        yield planned, record, _read(record)
 
 
 def _manifest(source: Source, plan: Plan, folder: Path, form: str) -> Iterator[Any]:
@@ -123,7 +105,9 @@ def _manifest(source: Source, plan: Plan, folder: Path, form: str) -> Iterator[A
     import pyarrow.compute as pc
 
     index = dict.fromkeys(SPLITS, 0)
-    for planned, record, table in _tables(source, plan, folder):
+    nameless = [None] * len(source.classes)
+    class_names = pa.array(source.class_names or nameless, pa.string())
+    for planned, record, table in _tables(plan, folder):
         if form not in record.shards:
             continue
         table = table.filter(pc.is_null(table["reason"]))
@@ -131,6 +115,7 @@ def _manifest(source: Source, plan: Plan, folder: Path, form: str) -> Iterator[A
         index[planned.split] += len(table)
         table = table.append_column("index", pa.array(np.arange(first, first + len(table))))
         table = table.append_column("offset", table[f"{form}_offset"])
+        table = table.append_column("class_name", class_names.take(table["label"]))
         shard = pa.array([record.shards[form].file] * len(table))
         yield table.append_column("shard", shard)
 

@@ -20,6 +20,7 @@ from data_prep.plan import BEGUN, Plan, begin
 from data_prep.records import Settings, versions
 from data_prep.shard_maker import DONE, ShardMaker
 from data_prep.sources import Source
+from data_prep.sources.base import damage_named
 from data_prep.workers import map_in_order
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import lock_folder, publish_folder, read_json
@@ -69,7 +70,9 @@ def prepare(
                 (partial / BEGUN).unlink()  # the rest is known to be none without it
         if partial.exists():
             shutil.rmtree(partial)
-        return _read_summary(out / formats[0])
+        file = out / formats[0] / "summary.json"
+        with damage_named(f"{file} is damaged", "remove the set"):
+            return read_json(file)
     except OSError as error:
         raise UserError(f"can't write to {out}: {error.strerror or error}") from error
 
@@ -137,15 +140,6 @@ def _digest(about: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 
-def _read_summary(folder: Path) -> dict[str, Any]:
-    try:
-        return read_json(folder / "summary.json")
-    except PermissionError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}/summary.json is damaged: remove the set") from error
-
-
 def _write_sets(
     source: Source,
     out: Path,
@@ -191,9 +185,10 @@ def _make_share(maker: ShardMaker, workers: int, rank: int, world_size: int) -> 
     results = map_in_order(maker, numbers, workers)
     try:
         with Progress("prepare", sum(plan.shards[i].images for i in numbers)) as progress:
-            for made in results:
-                before += made.images if made.was_there else 0
-                bad += made.bad
+            for number, (its_bad, was_there) in zip(numbers, results, strict=True):
+                images = plan.shards[number].images
+                before += images if was_there else 0
+                bad += its_bad
                 if bad > allowed:
                     name, reason = first_error(maker.folder)
                     raise UserError(
@@ -201,7 +196,7 @@ def _make_share(maker: ShardMaker, workers: int, rank: int, world_size: int) -> 
                         "--max-errors to go on without them, or mend them and remove "
                         f"{maker.folder} to start over"
                     )
-                progress.update(made.images)
+                progress.update(images)
     finally:
         results.close()
     return before

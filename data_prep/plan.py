@@ -134,13 +134,10 @@ class Plan:
                 "command, or remove the folder"
             )
 
-    def table(self, number: int) -> Any:
-        """The images of a shard, with COLUMNS, as an Arrow table."""
-        return self._file.read_row_group(number, use_threads=False)
-
     def items(self, number: int) -> list[Item]:
         """The images of a shard, in the order in which they are stored."""
-        return [_item(row) for row in self.table(number).to_pylist()]
+        table = self._file.read_row_group(number, use_threads=False)
+        return [_item(row) for row in table.to_pylist()]
 
 
 def _item(row: dict[str, Any]) -> Item:

@@ -43,8 +43,18 @@ STORED = {
     "original_height": "int64",
 }
 """What is known of an image that is stored: see images.Stored."""
-RESULT = {"reason": "string", "bytes": "int64", **STORED}
-"""What became of an image. Those that could not be read have a reason, and nothing else."""
+IMAGE = {
+    "split": "string",
+    "position": "int64",
+    "source": "string",
+    "class": "string",
+    "label": "int64",
+    "reason": "string",
+    "bytes": "int64",
+    **STORED,
+}
+"""What is known of any image. Those that could not be read have a reason, and nothing from there
+on."""
 
 
 def versions() -> dict[str, str]:

@@ -9,15 +9,16 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
+from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from xxhash import xxh3_128_hexdigest
 
 from data_prep.encode import store_image
 from data_prep.images import Stored
 from data_prep.plan import Plan
-from data_prep.records import RESULT, STORED, Settings
+from data_prep.records import IMAGE, STORED, Settings
 from data_prep.shards import Sample, Shard, make_format
 from data_prep.sources import read_images
 from data_prep.sources.base import Item
@@ -27,23 +28,14 @@ VERSION = 1
 DONE, PARTS = "done", "parts"
 
 
-class Made(NamedTuple):
-    """How a shard came out."""
-
-    images: int
-    bad: int
-    """Of them, those that could not be read."""
-    was_there: bool
-
-
 @dataclass(frozen=True)
 class Record:
     """What is known of a shard that is done."""
 
-    images: int
     bad: int
-    rows: bytes
-    """A Parquet file of RESULT and where the images begin in the shards, a row an image of the
+    """Of its images, those that could not be read."""
+    table: bytes
+    """A Parquet file of IMAGE and where the images begin in the shards, a row an image of the
     plan."""
     shards: Mapping[str, Shard]
     """By format; empty if no image could be read."""
@@ -63,35 +55,36 @@ class ShardMaker:
     settings: Settings
     formats: Sequence[str]
 
-    def __call__(self, number: int) -> Made:
-        """Raises:
-        UserError: the system refuses files or memory.
-        OSError: it can't be written.
+    def __call__(self, number: int) -> tuple[int, bool]:
+        """How many of the shard's images could not be read, and whether it was there.
+
+        Raises:
+            UserError: the system refuses files or memory.
+            OSError: it can't be written.
         """
         if record := read_record(self.folder, number):
-            return Made(record.images, record.bad, was_there=True)
+            return record.bad, True
         plan = Plan(self.folder)
-        items = plan.items(number)
-        results = self._encode(plan, items)
-        stored = {i: result for i, result in enumerate(results) if isinstance(result, Stored)}
-        rows: list[dict[str, Any]] = [
-            {"bytes": len(result.data), **{name: getattr(result, name) for name in STORED}}
-            if isinstance(result, Stored)
-            else {"reason": result}
-            for result in results
-        ]
-        planned = plan.shards[number]
-        samples = [
-            Sample(
-                planned.first + i,
-                items[i].label,
-                plan.classes[items[i].label],
-                items[i].name,
-                result.kind,
-                result.data,
-            )
-            for i, result in stored.items()
-        ]
+        planned, items = plan.shards[number], plan.items(number)
+        rows: list[dict[str, Any]] = []
+        stored, samples = [], []
+        for position, item, result in zip(
+            count(planned.first), items, self._encode(plan, items), strict=False
+        ):
+            row = {
+                "split": planned.split,
+                "position": position,
+                "source": item.name,
+                "class": plan.classes[item.label],
+                "label": item.label,
+            }
+            rows.append(row)
+            if isinstance(result, str):
+                row["reason"] = result
+                continue
+            row |= {"bytes": len(result.data), **{name: getattr(result, name) for name in STORED}}
+            stored.append(row)
+            samples.append(Sample.of(row, result.data))
         shards = {}
         for form in self.formats if samples else ():
             writer = make_format(
@@ -101,21 +94,20 @@ class ShardMaker:
             data, offsets = writer.pack(samples)
             self._put(self.folder / form / file, data)
             shards[form] = Shard(file, len(samples), len(data), writer.hashes(data))
-            for i, offset in zip(stored, offsets, strict=True):
-                rows[i][f"{form}_offset"] = offset
+            for row, offset in zip(stored, offsets, strict=True):
+                row[f"{form}_offset"] = offset
         table = self._table(rows)
         done = self.folder / DONE / f"{number:06d}"
         self._put(done.with_suffix(".parquet"), table)
         bad = len(items) - len(stored)
         about = {
             "number": number,
-            "images": len(items),
             "bad": bad,
-            "rows": xxh3_128_hexdigest(table),
+            "table": xxh3_128_hexdigest(table),
             "shards": {form: asdict(shard) for form, shard in shards.items()},
         }
         write_sealed(done.with_suffix(".json"), about, version=VERSION)
-        return Made(len(items), bad, was_there=False)
+        return bad, False
 
     def _encode(self, plan: Plan, items: Sequence[Item]) -> list[Stored | str]:
         """In the items' order. They are read as they lie, so that a block is read once."""
@@ -132,7 +124,7 @@ class ShardMaker:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        kinds = RESULT | dict.fromkeys((f"{form}_offset" for form in self.formats), "int64")
+        kinds = IMAGE | dict.fromkeys((f"{form}_offset" for form in self.formats), "int64")
         schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in kinds.items()])
         file = BytesIO()
         pq.write_table(pa.Table.from_pylist(rows, schema), file)
@@ -152,12 +144,12 @@ def read_record(folder: Path, number: int) -> Record | None:
     done = folder / DONE / f"{number:06d}"
     try:
         about = read_sealed(done.with_suffix(".json"), version=VERSION)
-        rows = read_regular(done.with_suffix(".parquet"))
+        table = read_regular(done.with_suffix(".parquet"))
         shards = {form: from_saved(Shard, shard) for form, shard in about["shards"].items()}
-        whole = (about["number"], about["rows"]) == (number, xxh3_128_hexdigest(rows)) and all(
+        whole = (about["number"], about["table"]) == (number, xxh3_128_hexdigest(table)) and all(
             _size(folder, form, shard.file) == shard.bytes for form, shard in shards.items()
         )
-        return Record(about["images"], about["bad"], rows, shards) if whole else None
+        return Record(about["bad"], table, shards) if whole else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 

@@ -6,7 +6,7 @@ All formats store the same images, cut into shards at the same ones.
 import hashlib
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -33,6 +33,11 @@ class Sample:
     source: str
     kind: str
     data: bytes
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any], data: bytes) -> "Sample":
+        """The image of a `row` of the manifest."""
+        return cls(row["position"], row["label"], row["class"], row["source"], row["kind"], data)
 
 
 @dataclass(frozen=True)

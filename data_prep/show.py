@@ -10,10 +10,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data_prep.images import to_8bit
+from data_prep.sources.base import damage_named
 from data_prep.sources.names import SPLITS, say_passed_over
 from data_prep.verify import decode, find_sets, on_disk
 from tarflow_dist.data.shards import Summary
-from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError
+from tarflow_dist.errors import UserError
 from tarflow_dist.files import inside, open_regular, read_json, regular, write_whole
 from tarflow_dist.models.classes import some
 from tarflow_dist.telemetry.pictures import picture_grid
@@ -35,20 +36,14 @@ def run(args: argparse.Namespace) -> None:
 
     out = on_disk(args.out)
     folder = find_sets(out)[0]
-    try:
+    see = f"see `python -m data_prep verify {shlex.quote(str(folder))}`"
+    with damage_named(f"{folder} is damaged", see):
         summary = read_json(folder / "summary.json")
         Summary.of(summary)
         manifest = pq.read_table(regular(folder / "manifest.parquet"))
         for name, value in table(summary, manifest):
             print(f"{name:<14}{value}")
         sheet = contact_sheet(folder, summary, manifest)
-    except Exception as error:  # whatever damage does to a parser
-        if isinstance(error, OSError) and error.errno in REFUSED_BY_MACHINE:
-            raise
-        raise UserError(
-            f"{folder} is damaged ({type(error).__name__}: {error}): see `python -m data_prep "
-            f"verify {shlex.quote(str(folder))}`"
-        ) from error
     file = args.sheet or out / "contact-sheet.png"
     try:
         with write_whole(file) as part:

@@ -105,14 +105,10 @@ def _verify_set(folder: Path, workers: int) -> Iterator[str]:
         rows.validate(full=True)
         check_types(rows, columns)
         wrong = list(_check_records(summary, rows, errors))
-        splits = [_list_split(folder, split, rows, summary) for split in SPLITS]
+        jobs = [job for split in SPLITS for job in _list_split(folder, split, rows, summary, wrong)]
     except Exception as error:  # whatever damage does to a parser
         yield f"{name}: {_why(error)}, so that nothing else can be told"
         return
-    jobs = []
-    for its_jobs, its_wrong in splits:
-        jobs += its_jobs
-        wrong += its_wrong
     yield from wrong
     with Progress("verify", len(rows)) as progress:
         problems = map_in_order(_check_shard, jobs, workers)
@@ -149,9 +145,10 @@ def _check_records(summary: dict[str, Any], rows: Any, errors: int) -> Iterator[
 
 
 def _list_split(
-    folder: Path, split: str, rows: Any, summary: dict[str, Any]
-) -> tuple[list[Job], list[str]]:
-    """The shards of a split by its manifest, and in what the format's index differs from it."""
+    folder: Path, split: str, rows: Any, summary: dict[str, Any], wrong: list[str]
+) -> list[Job]:
+    """The shards of a split by its manifest; adds to `wrong` in what the format's index, or the
+    folder, differs from it."""
     import pyarrow.compute as pc
 
     is_wds = (folder / "_info.json").exists() or any((folder / split).glob("*.tar"))
@@ -162,7 +159,6 @@ def _list_split(
         summary["image_size"],
         summary["channels"],
     )
-    wrong = []
     try:
         listed = {shard.file: shard for shard in writer.read_index(folder, split)}
     except Exception as error:  # whatever damage does to a parser
@@ -184,7 +180,7 @@ def _list_split(
     for entry in sorted((folder / split).iterdir()) if (folder / split).is_dir() else ():
         if f"{split}/{entry.name}" not in known:
             wrong.append(f"{split}/{entry.name}: belongs to no set")
-    return jobs, wrong
+    return jobs
 
 
 def _check_shard(job: Job) -> str:
@@ -235,14 +231,7 @@ def _check_rest(data: bytes, rows: list[dict[str, Any]], writer: Format) -> str:
     these must give the same bytes."""
     offsets = [row["offset"] for row in rows]
     samples = [
-        Sample(
-            row.get(POSITION, row["index"]),
-            row["label"],
-            row["class"],
-            row["source"],
-            row["kind"],
-            data[row["offset"] : row["offset"] + row["bytes"]],
-        )
+        Sample.of({POSITION: row["index"], **row}, data[row["offset"] :][: row["bytes"]])
         for row in rows
     ]
     try:

@@ -1,6 +1,6 @@
 """Where images come from: one small class a layout, and which of them a folder has."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -94,27 +94,26 @@ def open_source(path: Path, *, layout: str = "auto", val_fraction: float, seed: 
     """
     forget_listings()
     try:
-        return _open_source(path, layout, {"val_fraction": val_fraction, "seed": seed})
+        if not path.is_dir() and not (path.is_file() and EDM.recognises(path)):
+            raise UserError(
+                f"there is no folder {path}: give one with images in a layout of --layout"
+            )
+        advice = ""
+        if layout == "auto":
+            found = [known for known, kind in PACKED.items() if kind.recognises(path)]
+            if len(found) > 1:
+                raise UserError(f"{path} holds {' and '.join(found)}: choose one with --layout")
+            layout = found[0] if found else "folder"
+            advice = f"; if it is no {layout} set, choose another --layout"
+        options: dict[str, Any] = {"val_fraction": val_fraction, "seed": seed}
+        if layout == "folder":
+            return Folder(path, **options)
+        try:
+            source = PACKED[layout](path, **options if layout in SPLIT_HERE else {})
+            if layout not in ALL_IMAGES and path.is_dir():
+                source.passed_over += Counter({"images beside": len(images_in(path).names)})
+            return source
+        except UserError as error:
+            raise UserError(f"{error}{advice}") from error
     except OSError as error:  # which says nothing of what is in the files
         raise unreadable(error) from error
-
-
-def _open_source(path: Path, layout: str, options: dict[str, Any]) -> Source:
-    if not path.is_dir() and not (path.is_file() and EDM.recognises(path)):
-        raise UserError(f"there is no folder {path}: give one with images in a layout of --layout")
-    advice = ""
-    if layout == "auto":
-        found = [known for known, kind in PACKED.items() if kind.recognises(path)] or ["folder"]
-        if len(found) > 1:
-            raise UserError(f"{path} holds {' and '.join(found)}: choose one with --layout")
-        layout = found[0]
-        advice = f"; if it is no {layout} set, choose another --layout"
-    if layout == "folder":
-        return Folder(path, **options)
-    try:
-        source = PACKED[layout](path, **options if layout in SPLIT_HERE else {})
-        if layout not in ALL_IMAGES and path.is_dir() and (beside := images_in(path).names):
-            source.passed_over["images beside"] = len(beside)
-    except UserError as error:
-        raise UserError(f"{error}{advice}") from error
-    return source

@@ -1,11 +1,11 @@
 """ImageNet's own archives, as the challenge's site hands them out."""
 
-import multiprocessing
+import gzip
 import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 
 from data_prep.sources.base import Group, Images, Source, damage_named
 from data_prep.sources.names import check_distinct, is_image_name, kind_of
-from data_prep.sources.objects import open_file
+from data_prep.sources.objects import open_file, read_file
 from tarflow_dist.errors import UserError
 
 TRAIN = "ILSVRC2012_img_train.tar"
@@ -53,41 +53,31 @@ class Archives(Source):
 
 def read_devkit(file: Path) -> tuple[dict[str, str], list[str]]:
     """The names of the classes by wnid, and the wnid of each validation image in order."""
-    # in a process of its own, since scipy's reader crashes on some damage
-    spawn = multiprocessing.get_context("spawn")
     with damage_named(f"{file} is damaged or no devkit"):
-        with open_file(file) as stream, tarfile.open(fileobj=stream) as tar:
+        content = BytesIO(gzip.decompress(read_file(file)))  # all of it, for its checksum
+        with tarfile.open(fileobj=content) as tar:
             members = {re.sub(r"^.*/data/", "data/", member.name): member for member in tar}
-            meta = _read(tar, members["data/meta.mat"])
-            truth = _read(tar, members["data/ILSVRC2012_validation_ground_truth.txt"])
-        with ProcessPoolExecutor(1, spawn) as pool:
-            leaves = pool.submit(read_leaves, meta).result()
+            leaves = _leaves(read_member(tar, members["data/meta.mat"]))
+            truth = read_member(tar, members["data/ILSVRC2012_validation_ground_truth.txt"])
         wnids = {number: wnid for number, wnid, _ in leaves}
         names = {wnid: words for _, wnid, words in leaves}
         return names, [wnids[int(number)] for number in truth.split()]
 
 
-def read_leaves(meta: bytes) -> list[tuple[int, str, str]]:
+def _leaves(meta: bytes) -> list[tuple[int, str, str]]:
     """Of the devkit's meta.mat, the classes: number, wnid, and what people call it. The inner nodes
-    of WordNet's tree stand there as well, and are no classes.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+    of WordNet's tree stand there as well, and are no classes."""
     from scipy.io import loadmat
 
-    try:
-        synsets = np.atleast_1d(loadmat(BytesIO(meta), squeeze_me=True)["synsets"])
-        return [
-            (int(synset["ILSVRC2012_ID"]), str(synset["WNID"]), str(synset["words"]))
-            for synset in synsets
-            if synset["num_children"] == 0
-        ]
-    except Exception as error:  # whatever damage does to a parser
-        raise ValueError(f"meta.mat: {type(error).__name__} {error}") from None
+    synsets = np.atleast_1d(loadmat(BytesIO(meta), squeeze_me=True)["synsets"])
+    return [
+        (int(synset["ILSVRC2012_ID"]), str(synset["WNID"]), str(synset["words"]))
+        for synset in synsets
+        if synset["num_children"] == 0
+    ]
 
 
-def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file: Any = tar.extractfile(member)
     return file.read()
 

@@ -15,7 +15,7 @@ from zipfile import ZIP_STORED, BadZipFile, ZipInfo
 import numpy as np
 
 from data_prep.sources.names import check_distinct, readable, set_name, shuffle_key
-from tarflow_dist.errors import UserError
+from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError
 from tarflow_dist.files import NotRegularError
 
 LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -260,9 +260,11 @@ def damage_named(what: str, mend: str = "fetch it again") -> Iterator[None]:
     to `mend` it. What the system refuses says nothing of the content, and passes."""
     try:
         yield
-    except (UserError, PermissionError, MemoryError):
+    except (UserError, MemoryError):
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in REFUSED_BY_MACHINE:
+            raise
         said = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(f"{what} ({said.splitlines()[0]}): {mend}") from error
 

@@ -84,6 +84,14 @@ def set_name(path: Path, classes: Sequence[str]) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "-", path.resolve().name) or "images"
 
 
+def by_label(found: Iterable[tuple[int, str]]) -> dict[int, set[str]]:
+    """What was found of each label."""
+    texts: dict[int, set[str]] = {}
+    for label, text in found:
+        texts.setdefault(label, set()).add(text)
+    return texts
+
+
 def wnids_by_label(seen: Mapping[int, set[str]], count: int) -> list[str] | None:
     """The wnids of `count` labels, if in what was seen of it each has its own, in sorted order."""
     wnids = [wnid for label in sorted(seen) for wnid in sorted(seen[label])]

@@ -150,18 +150,18 @@ def _list(folder: ObjectPath) -> Listing:
     if len(folder.parts) < 2:
         raise UserError(f"{folder} names no bucket: give an address s3://BUCKET/…")
     prefix = f"{folder.key}/" if folder.key else ""
-    found = Listing([], {})
-
-    def read(s3: Any) -> None:
-        pages = s3.get_paginator("list_objects_v2")
-        for page in pages.paginate(Bucket=folder.bucket, Prefix=prefix, Delimiter="/"):
-            for entry in page.get("CommonPrefixes", ()):
-                found.folders.append(entry["Prefix"].removeprefix(prefix).removesuffix("/"))
-            for entry in page.get("Contents", ()):
-                if entry["Key"] != prefix:  # what some programs put where folders are
-                    found.files[entry["Key"].removeprefix(prefix)] = entry["Size"]
-
-    _ask(folder, read)
+    options = {"Bucket": folder.bucket, "Prefix": prefix, "Delimiter": "/"}
+    pages = _ask(
+        folder,
+        lambda s3: s3.get_paginator("list_objects_v2").paginate(**options).build_full_result(),
+    )
+    folders = [entry["Prefix"] for entry in pages.get("CommonPrefixes", ())]
+    sizes = {entry["Key"]: entry["Size"] for entry in pages.get("Contents", ())}
+    sizes.pop(prefix, None)  # what some programs put where folders are
+    found = Listing(
+        [name.removeprefix(prefix).removesuffix("/") for name in folders],
+        {name.removeprefix(prefix): size for name, size in sizes.items()},
+    )
     for name in (*found.folders, *found.files):
         if name in ("", ".", ".."):
             raise UserError(f"{folder}/ has something called {name!r}: no path leads there")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_prep.sources.base import Group, HoldOut, Place, Source, damage_named
-from data_prep.sources.names import MAX_CLASSES, SPLITS, find_splits, wnids_by_label
+from data_prep.sources.names import MAX_CLASSES, SPLITS, by_label, find_splits, wnids_by_label
 from data_prep.sources.objects import ObjectPath, open_file
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import inside, read_json, regular
@@ -232,11 +232,11 @@ def _wnids(parts: list[Part], names: list[str] | None) -> tuple[list[str] | None
     Raises:
         ValueError: the labels are none.
     """
-    seen: dict[int, set[str]] = {}
-    for part in parts:
-        for label, path in zip(part.labels.tolist(), part.paths, strict=True):
-            match = WNID_PATH.match(path or "")
-            seen.setdefault(label, set()).add(match[2] if match else "")
+    seen = by_label(
+        (label, match[2] if (match := WNID_PATH.match(path or "")) else "")
+        for part in parts
+        for label, path in zip(part.labels.tolist(), part.paths, strict=True)
+    )
     seen.pop(-1, None)
     if not seen:
         raise ValueError("no row has a label")

@@ -25,10 +25,8 @@ class ClassFolders(NamedTuple):
 
     @property
     def passed_over(self) -> Counter[str]:
-        total = self.loose.passed_over.copy()
-        for images in self.classes.values():
-            total += images.passed_over
-        return total
+        folders = (self.loose, *self.classes.values())
+        return sum((images.passed_over for images in folders), Counter[str]())
 
 
 def class_folders(folder: Path) -> ClassFolders:
@@ -61,18 +59,15 @@ def images_in(folder: Path, *, deep: bool = True) -> Images:
     Raises:
         OSError: something can't be read.
     """
-    names: list[str] = []
-    absent: set[str] = set()
-    passed_over: Counter[str] = Counter()
-
-    for name, is_there in _files(folder, deep):
-        if is_image_name(name) or (is_there and _holds_image(folder / name)):
-            names.append(name)
-            if not is_there:
-                absent.add(name)
-        else:
-            passed_over[kind_of(name)] += 1
-    return Images(folder, sorted(names), passed_over, absent=frozenset(absent))
+    found = dict(_files(folder, deep))
+    images = {
+        name: is_there
+        for name, is_there in found.items()
+        if is_image_name(name) or (is_there and _holds_image(folder / name))
+    }
+    passed_over = Counter(kind_of(name) for name in found if name not in images)
+    absent = frozenset(name for name, is_there in images.items() if not is_there)
+    return Images(folder, sorted(images), passed_over, absent=absent)
 
 
 def _files(

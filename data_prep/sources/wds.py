@@ -4,18 +4,19 @@ import json
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.sources.archives import SCANNERS, TRAIN, VAL, files_in
+from data_prep.sources.archives import SCANNERS, TRAIN, VAL, files_in, read_member
 from data_prep.sources.base import Group, HoldOut, Source, damage_named
 from data_prep.sources.names import (
     MAX_CLASSES,
+    by_label,
     find_splits,
     is_image_name,
     kind_of,
@@ -28,7 +29,6 @@ from tarflow_dist.telemetry.progress import Progress
 MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")  # a sample's key, and what the file is of it
 CLASS_AND_FILE = re.compile(r"(?:.*/)?(n\d{8})/([^/]+)")
 FIRST = 8  # files that tell what a tar is
-LARGEST_TEXT = 1 << 20  # bytes of a label or a json
 
 
 class Sample(NamedTuple):
@@ -164,9 +164,9 @@ def _sample(
     if "image" not in files:
         return None
     image = files["image"]
-    about = json.loads(_content(tar, files["json"])) if "json" in files else {}
+    about = json.loads(read_member(tar, files["json"])) if "json" in files else {}
     about = about if isinstance(about, dict) else {}
-    label = int(_content(tar, files["cls"])) if "cls" in files else about.get("label")
+    label = int(read_member(tar, files["cls"])) if "cls" in files else about.get("label")
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < MAX_CLASSES:
         passed_over["without a label"] += 1
         return None
@@ -181,16 +181,10 @@ def _sample(
     )
 
 
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    if member.size > LARGEST_TEXT:
-        raise ValueError(f"{member.name} is no label")
-    file: Any = tar.extractfile(member)
-    return file.read()
-
-
 def _classes(path: Path, scanned: list[Scanned]) -> tuple[list[str], bool]:
     """The classes, and whether they are wnids, by which files are named."""
-    wnids, names = _by_label(s.wnids for s in scanned), _by_label(s.class_names for s in scanned)
+    wnids = by_label(pair for found in scanned for pair in found.wnids)
+    names = by_label(pair for found in scanned for pair in found.class_names)
     if not wnids:
         raise UserError(f"the tars in {path} have no image with a label, in .cls or .json")
     count = max(wnids) + 1
@@ -200,10 +194,3 @@ def _classes(path: Path, scanned: list[Scanned]) -> tuple[list[str], bool]:
     if len(said) == len(set(said)) == count and all(said):
         return said, False
     return [str(number) for number in range(count)], False
-
-
-def _by_label(found: Iterable[set[tuple[int, str]]]) -> dict[int, set[str]]:
-    texts: dict[int, set[str]] = {}
-    for label, text in set().union(*found):
-        texts.setdefault(label, set()).add(text)
-    return texts

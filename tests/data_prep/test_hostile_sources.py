@@ -197,21 +197,14 @@ def test_too_little_memory_is_no_fault_of_the_image(
     assert reasons(tmp_path / "out") == {}
 
 
-def test_a_devkit_that_crashes_its_reader(tmp_path: Path) -> None:
-    """scipy's loadmat dies of these three bits."""
+@pytest.mark.parametrize("place", [0.3, 0.6, 0.9, 0.999])
+def test_a_bit_of_the_devkit(place: float, tmp_path: Path) -> None:
+    """It is found before scipy meets it, whose loadmat crashes on some."""
     layouts.write_archives(tmp_path / "src")
     file = tmp_path / "src" / "ILSVRC2012_devkit_t12.tar.gz"
-    with tarfile.open(file) as tar:
-        members = {m.name: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
-    meta = bytearray(members["ILSVRC2012_devkit_t12/data/meta.mat"])
-    for place, bit in ((1188, 4), (2934, 2), (2798, 3)):
-        meta[place] ^= 1 << bit
-    members["ILSVRC2012_devkit_t12/data/meta.mat"] = bytes(meta)
-    with tarfile.open(file, "w:gz") as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, BytesIO(content))
+    content = bytearray(file.read_bytes())
+    content[int(len(content) * place)] ^= 1
+    file.write_bytes(content)
     with pytest.raises(UserError, match=f"{file} is damaged.*fetch it again"):
         Archives(tmp_path / "src")
 

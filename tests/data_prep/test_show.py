@@ -69,5 +69,5 @@ def test_a_damaged_set_is_a_sentence(out: Path) -> None:
     (out / "mds" / "summary.json").write_text("{}")
     done = run("data_prep", "show", out, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {out}/mds is damaged (ValueError: ")
+    assert done.stderr.startswith(f"error: {out}/mds is damaged (the summary's ")
     assert "data_prep verify" in done.stderr
