@@ -22,8 +22,8 @@ from torch import Tensor
 from benchmarks.side_by_side import alternate, ratio, timed
 from tarflow_dist import TarFlow
 from tarflow_dist.flow.guidance import Guidance
+from tarflow_dist.flow.jacobi import SEQUENTIAL
 from tarflow_dist.flow.noise import to_pixels
-from tarflow_dist.flow.windows import SEQUENTIAL
 
 # (segments of each block, 0 for one patch at a time; sweeps a segment; stopping bound)
 GS_JACOBI = [(0, 1, 0.0), (1, 256, 1e-6), (8, 256, 1e-6), (16, 256, 1e-6), (8, 256, 1e-4)]

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tarflow_dist.flow.guidance import Guidance
-    from tarflow_dist.flow.windows import Solver
+    from tarflow_dist.flow.jacobi import Solver
     from tarflow_dist.models.sampling_policy import Calibration
     from tarflow_dist.models.tarflow import TarFlow
 
@@ -106,8 +106,8 @@ class Calibrator:
     """
 
     def __init__(self, flow: "TarFlow", guidance: "Guidance", *, images: int, seed: int):
+        from tarflow_dist.flow.jacobi import SEQUENTIAL
         from tarflow_dist.flow.noise import to_pixels
-        from tarflow_dist.flow.windows import SEQUENTIAL
 
         self._flow, self._guidance, self._seed = flow, guidance, seed
         self._sequential = [SEQUENTIAL] * len(flow.blocks)
@@ -168,7 +168,7 @@ class Calibrator:
         takes; all windows have the coarsest tolerance."""
         from tarflow_dist.flow.block import FlowBlock
         from tarflow_dist.flow.inverse import invert_block
-        from tarflow_dist.flow.windows import SEQUENTIAL, Solver
+        from tarflow_dist.flow.jacobi import SEQUENTIAL, Solver
         from tarflow_dist.telemetry.progress import Progress
 
         flow, guidance = self._flow, self._guidance
@@ -182,7 +182,7 @@ class Calibrator:
                 flow.blocks, latents[-2::-1], guidance.per_block(len(flow.blocks)), strict=True
             ):
                 assert isinstance(block, FlowBlock)
-                invert = partial(invert_block, block, latent, y, guided, recordings=flow.recordings)
+                invert = partial(invert_block, block, latent, y, guided, graphed=flow.graphed)
                 best, least = SEQUENTIAL, float("inf")
                 for solver in windows:  # until one is slower than that before
                     seconds = seconds_of(partial(invert, solver))

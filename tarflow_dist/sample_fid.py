@@ -41,7 +41,7 @@ from tarflow_dist.options import (
 )
 
 if TYPE_CHECKING:
-    from tarflow_dist.evaluation.point import SampleSettings
+    from tarflow_dist.evaluation.sweep import SampleSettings
     from tarflow_dist.flow.denoise import Denoising
     from tarflow_dist.models.tarflow import TarFlow
 
@@ -172,7 +172,7 @@ def sweep_settings(
     Raises:
         UserError: guidance, denoising or labels that this model can't have.
     """
-    from tarflow_dist.evaluation.point import UINT8_RULES, SampleSettings
+    from tarflow_dist.evaluation.sweep import UINT8_RULES, SampleSettings
     from tarflow_dist.flow.guidance import Guidance
     from tarflow_dist.models.sampling_policy import dtype_name
 
@@ -246,11 +246,11 @@ def run(args: argparse.Namespace) -> None:
     from tarflow_dist.evaluation.image_sets import ShardImages
     from tarflow_dist.evaluation.measure import measure_points, measure_reference
     from tarflow_dist.evaluation.neighbours import Neighbours
-    from tarflow_dist.evaluation.point import Point, stage
     from tarflow_dist.evaluation.reference_set import open_reference
     from tarflow_dist.evaluation.report import report
     from tarflow_dist.evaluation.result import compare_points, results_of
     from tarflow_dist.evaluation.sample_store import open_samples
+    from tarflow_dist.evaluation.sweep import Point, stage
     from tarflow_dist.evaluation.training_run import find_training_run, log_to_run
     from tarflow_dist.files import sha256
 

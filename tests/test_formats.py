@@ -16,7 +16,7 @@ from tarflow_dist.evaluation.sample_store import SampleStore
 from tarflow_dist.files import from_saved, read_sealed, write_sealed
 from tarflow_dist.flow.config import FlowConfig
 from tarflow_dist.flow.guidance import Guidance
-from tarflow_dist.flow.windows import SEQUENTIAL
+from tarflow_dist.flow.jacobi import SEQUENTIAL
 from tarflow_dist.models.sampling_policy import Calibration, Policy, read_policy
 from tarflow_dist.training import checkpoint
 from tarflow_dist.training.checkpoint import Piece, RunState

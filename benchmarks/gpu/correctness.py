@@ -18,9 +18,9 @@ from torch import Tensor
 from benchmarks.gpu.models import ROOT, Bench, Problem, attempt
 from tarflow_dist.config import Config
 from tarflow_dist.flow import inverse, native
+from tarflow_dist.flow.cuda_graphs import GraphedInverse
+from tarflow_dist.flow.jacobi import Solver
 from tarflow_dist.flow.model import Flow
-from tarflow_dist.flow.recordings import Recordings
-from tarflow_dist.flow.windows import Solver
 
 WAYS: dict[str, dict[str, Any]] = {
     "sequential": {},
@@ -82,7 +82,7 @@ def recorded_and_not(bench: Bench, flow: Flow, arguments: dict[str, Any]) -> dic
         with (
             mock.patch.object(inverse, "has_graphs", return_value=graphs),
             mock.patch.object(native, "can_run", return_value=False),
-            mock.patch.object(flow, "recordings", Recordings()),
+            mock.patch.object(flow, "graphed", GraphedInverse()),
             nullcontext() if bench.cuda else kernels_of_pytorch(),
             nullcontext()
             if recorded and bench.cuda

@@ -11,7 +11,7 @@ from benchmarks.gpu.models import RECIPES, Bench, attempt
 from tarflow_dist import TarFlow
 from tarflow_dist.calibrate import Calibrator
 from tarflow_dist.flow.guidance import Guidance
-from tarflow_dist.flow.windows import SEQUENTIAL
+from tarflow_dist.flow.jacobi import SEQUENTIAL
 
 BATCHES = (1, 16, 64, 256)
 GUIDANCE = Guidance(1.5, annealed=True)

@@ -17,8 +17,8 @@ from torch import Tensor
 from tarflow_dist.distributed import Counter, device_name, from_main, gather, is_main
 from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError, enough_memory
 from tarflow_dist.evaluation.image_sets import NO_LABEL
-from tarflow_dist.evaluation.point import Point, SampleSettings, sample_labels, stage
 from tarflow_dist.evaluation.sample_store import SampleStore
+from tarflow_dist.evaluation.sweep import Point, SampleSettings, sample_labels, stage
 from tarflow_dist.models.redraw import Draws
 from tarflow_dist.models.tarflow import TarFlow
 from tarflow_dist.telemetry.progress import Progress

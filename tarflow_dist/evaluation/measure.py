@@ -14,9 +14,9 @@ from tarflow_dist.evaluation.feature_set import FeatureSet
 from tarflow_dist.evaluation.features import FeatureExtractor
 from tarflow_dist.evaluation.image_sets import ImageSet
 from tarflow_dist.evaluation.neighbours import Neighbours
-from tarflow_dist.evaluation.point import Point, stage
 from tarflow_dist.evaluation.reference_set import Reference
 from tarflow_dist.evaluation.statistics import Statistics, inception_scores
+from tarflow_dist.evaluation.sweep import Point, stage
 from tarflow_dist.telemetry.progress import Progress
 
 

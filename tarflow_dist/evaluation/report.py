@@ -21,10 +21,10 @@ from tarflow_dist.evaluation.export import WRITERS
 from tarflow_dist.evaluation.image_sets import NO_LABEL, Pixels, Samples
 from tarflow_dist.evaluation.metrics import FIGURES, METRICS
 from tarflow_dist.evaluation.neighbours import Neighbours, NeighboursOf
-from tarflow_dist.evaluation.point import Point, stage
 from tarflow_dist.evaluation.result import best_of, denoising, figures, samples, write_result
 from tarflow_dist.evaluation.result import show as show_result
 from tarflow_dist.evaluation.sample_store import SampleStore
+from tarflow_dist.evaluation.sweep import Point, stage
 from tarflow_dist.files import write_whole
 from tarflow_dist.telemetry.pictures import picture_grid, strip
 

@@ -14,8 +14,8 @@ from tarflow_dist import distributed
 from tarflow_dist.evaluation import metrics
 from tarflow_dist.evaluation.feature_set import FeatureSet
 from tarflow_dist.evaluation.metrics import METRICS
-from tarflow_dist.evaluation.point import Point, stage
 from tarflow_dist.evaluation.reference_set import Reference
+from tarflow_dist.evaluation.sweep import Point, stage
 from tarflow_dist.files import write_whole
 from tarflow_dist.telemetry.environment import describe_environment
 

@@ -4,11 +4,10 @@ import torch
 from torch import Tensor
 
 from tarflow_dist.flow.block import FlowBlock
-from tarflow_dist.flow.cuda_graphs import has_graphs
+from tarflow_dist.flow.cuda_graphs import GraphedInverse, has_graphs
 from tarflow_dist.flow.guidance import Guidance
+from tarflow_dist.flow.jacobi import SEQUENTIAL, Solver, Windows
 from tarflow_dist.flow.predictor import Predictor, guided_condition
-from tarflow_dist.flow.recordings import Recordings
-from tarflow_dist.flow.windows import SEQUENTIAL, Solver, Windows
 
 
 @torch.no_grad()
@@ -19,7 +18,7 @@ def invert_block(
     guidance: Guidance,
     solver: Solver = SEQUENTIAL,
     sigma: Tensor | None = None,
-    recordings: Recordings | None = None,
+    graphed: GraphedInverse | None = None,
 ) -> Tensor:
     """Latent to data through one block. The others of a sample's batch change nothing but the
     rounding of batch shapes.
@@ -28,8 +27,7 @@ def invert_block(
         z: (B, N, D) in image order, at least float32.
         y: (B,) int64 class ids, −1 for none; None for no label at all.
         sigma: (B,) noise levels, where they are a condition.
-        recordings: where a GPU keeps what it has recorded, for the next call; None leaves it to
-            record anew.
+        graphed: where a GPU keeps what it has recorded, for the next call; None records anew.
 
     Returns:
         x (B, N, D) in image order.
@@ -39,7 +37,7 @@ def invert_block(
     z = block.permute(z)
     condition = guided_condition(block, y, sigma, guidance)
     if has_graphs(z.device):
-        x = (recordings or Recordings()).invert(block, z, condition, guidance, solver)
+        x = (graphed or GraphedInverse())(block, z, condition, guidance, solver)
     else:
         x = z.clone()
         predict = Predictor(block, condition, len(z), guidance)

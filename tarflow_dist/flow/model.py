@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from tarflow_dist.flow.block import FlowBlock
 from tarflow_dist.flow.config import FlowConfig
+from tarflow_dist.flow.cuda_graphs import GraphedInverse
 from tarflow_dist.flow.denoise import Denoising, denoise_in_steps, score_denoise
 from tarflow_dist.flow.guidance import Guidance, Guide, Rule
 from tarflow_dist.flow.inverse import invert_block
+from tarflow_dist.flow.jacobi import SEQUENTIAL, Solver
 from tarflow_dist.flow.patches import patchify, unpatchify
 from tarflow_dist.flow.permutation import is_reversed
-from tarflow_dist.flow.recordings import Recordings
 from tarflow_dist.flow.transformer import accurate_dtype
-from tarflow_dist.flow.windows import SEQUENTIAL, Solver
 
 DENOISE_MEMORY = 4 * 2**30
 """Bytes, on a CPU."""
@@ -71,7 +71,7 @@ class Flow(nn.Module):
             )
             for t, num_layers in enumerate(config.layers)
         )
-        self.recordings = Recordings()
+        self.graphed = GraphedInverse()
         self.register_buffer("var", torch.ones(self.num_patches, self.patch_dim))
 
     @property
@@ -195,7 +195,7 @@ class Flow(nn.Module):
         for t in reversed(range(len(self.blocks))):
             block = self.blocks[t]
             assert isinstance(block, FlowBlock)
-            x = invert_block(block, x, y, guidances[t], solvers[t], levels, self.recordings)
+            x = invert_block(block, x, y, guidances[t], solvers[t], levels, self.graphed)
             if on_block is not None:
                 on_block(x)
         return unpatchify(x, self.patch_size, self.image_size)

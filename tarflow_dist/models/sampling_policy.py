@@ -14,7 +14,7 @@ from tarflow_dist.distributed import device_name
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import from_saved, read_sealed, write_sealed
 from tarflow_dist.flow.guidance import Guidance
-from tarflow_dist.flow.windows import Solver
+from tarflow_dist.flow.jacobi import Solver
 from tarflow_dist.models.folder import POLICY_FILE
 
 VERSION = 1

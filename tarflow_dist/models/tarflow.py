@@ -16,8 +16,8 @@ from tarflow_dist.files import describe, from_saved, write_sealed, write_whole
 from tarflow_dist.flow.config import FlowConfig
 from tarflow_dist.flow.denoise import Denoising
 from tarflow_dist.flow.guidance import Guidance, Guide, Rule
+from tarflow_dist.flow.jacobi import Solver
 from tarflow_dist.flow.model import Flow, Labels
-from tarflow_dist.flow.windows import Solver
 from tarflow_dist.models import hub
 from tarflow_dist.models.classes import NAMELESS, Classes
 from tarflow_dist.models.folder import (

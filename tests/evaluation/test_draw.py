@@ -16,8 +16,8 @@ from tarflow_dist.evaluation.draw import (
     make_draw,
     one_thread,
 )
-from tarflow_dist.evaluation.point import SampleSettings, sample_labels
 from tarflow_dist.evaluation.sample_store import SampleStore
+from tarflow_dist.evaluation.sweep import SampleSettings, sample_labels
 from tarflow_dist.flow.denoise import Denoising
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.models.redraw import Draws

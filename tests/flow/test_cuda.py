@@ -10,7 +10,7 @@ from pretended_cuda import CudaTensor, pretended_cuda
 from torch import Tensor
 
 from tarflow_dist.flow import native
-from tarflow_dist.flow.windows import Solver
+from tarflow_dist.flow.jacobi import Solver
 from tarflow_dist.models.tarflow import TarFlow
 
 LABELS = [1, 2, -1, 4, 9]

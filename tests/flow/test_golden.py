@@ -4,7 +4,7 @@ import pytest
 import torch
 from golden_model import CASES, golden_flow, golden_vectors, settings
 
-from tarflow_dist.flow.windows import Solver
+from tarflow_dist.flow.jacobi import Solver
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 

@@ -16,9 +16,9 @@ from tarflow_dist.flow import cuda_graphs as graphs
 from tarflow_dist.flow import inverse
 from tarflow_dist.flow.block import FlowBlock
 from tarflow_dist.flow.guidance import Guidance
+from tarflow_dist.flow.jacobi import Solver, Windows
 from tarflow_dist.flow.model import Flow
 from tarflow_dist.flow.predictor import Predictor, guided_condition
-from tarflow_dist.flow.windows import Solver, Windows
 
 
 def random_flow(chance: random.Random, **changes: object) -> Flow:

@@ -8,7 +8,7 @@ from golden_model import golden_flow, golden_vectors, settings
 
 from tarflow_dist.flow.denoise import Denoising, denoise_in_steps
 from tarflow_dist.flow.guidance import Guidance
-from tarflow_dist.flow.windows import Solver
+from tarflow_dist.flow.jacobi import Solver
 from tarflow_dist.models.tarflow import TarFlow
 
 CASE = "itarflow"

@@ -13,7 +13,7 @@ from tarflow_dist import TarFlow, calibrate, sample
 from tarflow_dist.errors import UserError
 from tarflow_dist.flow.block import FlowBlock
 from tarflow_dist.flow.guidance import Guidance
-from tarflow_dist.flow.windows import SEQUENTIAL, Solver
+from tarflow_dist.flow.jacobi import SEQUENTIAL, Solver
 from tarflow_dist.models.sampling_policy import Calibration, Policy, fingerprint_of, read_policy
 from tarflow_dist.telemetry.pictures import NAME_WIDTH
 
