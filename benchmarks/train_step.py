@@ -9,8 +9,8 @@ fp32. `--published` is a checkout of github.com/apple/ml-tarflow. Start it as on
 torchrun to time ours alone on several GPUs.
 
 Prints medians and the ratio; MFU and memory beside `plan`'s where the card is known; what the
-moving average costs; how long training waits for a checkpoint, and how much slower it is while one
-is written.
+moving average and watching the gradients cost; how long training waits for a checkpoint, and how
+much slower it is while one is written.
 """
 
 import argparse
@@ -185,6 +185,23 @@ def average_cost(flow: torch.nn.Module, device: torch.device, repeats: int) -> f
     return times["averaged"] - times["plain"]
 
 
+def watching_cost(ours: Ours, device: torch.device, repeats: int) -> float:
+    """How much longer a step takes for seeing in which block a gradient is not finite."""
+    hooks = [parameter._backward_hooks for parameter in ours.engine.flow.parameters()]
+    watched = [(there, dict(there)) for there in hooks if there]
+
+    def unwatched_step() -> None:
+        for there, _ in watched:
+            there.clear()
+        ours.step()
+        for there, all_of_them in watched:
+            there.update(all_of_them)
+
+    works = {"watched": ours.step, "not": unwatched_step}
+    times = medians(works, device, warmup=2, repeats=repeats)
+    return times["watched"] / times["not"] - 1
+
+
 def checkpoint_cost(ours: Ours, config: Config, device: torch.device, step: float) -> str:
     """How long training stands still for a checkpoint, and how much slower its steps are while the
     rest of it is written."""
@@ -232,11 +249,13 @@ def main() -> None:
     if args.published:
         works["published"] = Elsewhere(config, device, args.published).step
     times = medians(works, device, warmup=args.warmup, repeats=args.repeats)
+    watching = watching_cost(ours, device, args.repeats)
     ema = average_cost(ours.engine.flow, device, args.repeats)
     checkpoint = checkpoint_cost(ours, config, device, times["ours"])
     if distributed.is_main():
         print("\n".join(report(config, device, times, peak)))
         print(f"moving average: {ema * 1e3:.2f} ms a step, {ema / times['ours']:.2%}")
+        print(f"gradients watched: {watching:+.2%} of a step")
         print(checkpoint)
     distributed.shutdown()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from commands import run
+from ranks import free_port
 
 # a job in the background starts with Ctrl-C ignored, and so would the commands under test
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -79,9 +80,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
     import boto3
 
     log = tmp_path_factory.mktemp("s3") / "log"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with (
         pytest.MonkeyPatch.context() as patch,

@@ -220,6 +220,10 @@ def _compute(function: Any, args: tuple, kwargs: dict) -> Any:
     host_args, host_kwargs = tree_unflatten(host, structure)
     host_kwargs.pop("pin_memory", None)
     result = function(*host_args, **host_kwargs)
+    if function.namespace == "c10d":  # a card's streams would wait for it
+        for work in tree_leaves(result):
+            if isinstance(work, torch.ScriptObject):
+                work.wait()
     if _card.recording is not None:
         _card.recording.append((function, host_args, host_kwargs, result))
     given = {id(a.host): a for a in on_card}

@@ -1,8 +1,8 @@
-"""A pretended GPU (pretended_cuda) for a whole job of one rank: its streams, its share of NCCL's
-collectives, and what DeepSpeed asks of a card."""
+"""A pretended GPU (pretended_cuda) for a rank of a job: its streams, and what DeepSpeed asks of it.
+Collectives are gloo's."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +11,13 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from pretended_cuda import FREE_MEMORY, TOTAL_MEMORY, Card, CudaTensor, pretended_cuda
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map
+
+LOWER = (F.linear, torch.matmul, F.scaled_dot_product_attention)
+ACCURATE = (F.layer_norm, torch.exp)
 
 
 class Stream:
@@ -30,19 +37,39 @@ def zero(*args: Any, **kwargs: Any) -> int:
     return 0
 
 
-def alone(out: Any = None, source: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """all_gather and reduce_scatter of a single rank: a copy."""
-    out = kwargs.get("output_tensor", kwargs.get("output", out))
-    source = kwargs.get("input_tensor", kwargs.get("input", source))
-    assert isinstance(out, CudaTensor) == isinstance(source, CudaTensor)
-    out.view(-1)[: source.numel()].copy_(source.reshape(-1))
-    work = SimpleNamespace(wait=lambda *a: True, is_completed=lambda: True)
-    return work if kwargs.get("async_op") else None
+def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Objects travel as the host's bytes."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return call
+
+
+class Autocast(TorchFunctionMode):
+    """CUDA's, as far as a flow needs it: torch's own doesn't take a pretended tensor for CUDA's."""
+
+    def __init__(self, device_type: str, dtype: Any = None, enabled: bool = True, **others: Any):
+        super().__init__()
+        lower = dict.fromkeys(LOWER, dtype) | dict.fromkeys(ACCURATE, torch.float32)
+        self._dtypes = lower if enabled else {}
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        def cast(given: Any) -> Any:
+            is_cast = isinstance(given, torch.Tensor) and given.is_floating_point()
+            return given.to(self._dtypes[function]) if is_cast else given
+
+        given = (args, kwargs or {})
+        args, kwargs = tree_map(cast, given) if function in self._dtypes else given
+        return function(*args, **kwargs)
 
 
 @contextmanager
 def pretended_job() -> Iterator[Card]:
-    """`pretended_cuda` for all that a job does; its process group is gloo's."""
+    """`pretended_cuda` for all that a rank does."""
     stream = Stream()
     there = dict.fromkeys(
         ("empty_cache", "reset_peak_memory_stats", "manual_seed", "manual_seed_all"), nothing
@@ -78,7 +105,7 @@ def pretended_job() -> Iterator[Card]:
         enter(mock.patch.object(CudaTensor, "record_stream", nothing))
         enter(mock.patch.object(torch.Tensor, "pin_memory", lambda self, *args: self))
         enter(mock.patch.object(dist, "init_process_group", init_gloo))
-        for name in ("all_gather_into_tensor", "reduce_scatter_tensor"):
-            for module in (dist, dist.distributed_c10d):
-                enter(mock.patch.object(module, name, alone))
+        for name in ("all_gather_object", "broadcast_object_list", "gather_object"):
+            enter(mock.patch.object(dist, name, on_host(getattr(dist, name))))
+        enter(mock.patch.object(torch, "autocast", Autocast))
         yield card

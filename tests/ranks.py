@@ -25,13 +25,16 @@ _fork.set_forkserver_preload(
 )
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def start(work: Callable[..., None], *arguments: Any, ranks: int = 1) -> list[BaseProcess]:
     """`work(*arguments)` in each of `ranks` processes, one thread each, in an environment as
     torchrun's."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    alike = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    alike = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OMP_NUM_THREADS": 1}
     alike |= {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     processes = []
     for rank in range(ranks):

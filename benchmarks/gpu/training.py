@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.models import GIB, RECIPES, Bench, attempt, device_name
 from benchmarks.slow_network import buckets
-from benchmarks.train_step import Ours, Published
+from benchmarks.train_step import Ours, Published, watching_cost
 from tarflow_dist import distributed
 from tarflow_dist.config import Config
 from tarflow_dist.cost.cards import find_card
@@ -148,9 +148,15 @@ def profiles(bench: Bench) -> Iterator[dict[str, Any]]:
         decode = partial(flow.decode, z, y, **Guidance(1.5).arguments())
         decode()
         yield {f"decode, batch {batch}": attempt(partial(busiest, bench, decode))}
-    step = ours(bench, bench.config("in64"))
-    step()
-    yield {"step": attempt(partial(busiest, bench, step))}
+    run = started(bench, bench.config("in64"))
+    run.step()
+    yield {"step": attempt(partial(busiest, bench, run.step))}
+    yield {"gradients watched": attempt(partial(watched, bench, run))}
+
+
+def watched(bench: Bench, run: Ours) -> dict[str, float]:
+    cost = watching_cost(run, torch.device(bench.device), repeats=1 if bench.tiny else 7)
+    return {"of a step": round(cost, 4)}
 
 
 def busiest(bench: Bench, work: Callable[[], Any]) -> dict[str, Any]:

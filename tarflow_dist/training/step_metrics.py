@@ -31,10 +31,8 @@ class StepMetrics:
         for t, block in enumerate(flow.blocks):
             assert isinstance(block, FlowBlock)
             block.register_forward_hook(self._see_output(t))
-            see_gradient = self._see_gradient(self._gradients[t])
-            for layer in block.modules():
-                if isinstance(layer, nn.Linear):  # what reaches another weight reaches these too
-                    layer.weight.register_hook(see_gradient)
+            # all that goes wrong on the way back through a block comes down to its first weight
+            block.proj_in.weight.register_hook(self._see_gradient(self._gradients[t]))
 
     def begin_step(self) -> None:
         """Forgets the last step."""

@@ -7,6 +7,9 @@ import math
 import time
 from pathlib import Path
 
+from torch import Tensor
+from torch.nn import Module
+
 from tarflow_dist import config_file as configs
 from tarflow_dist import distributed
 from tarflow_dist.errors import run_command
@@ -42,13 +45,24 @@ def inject(what: str, engine: Engine) -> None:
     def is_bad() -> bool:
         return step in BAD_STEPS and distributed.rank() == last
 
+    def watch(layer: Module, given: tuple, out: Tensor) -> None:
+        if out.requires_grad:
+            out.register_hook(spoil)
+
+    def spoil(gradient: Tensor) -> Tensor:
+        """Of one image, at one place."""
+        if is_bad():
+            gradient = gradient.clone()
+            gradient[0, 5, 3] = math.inf
+        return gradient
+
     Stepper.step = counted  # type: ignore[method-assign]
     if what == "loss":
         loss = Flow.loss
         Flow.loss = lambda *a: loss(*a) * (math.nan if is_bad() else 1)  # type: ignore[method-assign]
     if what == "gradient":
-        weight = flow.blocks[BLOCK].attn_blocks[0].mlp.main[0].weight
-        weight.register_hook(lambda gradient: gradient * math.inf if is_bad() else gradient)
+        layer = flow.blocks[BLOCK].attn_blocks[-1].mlp.main[0]
+        layer.register_forward_hook(watch)
     if what == "spike":
         loss = Flow.loss
         Flow.loss = lambda *a: loss(*a) + (9 if is_bad() else 0)  # type: ignore[method-assign]

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ def main(config_file: str, out: str, device: str, *overrides: str) -> None:
         waits = patches.enter_context(pretended_job()).waits if device == "cuda" else {}
         where = distributed.init()
         assert where.type == device
-        Path(out).write_text(json.dumps(train(config, where, waits)))
+        seen = train(config, where, waits)
+        if distributed.is_main():
+            Path(out).write_text(json.dumps(seen))
+        distributed.barrier()
         os._exit(0)  # nothing of a pretended card's is taken down
 
 
@@ -43,7 +47,7 @@ def train(config: Config, device: torch.device, waits: dict[str, int]) -> dict[s
     from tarflow_dist.training.step import Stepper
     from tarflow_dist.training.validation import draw_preview
 
-    engine = build_engine(config, config.micro_batch(1), device)
+    engine = build_engine(config, config.micro_batch(distributed.world_size()), device)
     state = RunState(images=config.optimizer.warmup_images)
     objective = MaximumLikelihood(engine, config)
     stepper = Stepper(
@@ -94,12 +98,15 @@ def saved(engine: Any) -> dict[str, torch.Tensor]:
 def batches(config: Config, image_shape: tuple[int, ...]) -> Iterator[Any]:
     from tarflow_dist.data.loader import Batch
 
-    size = config.micro_batch(1)
+    """The same for any number of ranks, dealt out pass by pass."""
+    rank, ranks = distributed.rank(), distributed.world_size()
+    size = config.micro_batch(ranks)
     generator = torch.Generator().manual_seed(1)
     zeros = torch.zeros(size, dtype=torch.int64)
-    while True:
+    for number in count():
         images = torch.randint(256, (size, *image_shape), generator=generator, dtype=torch.uint8)
-        yield Batch(images, torch.arange(size) % 10, torch.arange(size), zeros)
+        if number % ranks == rank:
+            yield Batch(images, torch.arange(size) % 10, torch.arange(size), zeros)
 
 
 if __name__ == "__main__":

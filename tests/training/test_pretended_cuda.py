@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT
+from ranks import free_port
 
 SMALL = [
     *("train.micro_batch_size=8", "train.batch_size=16", "optimizer.warmup_images=16"),
@@ -25,10 +26,14 @@ CASES = {  # ZeRO stage, precision and settings: waits of a step
     (3, "fp32", "train.activation_checkpointing=1"): WAITS,
     (1, "bf16"): WAITS,
     (3, "bf16", "train.offload=true"): OFFLOADED,
+    (2, "bf16_autocast"): WAITS,
 }
 
 
-def train(tmp_path: Path, device: str, stage: int, precision: str, *others: str) -> dict:
+def train(
+    tmp_path: Path, device: str, stage: int, precision: str, *others: str, ranks: int = 1
+) -> dict:
+    """On a machine a rank, each with one card, if it is pretended."""
     out = tmp_path / f"{device}.json"
     worker = Path(__file__).with_name("pretended_worker.py")
     config = [
@@ -37,15 +42,24 @@ def train(tmp_path: Path, device: str, stage: int, precision: str, *others: str)
         f"run={tmp_path / device}",
         *others,
     ]
-    done = subprocess.run(
-        [sys.executable, worker, ROOT / "configs/digits.yaml", out, device, *SMALL, *config],
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    alike = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    if ranks > 1:
+        alike |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        alike |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, worker, ROOT / "configs/digits.yaml", out, device, *SMALL, *config],
+            env=os.environ | alike | ({"RANK": str(rank)} if ranks > 1 else {}),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said
     return json.loads(out.read_text())
 
 
@@ -62,18 +76,26 @@ def test_a_step_mixes_no_devices_and_seldom_waits(
     """Nor does a checkpoint, which waits once for a tensor on the card and no more, a preview, or a
     step after the checkpoint was read."""
     on_card = train(tmp_path, "cuda", *case)
-    near = 1e-6 if case[1] == "fp32" else 1e-2
-    assert on_card["losses"] == pytest.approx(losses, abs=near)
+    same = on_card["losses"] == pytest.approx(losses, abs=1e-6)
+    assert same == (case[1] == "fp32")
+    assert on_card["losses"] == pytest.approx(losses, abs=1e-2)
     check_waits(on_card, CASES[case])
     copies = [times for line, times in on_card["to_save"].items() if "saver.py" in line]
     offloaded = "train.offload=true" in case  # but for the prior's variance
     assert copies == [1 if offloaded else on_card["tensors"]], on_card["to_save"]
 
 
-def check_waits(on_card: dict, limit: int) -> None:
-    """The first step sets up what later ones use."""
-    for waits in on_card["waits"][1:]:
+def check_waits(on_card: dict, limit: int, settled: int = 1) -> None:
+    """The first `settled` steps set up what later ones use."""
+    for waits in on_card["waits"][settled:]:
         assert sum(waits.values()) <= limit, waits
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_nor_do_two_ranks(stage: int, losses: list[float], tmp_path: Path) -> None:
+    on_cards = train(tmp_path, "cuda", stage, "fp32", ranks=2)
+    assert on_cards["losses"] == pytest.approx(losses, abs=1e-6)
+    check_waits(on_cards, 3 if stage == 3 else WAITS, settled=2)
 
 
 def test_nor_does_an_itarflows(tmp_path: Path) -> None:
