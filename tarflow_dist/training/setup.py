@@ -1,6 +1,5 @@
 """What a run starts from: its data, its weights, its newest checkpoint."""
 
-import ctypes
 import math
 from dataclasses import fields
 
@@ -21,8 +20,6 @@ from tarflow_dist.training.checkpoint import RunState, newest_whole
 from tarflow_dist.training.engine import Engine
 
 GROUPS = 64  # so that each of as many nodes, or of a divisor of them, has groups to itself
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Names and numbers of malloc.h."""
 
 
 def open_data(config: Config, split: str) -> Shards:
@@ -91,21 +88,10 @@ def image_order(config: Config, state: RunState, shards: Shards) -> ImageOrder:
 
 def build_engine(config: Config, micro_batch_size: int, device: torch.device) -> Engine:
     """The flow with its first weights, the same on every rank, under DeepSpeed."""
-    if device.type == "cpu":
-        _keep_freed_memory()
     torch.use_deterministic_algorithms(config.train.deterministic)
     torch.manual_seed(config.seed)
     flow = Flow(**config.model.to_json()).to(device)
     return Engine(flow, config, micro_batch_size)
-
-
-def _keep_freed_memory() -> None:
-    """Has glibc keep the memory of a step's activations for the next step, which would otherwise
-    spend 5 to 10 % of its time on page faults."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
 def restore(config: Config, engine: Engine) -> RunState:

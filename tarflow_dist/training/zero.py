@@ -33,9 +33,10 @@ class ZeroState:
 
     def __init__(self, stage: Stage, zero: Any, optimizer: torch.optim.Optimizer):
         self._stage, self._zero, self._optimizer = stage, zero, optimizer
-        # at stage 0, the rank that saves and loads each parameter
-        largest_first = sorted(self._partitions(), key=Tensor.numel, reverse=True)
-        self._owners = dict(zip(largest_first, cycle(range(distributed.world_size()))))
+        self._owners: dict[Tensor, int] = {}  # at stage 0, who saves and loads each parameter
+        if stage == 0:
+            largest_first = sorted(self._partitions(), key=Tensor.numel, reverse=True)
+            self._owners = dict(zip(largest_first, cycle(range(distributed.world_size()))))
 
     @torch.no_grad()
     def create(self) -> None:
