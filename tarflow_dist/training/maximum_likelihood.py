@@ -18,37 +18,35 @@ from tarflow_dist.training.step_metrics import StepMetrics
 
 
 class MaximumLikelihood:
-    """What a run minimises, and what it shows of it: −log p(x | y) in nats a dimension, less a
-    constant (arXiv 2412.06329, equation 6), of an iTARFlow weighted by the images' noise levels.
-    All but `begin_step`, `loss` and `draw` are collective.
-
-    Attributes:
-        metrics: of the step since `begin_step`.
-    """
+    """The `Objective` −log p(x | y) in nats a dimension, less a constant (arXiv 2412.06329,
+    equation 6), of an iTARFlow weighted by the images' noise levels."""
 
     def __init__(self, engine: Engine, config: Config):
         self._engine, self._config = engine, config
-        self.metrics = StepMetrics(engine.flow)
+        self._metrics = StepMetrics(engine.flow)
 
     def begin_step(self) -> None:
-        """Forgets what was seen in the last step."""
-        self.metrics.begin_step()
+        self._metrics.begin_step()
         self._mean_squares: list[Tensor] = []  # of the prior's variance: (N, D) a pass
 
     def loss(self, batch: Batch) -> Tensor:
-        """The mean loss of this rank's images in one pass, to go backward from."""
         flow = self._engine.flow
         x, y, sigma = augment(batch, self._config, flow.device)
         z, logdets = self._engine(x, y, sigma)
         rule = self._config.train.loss_weight
         loss = flow.loss(z, logdets, None if sigma is None else loss_weight(rule, sigma))
-        self.metrics.add(loss, z, logdets, sigma)
+        self._metrics.add(loss, z, logdets, sigma)
         if flow.volume_preserving:
             self._mean_squares.append(z.detach().square().mean(dim=0))
         return loss
 
+    def culprit(self, loss: Tensor) -> str:
+        return self._metrics.culprit(loss)
+
+    def figures(self) -> dict[str, float]:
+        return self._metrics.figures()
+
     def end_step(self, *, applied: bool) -> None:
-        """The weights have been updated, or else the step was left out."""
         flow = self._engine.flow
         if applied and flow.volume_preserving:
             mine = torch.stack(self._mean_squares).mean(dim=0)
@@ -56,15 +54,10 @@ class MaximumLikelihood:
             flow.update_prior(total / distributed.world_size())
 
     def held_out_loss(self, flow: TarFlow, batches: Iterable[Batch]) -> float:
-        """The loss of `flow` on all ranks' `batches`, without weights."""
+        """In nats a dimension, without weights."""
         return loss_of(mean_log_prob(flow, batches, draws=1, seed=self._config.seed))
 
     def draw(self, flow: TarFlow) -> NDArray[np.uint8]:
-        """The samples of a preview: (B, H, W, C).
-
-        Raises:
-            ValueError: `flow` is too young to give any.
-        """
         preview = self._config.preview
         index = torch.arange(preview.count)
         drawn = flow.sample(

@@ -12,7 +12,7 @@ from tarflow_dist.data.loader import Batch
 from tarflow_dist.telemetry.throughput import Throughput
 from tarflow_dist.training.checkpoint import RunState
 from tarflow_dist.training.engine import Engine
-from tarflow_dist.training.maximum_likelihood import MaximumLikelihood
+from tarflow_dist.training.objective import Objective
 from tarflow_dist.training.schedule import ema_decay, learning_rate
 
 MEAN_LOSS_RATE = 0.02
@@ -24,7 +24,7 @@ class Stepper:
     batch, then the update of weights and average."""
 
     engine: Engine
-    objective: MaximumLikelihood
+    objective: Objective
     batches: Iterator[Batch]
     config: Config
     throughput: Throughput
@@ -59,13 +59,13 @@ class Stepper:
         objective.end_step(applied=applied)
         if applied and not spike:
             return None
-        return spike or f"{objective.metrics.culprit(total)} is not finite"
+        return spike or f"{objective.culprit(total)} is not finite"
 
     def figures(self) -> dict[str, float]:
         """Of the last step, means over the global batch: nothing on the device is awaited before
         they are asked for. Collective."""
         norm = float(self.engine.grad_norm())  # over all parameters, before clipping
-        return {**self.objective.metrics.figures(), "grad_norm": norm, "lr": self._lr}
+        return {**self.objective.figures(), "grad_norm": norm, "lr": self._lr}
 
     def _spike(self, loss_sum: float, state: RunState) -> str | None:
         """Whether the step's loss, summed over all passes and ranks, jumps above its recent average

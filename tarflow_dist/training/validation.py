@@ -14,14 +14,14 @@ from tarflow_dist.files import write_whole
 from tarflow_dist.models.tarflow import TarFlow
 from tarflow_dist.telemetry.pictures import picture_grid
 from tarflow_dist.training.engine import Engine
-from tarflow_dist.training.maximum_likelihood import MaximumLikelihood
+from tarflow_dist.training.objective import Objective
 
 PREVIEWS = "previews"
 
 
 def held_out_loss(
     engine: Engine,
-    objective: MaximumLikelihood,
+    objective: Objective,
     shards: Shards,
     config: Config,
     batch_size: int,
@@ -52,9 +52,7 @@ def held_out_loss(
     return objective.held_out_loss(flow, told())
 
 
-def draw_preview(
-    engine: Engine, objective: MaximumLikelihood, config: Config, images: int
-) -> Path | str:
+def draw_preview(engine: Engine, objective: Objective, config: Config, images: int) -> Path | str:
     """Draws `config.preview` at `images` seen, on rank 0: a batch takes little longer than a single
     sample. Collective, for all have a part of the averaged weights.
 
