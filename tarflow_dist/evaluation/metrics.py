@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tarflow_dist import distributed
 from tarflow_dist.evaluation.feature_set import FeatureSet
-from tarflow_dist.evaluation.statistics import frechet_distance
+from tarflow_dist.evaluation.statistics import frechet_distance, symmetric_root
 from tarflow_dist.telemetry.progress import Progress
 
 Device = torch.device | str
@@ -139,17 +139,30 @@ def jackknife(
     N, groups = len(samples.features), JACKKNIFE_GROUPS
     if 2 * groups > N:
         raise Unmeasurable(f"fewer than {2 * groups} samples")
-    mean, covariance = samples.pooled
-    centred = covariance * (N - 1)  # Σ (x − μ)(x − μ)ᵀ
+
+    def tensor(values: NDArray) -> torch.Tensor:
+        return torch.as_tensor(values, dtype=torch.float64, device=device)
+
+    root = tensor(symmetric_root(reference.pooled.covariance))
+    real = tensor(reference.pooled.mean)
+    rest = float(np.trace(reference.pooled.covariance))
+    mean = tensor(samples.pooled.mean)
+    centred = tensor(samples.pooled.covariance) * (N - 1)  # Σ (x − μ)(x − μ)ᵀ
+
+    def distance(mean: torch.Tensor, covariance: torch.Tensor) -> float:
+        # faster than `frechet_distance`; what it loses is the same in all of these
+        overlap = torch.linalg.eigvalsh(root @ covariance @ root).clamp(min=0).sqrt().sum()
+        return float((mean - real).square().sum() + covariance.trace() + rest - 2 * overlap)
+
     distances = torch.zeros(groups + 1, dtype=torch.float64)  # each without a group, and of all
     own = _own(range(groups + 1))
     with Progress("spread", len(own), unit="distance", enabled=distributed.is_main()) as progress:
         for g in own:
-            group = samples.features[g * N // groups : (g + 1) * N // groups] - mean
+            group = tensor(samples.features[g * N // groups : (g + 1) * N // groups]) - mean
             n = N - len(group)
-            offset = -group.sum(axis=0) / n  # of the others' mean from the mean of all
-            others = centred - group.T @ group - n * np.outer(offset, offset)
-            distances[g] = frechet_distance(mean + offset, others / (n - 1), *reference.pooled)
+            offset = -group.sum(dim=0) / n  # of the others' mean from the mean of all
+            others = centred - group.T @ group - n * torch.outer(offset, offset)
+            distances[g] = distance(mean + offset, others / (n - 1))
             progress.update(1)
     distributed.sum_over_ranks(distances)
     values, whole = distances[:-1].numpy(), float(distances[-1])
