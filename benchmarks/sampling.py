@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.side_by_side import alternate, ratio, timed
+from benchmarks.side_by_side import alternate, ratio
 from tarflow_dist import TarFlow
+from tarflow_dist.calibrate import timed
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.flow.jacobi import SEQUENTIAL
 from tarflow_dist.flow.noise import to_pixels

@@ -1,10 +1,7 @@
 """Runs what is compared in turn, so that whatever else the machine does meets all alike."""
 
-import time
 from collections.abc import Callable, Mapping
 from statistics import median
-
-import torch
 
 
 def alternate(runs: Mapping[str, Callable[[], float]], *, rounds: int) -> dict[str, list[float]]:
@@ -20,16 +17,3 @@ def alternate(runs: Mapping[str, Callable[[], float]], *, rounds: int) -> dict[s
 def ratio(above: list[float], below: list[float]) -> float:
     """The median of the rounds' ratios."""
     return median(a / b for a, b in zip(above, below, strict=True))
-
-
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds; of the processor where one thread does it all, which a busy machine doesn't blur."""
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if alone else time.perf_counter
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = clock()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return clock() - began

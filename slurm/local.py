@@ -5,6 +5,7 @@ import os
 import pickle
 import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -68,17 +69,18 @@ def run(chain: Sequence[Task]) -> int:
 
 
 def start(job: Job) -> "SubprocessContext":
-    """Starts the ranks of the job, in sessions of their own, which Ctrl-C doesn't reach."""
+    """Starts the ranks of the job, in sessions of their own, which Ctrl-C doesn't reach.
+
+    Raises:
+        UserError: a shell line of its setup fails.
+    """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, SubprocessContext
 
     resources = job.task.resources
     file = job.folder / "job.pkl"
     file.write_bytes(pickle.dumps(job))
-    command = [resources.python or sys.executable, "-P", "-u", "-m", "slurm.job", str(file)]
-    line = f"{submission.code_first(job.folder)} exec {shlex.join(command)}"
-    script = " &&\n".join([*submission.environment(resources), line])
     ranks = range(resources.ranks_per_node)
-    common = {
+    common = _environment(job) | {
         "WORLD_SIZE": str(len(ranks)),
         "LOCAL_WORLD_SIZE": str(len(ranks)),
         "MASTER_ADDR": "127.0.0.1",
@@ -93,8 +95,8 @@ def start(job: Job) -> "SubprocessContext":
     with clean_env():
         context = SubprocessContext(
             "rank",
-            "/bin/bash",
-            args=dict.fromkeys(ranks, ("-c", script)),
+            resources.python or sys.executable,
+            args=dict.fromkeys(ranks, ("-P", "-u", "-m", "slurm.job", str(file))),
             envs={rank: common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in ranks},
             logs_specs=DefaultLogsSpecs(str(job.folder), redirects=Std.ALL, tee={0: Std.ALL}),
             log_line_prefixes={0: ""},
@@ -102,6 +104,18 @@ def start(job: Job) -> "SubprocessContext":
         context.start()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return context
+
+
+def _environment(job: Job) -> dict[str, str]:
+    """The variables of all ranks, as the job's setup leaves them."""
+    resources, file = job.task.resources, job.folder / "environment"
+    path = f"export {submission.code_first(job.folder)}"
+    lines = [path, *submission.environment(resources), f"env -0 >{shlex.quote(str(file))}"]
+    with clean_env():
+        if subprocess.run(["bash", "-c", " &&\n".join(lines)]).returncode:
+            raise UserError(f"setup fails: {' && '.join(resources.setup)}")
+    given = file.read_bytes().decode(errors="surrogateescape").split("\0")
+    return dict(variable.split("=", 1) for variable in given if variable)
 
 
 def watch(ranks: "SubprocessContext", job: Job, *, seconds: float) -> str:
@@ -126,8 +140,8 @@ def watch(ranks: "SubprocessContext", job: Job, *, seconds: float) -> str:
         outcome = {"state": "interrupted" if asked else "crashed", "reason": ""}
         if first is not None and not asked:
             outcome["reason"] = (
-                f"rank {first.local_rank} was the first to end, without a word, as one whose setup "
-                f"fails or that is killed for want of memory (exit code {first.exitcode})"
+                f"rank {first.local_rank} was the first to end, without a word, as one that is "
+                f"killed for want of memory (exit code {first.exitcode})"
             )
     if outcome["reason"]:  # of whichever rank was first, and the log that was shown is rank 0's
         print(f"{outcome['state']}: {outcome['reason']}", file=sys.stderr)

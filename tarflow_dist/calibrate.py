@@ -11,11 +11,13 @@ difference may be 1 more. For float32 that is 99.9 % equal, and none off by more
 
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 from tarflow_dist.errors import UserError, enough_memory, run_command
@@ -30,6 +32,7 @@ from tarflow_dist.options import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from tarflow_dist.flow.guidance import Guidance
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from tarflow_dist.models.sampling_policy import Calibration
     from tarflow_dist.models.tarflow import TarFlow
 
+REPEATS = 3
 TOLERANCES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
 WINDOWS = (4, 8, 16, 32, 64, 128, 256)
 WORTHWHILE = 0.9
@@ -112,7 +116,9 @@ class Calibrator:
         self._flow, self._guidance, self._seed = flow, guidance, seed
         self._sequential = [SEQUENTIAL] * len(flow.blocks)
         own = self._decode(flow, images, self._sequential)
-        exact = self._decode(deepcopy(flow).to(flow.dtype), images, self._sequential)
+        exact = own
+        if next(flow.parameters()).dtype != flow.dtype:
+            exact = self._decode(deepcopy(flow).to(flow.dtype), images, self._sequential)
         if not (own.isfinite().all() and exact.isfinite().all()):
             raise UserError(
                 "this model's samples are not all finite at this guidance: mend that first"
@@ -125,11 +131,12 @@ class Calibrator:
         from tarflow_dist.models.sampling_policy import Calibration, dtype_name, machine_name
 
         solvers, closeness = self.faithful(self._fastest(batch))
-        seconds, sequential_seconds = (
-            seconds_of(partial(self._decode, self._flow, batch, way))
-            for way in (solvers, self._sequential)
+        ways = [solvers] if solvers == self._sequential else [solvers, self._sequential]
+        seconds, *sequential = race(
+            [partial(self._decode, self._flow, batch, way) for way in ways], self._flow.device
         )
-        if not seconds < WORTHWHILE * sequential_seconds:
+        sequential_seconds = sequential[0] if sequential else seconds
+        if sequential and not seconds < WORTHWHILE * sequential_seconds:
             solvers, closeness, seconds = self._sequential, self.closeness, sequential_seconds
         share_equal, largest = closeness
         return Calibration(
@@ -185,12 +192,13 @@ class Calibrator:
                 invert = partial(invert_block, block, latent, y, guided, graphed=flow.graphed)
                 best, least = SEQUENTIAL, float("inf")
                 for solver in windows:  # until one is slower than that before
-                    seconds = seconds_of(partial(invert, solver))
+                    (seconds,) = race([partial(invert, solver)], flow.device, repeats=1)
                     if seconds > least:
                         break
                     best, least = solver, seconds
-                worthwhile = least < WORTHWHILE * seconds_of(partial(invert, SEQUENTIAL))
-                solvers.append(best if worthwhile else SEQUENTIAL)
+                ways = [partial(invert, solver) for solver in (best, SEQUENTIAL)]
+                least, sequential = race(ways, flow.device)
+                solvers.append(best if least < WORTHWHILE * sequential else SEQUENTIAL)
                 progress.update(1)
         return solvers
 
@@ -214,13 +222,31 @@ def inputs(flow: "TarFlow", batch: int, *, seed: int) -> tuple["Tensor", "Tensor
     return flow.noise_of(index, seed=seed), y
 
 
-def seconds_of(work: Callable[[], object]) -> float:
-    """Median, after a first time, which loads kernels and records."""
-    import torch
-    from torch.utils.benchmark import Timer
+def race(
+    ways: Sequence[Callable[[], object]], device: "torch.device", repeats: int = REPEATS
+) -> list[float]:
+    """Median seconds of each. On a CPU they take turns, so that all meet the same machine; a GPU,
+    which is theirs alone, would record each anew."""
+    if device.type == "cuda":
+        first_and_later = ([timed(way, device) for _ in range(1 + repeats)] for way in ways)
+        return [median(took[1:]) for took in first_and_later]
+    rounds = [[timed(way, device) for way in ways] for _ in range(repeats)]
+    return [median(took) for took in zip(*rounds, strict=True)]
 
-    threads = torch.get_num_threads()
-    return Timer("work()", globals={"work": work}, num_threads=threads).blocked_autorange().median
+
+def timed(work: Callable[[], object], device: "torch.device") -> float:
+    """Seconds; of the processor where one thread does it all, which a busy machine doesn't blur."""
+    import torch
+
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = clock()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock() - began
 
 
 if __name__ == "__main__":

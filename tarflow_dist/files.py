@@ -1,6 +1,7 @@
 """Files and folders that become visible whole or not at all."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -13,7 +14,6 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import xxhash
-from filelock import FileLock, Timeout
 
 from tarflow_dist.errors import UserError
 
@@ -244,15 +244,28 @@ def lock_folder(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another run is in there.
     """
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(
-            f"another run is writing to {folder}: wait for it, or choose another folder"
-        ) from error
+    file = folder / ".lock"
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_open_at(descriptor, file):  # not one that its owner has just removed
+                break
+        except BlockingIOError as error:
+            raise UserError(
+                f"another run is writing to {folder}: wait for it, or choose another folder"
+            ) from error
+        os.close(descriptor)
     try:
         yield
     finally:
-        (folder / ".lock").unlink(missing_ok=True)  # still held: who has it open takes another
-        lock.release()
+        if _is_open_at(descriptor, file):  # nobody has removed it, or put another there
+            file.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _is_open_at(descriptor: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except FileNotFoundError:
+        return False

@@ -328,7 +328,7 @@ def test_tied_weights_come_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"blocks.999999999.pos_embed": torch.ones(16, 32)}, "it has blocks.999999999.pos_embed"),
+        ({"blocks.999999999.pos_embed": torch.ones(16, 32)}, "its blocks.999999999.pos_embed is"),
         ({"blocks.0.attn_blocks.999999999.mlp.norm.bias": torch.ones(32)}, "makes no TARFlow"),
         ({"var": torch.ones(16, 4).to_sparse()}, "its var is a sparse tensor"),
         ({"var": torch.ones(16, 4, device="meta")}, "its var is a tensor without values"),

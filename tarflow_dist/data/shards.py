@@ -10,7 +10,7 @@ from xxhash import xxh3_64_hexdigest, xxh3_128
 
 from tarflow_dist.data.images import decode_image
 from tarflow_dist.data.store import Folder, open_store
-from tarflow_dist.errors import UserError
+from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError
 from tarflow_dist.files import inside, read_json, regular
 from tarflow_dist.models.classes import Classes
 
@@ -225,6 +225,8 @@ def open_shards(
     except UserError:
         raise
     except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno in REFUSED_BY_MACHINE:
+            raise UserError(f"can't read {error.filename or path}: {error.strerror}") from error
         raise UserError(
             f"{path} is damaged, its summary or manifest is not as written, or missing: write it "
             "again"

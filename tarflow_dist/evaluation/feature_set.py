@@ -119,7 +119,19 @@ def _gaussian(file: Path, mean: NDArray, covariance: NDArray) -> Gaussian:
             f"{file} is no file of statistics: its mean is {mean.shape} and its covariance "
             f"{covariance.shape}"
         )
-    return Gaussian(mean.astype(np.float64), covariance.astype(np.float64))
+    mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
+    variance = np.diag(covariance)
+    largest = np.sqrt(np.outer(variance, variance).clip(min=0)) * 1.001 + 1e-9
+    if (
+        (variance < 0).any()
+        or (abs(covariance) > largest).any()
+        or not np.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-9)
+    ):
+        raise UserError(
+            f"{file} holds no covariance: one is symmetric, with variances of 0 or more, and no "
+            "value above what they allow"
+        )
+    return Gaussian(mean, covariance)
 
 
 def _check_numbers(file: Path, name: str, array: NDArray) -> None:

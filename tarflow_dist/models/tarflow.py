@@ -107,6 +107,7 @@ class TarFlow(Flow):
     def save_pretrained(self, path: str | Path) -> None:
         """Writes model.safetensors and config.json into the folder `path`, each whole or not at
         all."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         path = Path(path)
@@ -114,7 +115,10 @@ class TarFlow(Flow):
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         # the weights appear last: where they are, the model is whole
         with write_whole(path / WEIGHTS_FILE) as weights_part:
-            save_file(weights, weights_part, metadata={"format": "pt"})
+            try:
+                save_file(weights, weights_part, metadata={"format": "pt"})
+            except SafetensorError as error:  # of a full disk, too
+                raise UserError(f"{path / WEIGHTS_FILE} can't be written: {error}") from error
             content = {
                 "model": self.config.to_json(),
                 "classes": asdict(self.classes),

@@ -23,7 +23,7 @@ class Progress(tqdm):
         form: dict[str, object] = {"smoothing": 0.1, "unit_scale": True}
         if not sys.stderr.isatty():
             form = {"smoothing": 0, "bar_format": LINE, "mininterval": LINE_EVERY_SECONDS}
-            form["file"] = _LogFile()
+            form |= {"file": _LogFile(), "delay": 1e-3, "leave": False}  # no line unless one is due
         super().__init__(
             desc=label,
             total=total,
@@ -38,7 +38,9 @@ class Progress(tqdm):
         """`count` more are done; `figures` are shown beside the rate."""
         shown = {name: f"{value:.4g}" for name, value in (figures or {}).items()}
         self.set_postfix(shown, refresh=False)
-        super().update(count)
+        shown_now = super().update(count)
+        if not shown_now and not self.leave and self.n >= self.total:
+            self.refresh()
 
 
 class _LogFile:

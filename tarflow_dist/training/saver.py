@@ -3,9 +3,10 @@
 import shutil
 import time
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
@@ -52,7 +53,6 @@ class Saver:
     ):
         self._folder, self._config = folder, config
         self._about = {"model": model.to_json(), "classes": asdict(classes)}
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._share: Future[_Share] | None = None
         self.stall_seconds = 0.0
 
@@ -85,7 +85,9 @@ class Saver:
                     tensors[key] = values.to("cpu", copy=True)
         self._content = {"state": asdict(state), **self._about, "shapes": shapes}
         file = self._part / f"tensors-{distributed.rank():05d}.safetensors"
-        self._share = self._thread.submit(_write, file, tensors, starts)
+        self._share = Future()
+        # a daemon: who interrupts twice does not wait for the disk
+        Thread(target=_write_share, args=(self._share, file, tensors, starts), daemon=True).start()
         self.stall_seconds += time.monotonic() - began
 
     def publish(self) -> None:
@@ -102,7 +104,11 @@ class Saver:
         self._share = None
         with distributed.together(f"the checkpoint {self._checkpoint} could not be written"):
             if shares is not None:
-                self._make_visible(shares)
+                try:
+                    self._make_visible(shares)
+                except BaseException:
+                    shutil.rmtree(self._part, ignore_errors=True)
+                    raise
                 _prune(self._checkpoint, self._config)
         self.stall_seconds += time.monotonic() - began
 
@@ -110,7 +116,6 @@ class Saver:
         starts, files = {}, {}
         for share in shares:
             if isinstance(share, BaseException):
-                shutil.rmtree(self._part, ignore_errors=True)
                 raise share
             starts[share.file], files[share.file] = share.starts, share.described
         content = {**self._content, "starts": starts, "files": files}
@@ -124,6 +129,13 @@ def _prepare(folder: Path, part: Path) -> None:
     for left in folder.glob(".*.part"):
         shutil.rmtree(left, ignore_errors=True)
     part.mkdir(parents=True)
+
+
+def _write_share(share: "Future[_Share]", *arguments: Any) -> None:
+    try:
+        share.set_result(_write(*arguments))
+    except Exception as error:  # for whoever asks for the result
+        share.set_exception(error)
 
 
 def _write(file: Path, tensors: dict[str, Tensor], starts: dict[str, int]) -> _Share:

@@ -53,8 +53,8 @@ def held_out_loss(
 
 
 def draw_preview(engine: Engine, objective: Objective, config: Config, images: int) -> Path | str:
-    """Draws `config.preview` at `images` seen, on rank 0: a batch takes little longer than a single
-    sample. Collective, for all have a part of the averaged weights.
+    """Draws `config.preview` at `images` seen, on rank 0: on a GPU a batch takes little longer
+    than a single sample. Collective, for all have a part of the averaged weights.
 
     Returns:
         The PNG, or why the samples can't be shown: a young model's may not be finite, and there may

@@ -175,6 +175,9 @@ def test_damaged_files(tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({"sigma": np.eye(DIM) * 1e200}, "out of all bounds"),
+        ({"sigma": -np.eye(DIM)}, "holds no covariance"),
+        ({"sigma": np.triu(np.ones((DIM, DIM)))}, "holds no covariance"),
+        ({"sigma": 5 - 4 * np.eye(DIM)}, "holds no covariance"),
         ({"mu": np.zeros(DIM, complex)}, "its mean are complex128, and not real numbers"),
         ({"mu": np.full(DIM, "text")}, "its mean are <U4, and not real numbers"),
         ({"mu": np.zeros((1, DIM))}, "its mean is"),
@@ -205,6 +208,17 @@ def test_no_room_is_made_for_what_is_not_there(tmp_path: Path) -> None:
         archive.writestr("mu.npy", header.getvalue())
     with pytest.raises(UserError, match="is damaged"):
         measured(tmp_path / "a.npz")
+
+
+def test_images_with_a_flipped_bit(tmp_path: Path) -> None:
+    """Their checksum tells, and is not looked at where images are read from the middle."""
+    file = tmp_path / "a.npz"
+    np.savez(file, arr_0=images(24))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match="is damaged"):
+        NpzImages(file)
 
 
 def test_images_that_are_not_there(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from slurm.job import Job
 from slurm.records import read_outcome
 from slurm.resources import Resources
 from slurm.tasks import Task
+from tarflow_dist.errors import UserError
 
 
 class OneFails(Job):
@@ -51,7 +52,6 @@ def job_of(kind: str, folder: Path, setup: list[str]) -> Job:
     [
         ("raises", []),
         *((k, ["export A=1"]) for k in ("killed", "interrupted")),
-        ("misses a module", ["module_that_there_is_not load cuda"]),
     ],
 )
 def test_none_outlives_the_job(
@@ -91,9 +91,13 @@ def test_none_outlives_the_job(
         assert "crashed: rank 1 on " in told
         assert "ValueError: of its own" in told
         assert "first to end" not in told
-    elif kind == "misses a module":
-        assert "module_that_there_is_not: command not found" in told
-        assert "as one whose setup fails" in told
+
+
+def test_setup_runs_once_and_may_fail(tmp_path: Path) -> None:
+    lines = [f"echo once >> {tmp_path / 'log'}", "module_that_there_is_not load cuda"]
+    with pytest.raises(UserError, match=r"setup fails: .*module_that_there_is_not"):
+        local.start(job_of("raises", tmp_path, lines))
+    assert (tmp_path / "log").read_text() == "once\n"
 
 
 def test_ranks_end_with_the_launcher(tmp_path: Path) -> None:

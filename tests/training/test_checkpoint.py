@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -126,6 +127,22 @@ def test_permanent_ones_stay(tmp_path: Path) -> None:
         write(tmp_path, images, keep=1, permanent_every_images=1000)
     kept = {int(p.name) for p in tmp_path.iterdir() if p.is_dir()}
     assert kept == {1200, 2100, 3000, 3600}
+
+
+def test_a_full_disk_keeps_nothing_of_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where the shares are there and the last small file is not."""
+    whole = write(tmp_path, 128)
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tarflow_dist.training.saver.write_sealed", full)
+    with pytest.raises(UserError, match="could not be written: No space left on device"):
+        write(tmp_path, 256)
+    assert newest(tmp_path) == whole
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_what_a_killed_save_leaves_is_no_checkpoint(tmp_path: Path) -> None:
