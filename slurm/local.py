@@ -115,6 +115,7 @@ def _environment(job: Job) -> dict[str, str]:
         if subprocess.run(["bash", "-c", " &&\n".join(lines)]).returncode:
             raise UserError(f"setup fails: {' && '.join(resources.setup)}")
     given = file.read_bytes().decode(errors="surrogateescape").split("\0")
+    file.unlink()  # there may be keys in it
     return dict(variable.split("=", 1) for variable in given if variable)
 
 
