@@ -1,5 +1,6 @@
 """--local: the same job on this machine, a process a rank."""
 
+import json
 import logging
 import os
 import pickle
@@ -110,13 +111,15 @@ def _environment(job: Job) -> dict[str, str]:
     """The variables of all ranks, as the job's setup leaves them."""
     resources, file = job.task.resources, job.folder / "environment"
     path = f"export {submission.code_first(job.folder)}"
-    lines = [path, *submission.environment(resources), f"env -0 >{shlex.quote(str(file))}"]
+    tell = "import json, os, sys; json.dump(dict(os.environ), sys.stdout)"
+    told = f"{shlex.join([sys.executable, '-IS', '-c', tell])} >{shlex.quote(str(file))}"
+    lines = [path, *submission.environment(resources), told]
     with clean_env():
-        if subprocess.run(["bash", "-c", " &&\n".join(lines)]).returncode:
+        if subprocess.run(["/bin/bash", "-c", " &&\n".join(lines)]).returncode:
             raise UserError(f"setup fails: {' && '.join(resources.setup)}")
-    given = file.read_bytes().decode(errors="surrogateescape").split("\0")
+    variables = json.loads(file.read_bytes())
     file.unlink()  # there may be keys in it
-    return dict(variable.split("=", 1) for variable in given if variable)
+    return variables
 
 
 def watch(ranks: "SubprocessContext", job: Job, *, seconds: float) -> str:
