@@ -145,7 +145,8 @@ def to_8bit(image: Image.Image, channels: int) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("L" if channels == 1 else "RGB")
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)  # which copies in any case
 
 
 def _halve_transparent_level(image: Image.Image) -> None:
@@ -209,17 +210,16 @@ CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
 
 
 def encode_image(image: Image.Image, encode: str) -> tuple[bytes, str]:
-    """An image file without metadata, and its kind. JPEG at quality 95, its chroma not subsampled;
-    png and webp lossless; raw is the pixels, uint8 (H, W, C)."""
-    array = np.asarray(image)
+    """An image file without metadata, which `image` loses, and its kind. JPEG at quality 95, its
+    chroma not subsampled; png and webp lossless; raw is the pixels, uint8 (H, W, C)."""
     if encode == "raw":
-        return array.tobytes(), "raw"
+        return image.tobytes(), "raw"
     file = BytesIO()
-    pixels = Image.fromarray(array)  # leaves the original's metadata behind
+    image.info = {}
     if encode == "png":
-        pixels.save(file, "PNG")
+        image.save(file, "PNG")
     elif encode == "webp":
-        pixels.save(file, "WEBP", lossless=True)
+        image.save(file, "WEBP", lossless=True)
     else:
-        pixels.save(file, "JPEG", quality=95, subsampling=0)
+        image.save(file, "JPEG", quality=95, subsampling=0)
     return file.getvalue(), _kind(encode.upper())
