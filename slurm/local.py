@@ -92,7 +92,6 @@ def start(job: Job) -> "SubprocessContext":
         common["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM"  # not SIGHUP: nohup has it ignored
     logging.disable(logging.ERROR)  # torch's words on a rank that fails: we have our own
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     with clean_env():
         context = SubprocessContext(
             "rank",

@@ -71,7 +71,7 @@ def _submitted(run: Path) -> list[Record]:
 
 def _progress(run: Path) -> list[tuple[str, str]]:
     """What the run's own files say."""
-    if not (run / "config.yaml").exists():
+    if not (run / configs.SAVED_FILE).exists():
         return []
     total = configs.load_saved(run)[0].train.images
     told = run_folder.read_status(run)

@@ -2,6 +2,7 @@
 
 import math
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,20 +34,20 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 """Image indexes (B,) and uint8 images (B, C, H, W)."""
 
 
-class ImageSet:
+class ImageSet(ABC):
     """Images of one shape, with indexes from 0 on."""
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
     @property
     def image_shape(self) -> ImageShape:
         height, width, channels = self.images([0]).shape[1:]
         return channels, height, width
 
+    @abstractmethod
     def images(self, indexes: Sequence[int]) -> Pixels:
         """uint8 (len(indexes), H, W, C)."""
-        raise NotImplementedError
 
     def batches(self, batch_size: int) -> Batches:
         """This rank's share of the images."""
@@ -62,8 +63,9 @@ class Samples(ImageSet):
         """(N,), −1 for none."""
         return np.full(len(self), NO_LABEL)
 
+    @abstractmethod
     def sha256(self) -> str:
-        raise NotImplementedError
+        """Of the images."""
 
 
 class ShardImages(ImageSet):

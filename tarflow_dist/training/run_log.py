@@ -1,6 +1,5 @@
 """What a run writes down: metrics, progress, status. Rank 0 writes; all ranks call."""
 
-import sys
 import time
 from pathlib import Path
 
@@ -46,7 +45,7 @@ class RunLog:
             run_folder.record_start(config, state.images)
             state.wandb_id = self._metrics.wandb_id
             verb = f"going on at {state.images} images" if state.images else "starting"
-            print(f"{config.run}: {verb}", *changes, sep="; ", file=sys.stderr)
+            self._say("; ".join([verb, *changes]))
             self.record_status()
 
     def write_row(self, figures: dict[str, float], *, stall_seconds: float) -> None:
@@ -127,4 +126,4 @@ class RunLog:
             self._say(f"status.json can't be written ({problem.strerror})")
 
     def _say(self, what: str) -> None:
-        print(f"{self._config.run}: {what}", file=sys.stderr, flush=True)
+        distributed.say(f"{self._config.run}: {what}")
