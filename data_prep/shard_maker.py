@@ -22,7 +22,14 @@ from data_prep.records import IMAGE, STORED, Settings
 from data_prep.shards import Sample, Shard, make_format
 from data_prep.sources import read_images
 from data_prep.sources.base import Item
-from tarflow_dist.files import from_saved, read_regular, read_sealed, write_sealed, write_whole
+from tarflow_dist.files import (
+    from_saved,
+    give_up_pages,
+    read_regular,
+    read_sealed,
+    write_sealed,
+    write_whole,
+)
 
 VERSION = 1
 DONE, PARTS = "done", "parts"
@@ -137,6 +144,7 @@ class ShardMaker:
             folder.mkdir(parents=True, exist_ok=True)
         with write_whole(file, part) as part:
             part.write_bytes(data)
+        give_up_pages(file)
 
 
 def read_record(folder: Path, number: int) -> Record | None:

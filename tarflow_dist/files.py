@@ -221,6 +221,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def give_up_pages(file: Path) -> None:
+    """Takes a file that is on disk and will not be read soon out of the system's memory, so that
+    it pushes nothing else out of it, and what is written next need not look for room."""
+    if hasattr(os, "posix_fadvise"):  # Linux
+        with file.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def read_npy_header(stream: IO[bytes]) -> "tuple[tuple[int, ...], bool, np.dtype]":
     """Shape, whether it is in Fortran's order, and type of the array that `stream`, a .npy, holds
     from here on.
