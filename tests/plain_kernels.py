@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tarflow_dist.flow.guidance import Guidance
+
 
 @torch.library.custom_op("plain::attend", mutates_args={"cache"})
 def attend(qkv: Tensor, cache: Tensor, place: Tensor, logit_scale: Tensor) -> Tensor:
@@ -25,3 +27,21 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     total = x + change
     return total, F.layer_norm(total, weight.shape, weight, bias, eps)
+
+
+@torch.library.custom_op("plain::solve_patch", mutates_args=())
+def solve_patch(
+    out: Tensor, z: Tensor, weight: Tensor, rule: str, guide: str
+) -> tuple[Tensor, Tensor]:
+    alpha, mu = out.to(z.dtype).tensor_split([out.shape[-1] - z.shape[-1]], dim=-1)
+    alpha = alpha if alpha.numel() else torch.zeros_like(mu)
+    if len(out) == len(z):
+        scale = alpha.exp()
+    else:
+        guidance = Guidance(float(weight), rule=rule, guide=guide)
+        mu, scale = guidance.combine(mu, alpha, 1, 2)
+    x = torch.addcmul(mu, z[:, None], scale)
+    return x[:, 0].clone(), x.to(out.dtype).repeat(len(out) // len(z), 1, 1)
+
+
+KERNELS = {"attend": attend, "add_norm": add_norm, "solve_patch": solve_patch}

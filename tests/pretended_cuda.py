@@ -27,6 +27,7 @@ INDEXING = {
     *(aten.index.Tensor, aten.index_put.default, aten.index_put_.default),
     *(aten._index_put_impl_.default, aten._unsafe_index_put.default),
 }
+FREE = {aten._unsafe_view.default, aten.promote_types.default}  # and views: nothing is launched
 WAITING = {  # their result, or its shape, must be known to the host
     *(aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default),
     *(aten.masked_select.default, aten.bincount.default),
@@ -67,6 +68,10 @@ class Graph:
 
     def __init__(self, operations: list[tuple]):
         self._operations = [operation for operation in operations if not _is_view(operation[0])]
+
+    def kernels(self) -> Counter[str]:
+        """How often each operation that launches one is done."""
+        return Counter(str(function) for function, *_ in self._operations if function not in FREE)
 
     def replay(self) -> None:
         for function, args, kwargs, results in self._operations:
@@ -175,8 +180,7 @@ def pretended_cuda() -> Iterator[Card]:
         mock.patch.multiple(torch.cuda, **there),
         mock.patch.object(nn.Module, "to", _module_to),
         mock.patch("tarflow_dist.flow.cuda_graphs.record", lambda *given: _card.record(*given)),
-        mock.patch("tarflow_dist.flow.triton_kernels.attend", plain_kernels.attend),
-        mock.patch("tarflow_dist.flow.triton_kernels.add_norm", plain_kernels.add_norm),
+        mock.patch.multiple("tarflow_dist.flow.triton_kernels", **plain_kernels.KERNELS),
         _Pretending(),
     ):
         try:

@@ -103,8 +103,7 @@ def kernels_of_pytorch() -> AbstractContextManager:
     sys.path.append(str(ROOT / "tests"))
     import plain_kernels
 
-    kernels = {"attend": plain_kernels.attend, "add_norm": plain_kernels.add_norm}
-    return mock.patch.multiple("tarflow_dist.flow.triton_kernels", **kernels)
+    return mock.patch.multiple("tarflow_dist.flow.triton_kernels", **plain_kernels.KERNELS)
 
 
 def latents(flow: Flow, batch: int) -> tuple[Tensor, Tensor]:

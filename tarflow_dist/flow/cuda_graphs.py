@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from tarflow_dist.flow.block import FlowBlock
+from tarflow_dist.flow.cuda_sequence import PatchByPatch
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.flow.jacobi import Solver, Windows
-from tarflow_dist.flow.kv_cache import TorchTransformer, TritonTransformer, cache_shape
+from tarflow_dist.flow.kv_cache import TorchTransformer, cache_shape
 from tarflow_dist.flow.predictor import Predictor
 
-PATCHES = 16
-"""Of a sequential graph: so many that launching it costs little beside it."""
 CACHE_LENGTHS = 8
 """That graphs of windows read."""
 
@@ -81,12 +80,13 @@ class _Recording:
         self.key = key
         self._z, self._x = z.clone(), z.clone()
         self._condition = None if condition is None else condition.clone()
-        kind = TritonTransformer if solver.window == 1 else TorchTransformer
-        predict = Predictor(block, self._condition, len(z), guidance, partial(kind, caches=caches))
         self._solve: Callable[[], None]
         if solver.window == 1:
-            self._solve = _Sequence(predict, self._z, self._x).solve
+            patches = PatchByPatch(block, self._condition, guidance, caches, self._z, self._x)
+            self._solve = partial(patches.solve, record(patches.step, (self._x,)))
         else:
+            kind = partial(TorchTransformer, caches=caches)
+            predict = Predictor(block, self._condition, len(z), guidance, kind)
             self._solve = _Sweeps(Windows(predict, self._z, self._x, solver), caches).solve
 
     def __call__(self, z: Tensor, condition: Tensor | None) -> Tensor:
@@ -96,32 +96,6 @@ class _Recording:
             self._condition.copy_(condition)
         self._solve()
         return self._x.clone()
-
-
-class _Sequence:
-    """One patch after another: x (B, N, D) from the latents z, in graphs of `PATCHES` patches."""
-
-    def __init__(self, predict: Predictor, z: Tensor, x: Tensor):
-        self._predict, self._z, self._x = predict, z, x
-        self._last = z.shape[1] - 1
-        self._patches = min(PATCHES, self._last)
-        self._place = torch.zeros(1, dtype=torch.int64, device=z.device)
-        self._play = record(self._next_patches, (self._x, self._place))
-
-    def solve(self) -> None:
-        self._x.copy_(self._z)
-        self._place.zero_()
-        for _ in range(-(-self._last // self._patches)):
-            self._play()
-
-    def _next_patches(self) -> None:
-        """Beyond the end the last patch is solved again, to the same values."""
-        for _ in range(self._patches):
-            after = self._place + 1
-            mu, scale = self._predict(self._x.index_select(1, self._place), self._place, self._last)
-            new = torch.addcmul(mu, self._z.index_select(1, after), scale)
-            self._x.index_copy_(1, after, new)
-            self._place.copy_(after.clamp(max=self._last - 1))
 
 
 class _Sweeps:

@@ -93,15 +93,17 @@ class Guidance:
             )
         return [self if t in blocks else Guidance() for t in range(num_blocks)]
 
+    def weight_at(self, patch: "float | Tensor", num_patches: int) -> "float | Tensor":
+        """w of this patch, or of these, of a sequence."""
+        return self.weight * patch / (num_patches - 1) if self.annealed else self.weight
+
     def combine(
         self, mu: "Tensor", alpha: "Tensor", patch: "int | Tensor", num_patches: int
     ) -> tuple["Tensor", "Tensor"]:
         """μ and α (2B, S, D), first the conditional, then the unguided half → μ and exp(α), guided,
         (B, S, D). `patch` says which ones of the sequence they are of: one, or (B, S)."""
-        w: float | Tensor = self.weight
-        if self.annealed:
-            place = patch if isinstance(patch, int) else patch.to(mu.dtype)[..., None]
-            w = self.weight * place / (num_patches - 1)
+        place = patch if isinstance(patch, int) else patch.to(mu.dtype)[..., None]
+        w = self.weight_at(place, num_patches)
         (mu, mu_unguided), (alpha, alpha_unguided) = mu.chunk(2), alpha.chunk(2)
         if self.rule == "gaussian":
             ws = w * (2 * (alpha - alpha_unguided).clamp(max=0)).exp()

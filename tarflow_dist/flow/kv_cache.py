@@ -3,11 +3,11 @@
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tarflow_dist.flow import native
 from tarflow_dist.flow.block import FlowBlock
-from tarflow_dist.flow.transformer import TransformerLayer, accurate_dtype
+from tarflow_dist.flow.transformer import TransformerLayer
 
 
 class CachedTransformer(Protocol):
@@ -17,9 +17,9 @@ class CachedTransformer(Protocol):
         """The next patches (B, S, D) → the output projection (B, S, 2D); D, if volume-preserving.
 
         Args:
-            at: where the patches stand: the place of a single one (S = 1), a number or on the
-                device (1,); or (B, S), each sequence's own, never descending. Each sees the patches
-                up to itself, as they were given last.
+            at: where the patches stand: the place of a single one (S = 1); or (B, S), each
+                sequence's own, never descending. Each sees the patches up to itself, as they were
+                given last.
             stop: above all of `at`.
         """
 
@@ -72,48 +72,3 @@ class TorchTransformer:
             assert isinstance(layer, TransformerLayer)
             h = layer.extend(h, cache, at, stop, mask, self._temperature)
         return self._block.proj_out(h)
-
-
-class TritonTransformer:
-    """On a GPU, one patch at a time, at a place that only the device knows.
-
-    Args:
-        caches: of `cache_shape`, contiguous; its values need not be any.
-    """
-
-    def __init__(
-        self,
-        block: FlowBlock,
-        condition: Tensor | None,
-        rows: int,
-        temperature: Tensor | None,
-        *,
-        caches: Tensor,
-    ):
-        self._block, self._condition, self._caches = block, condition, caches
-        kind = accurate_dtype(caches.dtype)
-        self._scale = caches.new_full((rows,), block.head_dim**-0.5, dtype=kind)
-        if temperature is not None:
-            self._scale /= temperature.flatten()
-
-    def __call__(self, x: Tensor, at: int | Tensor, stop: int) -> Tensor:
-        from tarflow_dist.flow.triton_kernels import add_norm, attend
-
-        block = self._block
-        assert isinstance(at, Tensor)
-        assert at.shape == (1,)
-        h = block.embed(x, block.positions_at(at), self._condition)
-        layers = [layer for layer in block.attn_blocks if isinstance(layer, TransformerLayer)]
-        normed = layers[0].attention.norm(h)
-        change: Tensor | None = None
-        for layer, cache in zip(layers, self._caches, strict=True):
-            if change is not None:
-                h, normed = add_norm(h, change, *_norm(layer.attention.norm))
-            out = attend(layer.attention.qkv(normed), cache, at, self._scale)
-            h, normed = add_norm(h, layer.attention.proj(out), *_norm(layer.mlp.norm))
-            change = layer.mlp.main(normed)
-        return block.proj_out(h if change is None else h + change)
-
-
-def _norm(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
-    return norm.weight, norm.bias, norm.eps

@@ -22,6 +22,17 @@ def guided_condition(
     return block.condition(y, sigma)
 
 
+def attention_temperature(block: FlowBlock, batch: int, guidance: Guidance) -> Tensor | None:
+    """What divides the attention logits of `batch` samples, then of their unguided pass:
+    (2B, 1, 1, 1), at least float32; None if it is 1."""
+    if guidance.attn_temp == 1:
+        return None
+    weight = block.proj_out.weight
+    temperature = weight.new_ones(2 * batch, 1, 1, 1, dtype=accurate_dtype(weight.dtype))
+    temperature[batch:] = guidance.attn_temp
+    return temperature
+
+
 class Predictor:
     """μ and exp(α) of a block, guided, for patches whose predecessors it has been given before.
 
@@ -42,12 +53,8 @@ class Predictor:
         transformer: Callable[..., CachedTransformer] = cached_transformer,
     ):
         self._block, self._guidance = block, guidance
-        temperature: Tensor | None = None
         rows = 2 * batch if guidance.active else batch
-        if guidance.attn_temp != 1:
-            weight = block.proj_out.weight
-            temperature = weight.new_ones(rows, 1, 1, 1, dtype=accurate_dtype(weight.dtype))
-            temperature[batch:] = guidance.attn_temp
+        temperature = attention_temperature(block, batch, guidance)
         self._transformer = transformer(block, condition, rows, temperature)
 
     def __call__(self, x: Tensor, at: int | Tensor, stop: int) -> tuple[Tensor, Tensor]:
@@ -56,14 +63,14 @@ class Predictor:
         Their keys and values are kept, for calls with later patches.
 
         Args:
-            at: where they stand in the sequence: the place of a single patch (S = 1), a number or
-                (1,); or (B, S), each sample's own, never descending.
+            at: where they stand in the sequence: the place of a single patch (S = 1); or (B, S),
+                each sample's own, never descending.
             stop: above all of `at`.
         """
         places = at
         if self._guidance.active:
             x = torch.cat([x, x])
-            if isinstance(at, Tensor) and at.ndim == 2:
+            if isinstance(at, Tensor):
                 places = torch.cat([at, at])
         mu, alpha = self._block.mu_alpha(self._transformer(x, places, stop))
         if not self._guidance.active:

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def"
 """Kernels for one token on a GPU, in Triton: attention to a KV cache whose length only the device
-knows, and a residual with the norm that follows it."""
+knows, a residual with the norm that follows it, and what follows the output projection."""
 
 import torch
 import triton
@@ -166,3 +166,95 @@ def _add_norm(
     scale = tl.load(weight + channel, real, 0.0).to(accurate)
     shift = tl.load(bias + channel, real, 0.0).to(accurate)
     tl.store(normed + at, unit * scale + shift, real)
+
+
+@torch.library.custom_op("tarflow::solve_patch", mutates_args=())
+def solve_patch(
+    out: Tensor, z: Tensor, weight: Tensor, rule: str, guide: str
+) -> tuple[Tensor, Tensor]:
+    """x = z · exp(α) + μ of one patch a sequence, guided as `flow.guidance.Guidance.combine` does.
+
+    Args:
+        out: the output projection, (B, 1, 2D), or (B, 1, D) of a volume-preserving block; under
+            guidance 2B of them, first the conditional, then the unguided ones.
+        z: (B, D), at least float32.
+        weight: (1,), of the guidance; like z.
+        rule: as in `Guidance`, and `guide`.
+
+    Returns:
+        x (B, D), and once more as the next input (B or 2B, 1, D), in the type of `out`.
+    """
+    batch, dim = z.shape
+    x, token = torch.empty_like(z), out.new_empty(len(out), 1, dim)
+    _solve_patch[(batch,)](
+        *(out, z, weight, x, token, batch, dim),
+        guided=len(out) > batch,
+        has_alpha=out.shape[-1] > dim,
+        rule=rule,
+        guide=guide,
+        padded=triton.next_power_of_2(dim),
+    )
+    return x, token
+
+
+@solve_patch.register_fake
+def _(out: Tensor, z: Tensor, weight: Tensor, rule: str, guide: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(z), out.new_empty(len(out), 1, z.shape[-1])
+
+
+@triton.jit
+def _solve_patch(
+    out,
+    z,
+    weight,
+    x,
+    token,
+    batch,
+    dim,
+    guided: tl.constexpr,
+    has_alpha: tl.constexpr,
+    rule: tl.constexpr,
+    guide: tl.constexpr,
+    padded: tl.constexpr,
+):
+    """One sequence."""
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, padded)
+    real = channel < dim
+    latent = tl.load(z + row * dim + channel, real, 0.0)
+    mu, alpha = _mu_alpha(out, row, dim, channel, latent.dtype, has_alpha)
+    scale = tl.exp(alpha)
+    if guided:
+        w = tl.load(weight)
+        mu_un, alpha_un = _mu_alpha(out, row + batch, dim, channel, latent.dtype, has_alpha)
+        if rule == "gaussian":
+            ws = w * tl.exp(2 * tl.minimum(alpha - alpha_un, 0.0))
+            precision = 1 + w - ws
+            guided_mu = ((1 + w) * mu - ws * mu_un) / precision
+            guided_scale = tl.exp(alpha - 0.5 * tl.log(precision))
+        else:
+            guided_mu = mu + w * (mu - mu_un)
+            if rule == "linear":
+                guided_scale = tl.exp(alpha + w * (alpha - alpha_un))
+            else:
+                guided_scale = scale + w * (scale - tl.exp(alpha_un))
+        mu = guided_mu if guide != "alpha" else mu
+        scale = guided_scale if guide != "mu" else scale
+    new = mu + latent * scale
+    tl.store(x + row * dim + channel, new, real)
+    tl.store(token + row * dim + channel, new, real)
+    if guided:
+        tl.store(token + (row + batch) * dim + channel, new, real)
+
+
+@triton.jit
+def _mu_alpha(out, row, dim, channel, accurate: tl.constexpr, has_alpha: tl.constexpr):
+    """`FlowBlock.mu_alpha` of one token."""
+    real = channel < dim
+    if has_alpha:
+        alpha = tl.load(out + 2 * row * dim + channel, real, 0.0).to(accurate)
+        mu = tl.load(out + (2 * row + 1) * dim + channel, real, 0.0).to(accurate)
+    else:
+        mu = tl.load(out + row * dim + channel, real, 0.0).to(accurate)
+        alpha = tl.zeros_like(mu)
+    return mu, alpha

@@ -88,6 +88,18 @@ def test_recorded_decoding_is_the_plain_one(
     torch.testing.assert_close(result.host, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("guidance", GUIDANCES.values(), ids=GUIDANCES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_patch_takes_8_kernels_a_layer_and_4(dtype: torch.dtype, guidance: dict) -> None:
+    with pretended_cuda() as card:
+        small_flow().to("cuda", dtype).decode(latents(), LABELS, **guidance)
+    patches, layers = 15, 2
+    for graph in card.graphs:
+        kernels = graph.kernels()
+        for_all_patches = kernels.total() - patches * (8 * layers + 4)
+        assert for_all_patches <= 12, kernels
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_recorded_decoding_is_the_published_one(case: str) -> None:
     vectors = golden_vectors(case)

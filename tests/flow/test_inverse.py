@@ -94,8 +94,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list:
 
     monkeypatch.setattr(graphs, "record", record)
     monkeypatch.setattr(inverse, "has_graphs", lambda device: True)
-    for kernel in ("attend", "add_norm"):
-        here = getattr(plain_kernels, kernel)
+    for kernel, here in plain_kernels.KERNELS.items():
         monkeypatch.setattr(f"tarflow_dist.flow.triton_kernels.{kernel}", here)
     return recorded
 
