@@ -13,7 +13,6 @@ PROGRAMS = 512
 """Enough to fill any GPU. Few sequences have their keys shared out among as many."""
 
 
-@torch.library.custom_op("tarflow::attend", mutates_args={"cache"})
 def attend(qkv: Tensor, cache: Tensor, place: Tensor, logit_scale: Tensor) -> Tensor:
     """softmax(logit_scale · q·kᵀ)·v of one token a sequence, which sees itself and all before it.
 
@@ -42,11 +41,6 @@ def attend(qkv: Tensor, cache: Tensor, place: Tensor, logit_scale: Tensor) -> Te
     if parts > 1:
         _combine[(batch * heads,)](found, out, head_dim, **sizes)
     return out
-
-
-@attend.register_fake
-def _(qkv: Tensor, cache: Tensor, place: Tensor, logit_scale: Tensor) -> Tensor:
-    return qkv.new_empty(len(qkv), 1, qkv.shape[-1] // 3)
 
 
 @triton.jit
@@ -120,7 +114,6 @@ def _combine(found, out, head_dim, dims: tl.constexpr, parts: tl.constexpr):
     tl.store(out + sequence * head_dim + dim, mixed / total, dim < head_dim)
 
 
-@torch.library.custom_op("tarflow::add_norm", mutates_args=())
 def add_norm(
     x: Tensor, change: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -133,11 +126,6 @@ def add_norm(
         accurate=tl.float64 if x.dtype == torch.float64 else tl.float32,
     )
     return total, normed
-
-
-@add_norm.register_fake
-def _(x: Tensor, change: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x)
 
 
 @triton.jit
@@ -168,7 +156,6 @@ def _add_norm(
     tl.store(normed + at, unit * scale + shift, real)
 
 
-@torch.library.custom_op("tarflow::solve_patch", mutates_args=())
 def solve_patch(
     out: Tensor, z: Tensor, weight: Tensor, rule: str, guide: str
 ) -> tuple[Tensor, Tensor]:
@@ -176,8 +163,8 @@ def solve_patch(
 
     Args:
         out: the output projection, (B, 1, 2D), or (B, 1, D) of a volume-preserving block; under
-            guidance 2B of them, first the conditional, then the unguided ones.
-        z: (B, D), at least float32.
+            guidance 2B of them, first the conditional, then the unguided ones. Contiguous.
+        z: (B, D), at least float32, contiguous.
         weight: (1,), of the guidance; like z.
         rule: as in `Guidance`, and `guide`.
 
@@ -195,11 +182,6 @@ def solve_patch(
         padded=triton.next_power_of_2(dim),
     )
     return x, token
-
-
-@solve_patch.register_fake
-def _(out: Tensor, z: Tensor, weight: Tensor, rule: str, guide: str) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(z), out.new_empty(len(out), 1, z.shape[-1])
 
 
 @triton.jit
