@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from tarflow_dist import distributed
 from tarflow_dist.evaluation.feature_set import FeatureSet
-from tarflow_dist.evaluation.statistics import frechet_distance, symmetric_root
 from tarflow_dist.telemetry.progress import Progress
 
 Device = torch.device | str
+Array = NDArray[np.float64]
 
 NEIGHBOURHOOD = 3  # k of precision and recall
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000
@@ -100,6 +100,30 @@ def warnings(
             "same number, or draw more"
         )
     return found
+
+
+def frechet_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> float:
+    """|μ₁ − μ₂|² + tr Σ₁ + tr Σ₂ − 2·tr (√Σ₁·Σ₂·√Σ₁)^½: the squared 2-Wasserstein distance between
+    two Gaussians (Heusel et al., arXiv 1706.08500, equation 6).
+
+    The last trace is the sum of the singular values of √Σ₁·√Σ₂. Eigenvalues of the product, or a
+    general matrix root, would turn rounding errors ε into √ε in every empty direction of a
+    rank-deficient covariance (fewer images than features), or turn complex; so taken, equal sets
+    are at distance 0.
+
+    Args:
+        mean1, mean2: (F,).
+        cov1, cov2: (F, F), symmetric, positive semi-definite up to rounding.
+    """
+    overlap = np.linalg.svd(symmetric_root(cov1) @ symmetric_root(cov2), compute_uv=False).sum()
+    distance = np.square(mean1 - mean2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * overlap
+    return max(float(distance), 0.0)
+
+
+def symmetric_root(cov: Array) -> Array:
+    """√Σ of a covariance (F, F), eigenvalues below 0, which are rounding errors, taken as 0."""
+    values, vectors = np.linalg.eigh((cov + cov.T) / 2)
+    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
 
 
 def _frechet(samples: FeatureSet, reference: FeatureSet, device: Device) -> tuple[float]:

@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from tarflow_dist.errors import UserError
-from tarflow_dist.evaluation.feature_set import FeatureSet
+from tarflow_dist.evaluation.feature_set import FeatureSet, Gaussian
 from tarflow_dist.evaluation.features import Features, PixelFeatures
 from tarflow_dist.evaluation.image_sets import NpzImages
 from tarflow_dist.evaluation.measure import measure_reference
 from tarflow_dist.evaluation.reference_set import Reference, open_reference
-from tarflow_dist.evaluation.statistics import Gaussian
 from tarflow_dist.files import sha256
 
 SHAPE = (3, 2, 2)
