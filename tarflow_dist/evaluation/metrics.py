@@ -19,6 +19,7 @@ from tarflow_dist.telemetry.progress import Progress
 Device = torch.device | str
 Array = NDArray[np.float64]
 
+ABOUT = ("features", "features_sha256", "samples_sha256")  # of the samples, said in a result
 NEIGHBOURHOOD = 3  # k of precision and recall
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000
 JACKKNIFE_GROUPS = 10
@@ -58,7 +59,7 @@ class Metric:
 def compare(samples: FeatureSet, reference: FeatureSet, device: Device = "cpu") -> dict[str, Any]:
     """All of `METRICS` that the two sets, the same on all ranks, allow, as a result says them: by
     the keys in `FIGURES`, None where one was not measured; "not_measured" says why, "warnings" what
-    makes the figures less than they seem. Collective."""
+    makes the figures less than they seem; and what they are of. Collective."""
     figures: dict[str, float | None] = {}
     missing: dict[str, str] = {}
     for metric in METRICS:
@@ -72,6 +73,7 @@ def compare(samples: FeatureSet, reference: FeatureSet, device: Device = "cpu") 
         **figures,
         "not_measured": missing,
         "warnings": warnings(figures, samples, reference),
+        **{name: samples.about.get(name) for name in ABOUT},
     }
 
 

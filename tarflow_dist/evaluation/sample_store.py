@@ -230,14 +230,17 @@ def open_samples(path: Path) -> Samples:
     Raises:
         UserError: there is no such thing.
     """
+    samples: Samples
     if path.is_file():
-        return NpzImages(path)
-    if not (path / SETTINGS_FILE).exists():
-        return FolderImages(path)
-    store = SampleStore(path, _read_settings(path))
-    if missing := store.missing_chunks():
-        raise UserError(f"{path} lacks {len(missing)} of its chunks: draw them first")
-    return store
+        samples = NpzImages(path)
+    elif not (path / SETTINGS_FILE).exists():
+        samples = FolderImages(path)
+    else:
+        samples = SampleStore(path, _read_settings(path))
+        if missing := samples.missing_chunks():
+            raise UserError(f"{path} lacks {len(missing)} of its chunks: draw them first")
+    samples.about = {"samples": str(path), "num_samples": len(samples), "seconds": {}}
+    return samples
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

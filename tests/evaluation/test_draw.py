@@ -15,9 +15,10 @@ from tarflow_dist.evaluation.draw import (
     draw_missing_chunks,
     make_draw,
     one_thread,
+    sample_labels,
 )
 from tarflow_dist.evaluation.sample_store import SampleStore
-from tarflow_dist.evaluation.sweep import SampleSettings, sample_labels
+from tarflow_dist.evaluation.sweep import SampleSettings
 from tarflow_dist.flow.denoise import Denoising
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.models.redraw import Draws
