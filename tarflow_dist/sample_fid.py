@@ -193,11 +193,10 @@ def run(args: argparse.Namespace) -> None:
     from tarflow_dist.evaluation.metrics import compare
     from tarflow_dist.evaluation.neighbours import Neighbours
     from tarflow_dist.evaluation.reference_set import open_reference
-    from tarflow_dist.evaluation.report import report
+    from tarflow_dist.evaluation.report import find_training_run, report
     from tarflow_dist.evaluation.result import results_of
     from tarflow_dist.evaluation.sample_store import open_samples
     from tarflow_dist.evaluation.sweep import sweep_settings
-    from tarflow_dist.evaluation.training_run import find_training_run, log_to_run
     from tarflow_dist.files import sha256
 
     # rank 0 reports alone, which can take minutes, and the others wait
@@ -264,9 +263,8 @@ def run(args: argparse.Namespace) -> None:
                 class_names=class_names or reference.class_names,
                 neighbours=neighbours,
                 seconds=seconds,
+                training_run=training_run,
             )
-            if training_run:
-                log_to_run(training_run, {args.out / name: r for name, r in results.items()})
     distributed.shutdown()
 
 

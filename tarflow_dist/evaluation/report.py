@@ -9,6 +9,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -20,6 +21,9 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
+from tarflow_dist import config_file as configs
+from tarflow_dist.config import LogConfig
+from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation.export import WRITERS
 from tarflow_dist.evaluation.image_sets import NO_LABEL, Pixels, Samples
 from tarflow_dist.evaluation.metrics import FIGURES, METRICS
@@ -28,7 +32,9 @@ from tarflow_dist.evaluation.result import Result, best_of, denoising, figures, 
 from tarflow_dist.evaluation.result import show as show_result
 from tarflow_dist.evaluation.sample_store import SampleStore
 from tarflow_dist.files import write_whole
+from tarflow_dist.telemetry.dashboards import open_dashboards
 from tarflow_dist.telemetry.pictures import picture_grid, strip
+from tarflow_dist.training import checkpoint, latest_checkpoint
 
 ROWS, COLUMNS = 20, 10  # classes, and samples of each
 LARGEST = 128  # pixels of an image's side as shown
@@ -49,6 +55,16 @@ SHOWN_ELSEWHERE = {
 }
 
 
+@dataclass(frozen=True)
+class TrainingRun:
+    """Where a run logs, and the images it has seen."""
+
+    folder: Path
+    log: LogConfig
+    wandb_id: str
+    images: int
+
+
 def report(
     out: Path,
     drawn: Mapping[str, Samples],
@@ -58,9 +74,11 @@ def report(
     class_names: list[str] | None,
     neighbours: Neighbours | None,
     seconds: dict[str, float],
+    training_run: TrainingRun | None,
 ) -> None:
-    """Writes each point's result and grid, its samples in further `formats`, and the report, and
-    prints the gist. The figures are there before what can fail.
+    """Writes each point's result and grid, its samples in further `formats`, and the report, prints
+    the gist, and logs to the training run if there is one. The figures are there before what can
+    fail.
 
     Args:
         drawn: the samples of each point, by its name.
@@ -96,6 +114,8 @@ def report(
     if len(results) > 1:
         show_sweep(of_all, place)
     show_result(results[best], out)
+    if training_run is not None:
+        log_to_run(training_run, {out / name: result for name, result in results.items()})
 
 
 def _save(out: Path, results: dict[str, Result]) -> None:
@@ -244,3 +264,34 @@ def plot_sweep(results: list[Result], file: Path) -> None:
         axes.legend()
     with write_whole(file) as part:
         figure.savefig(part, dpi=120, format="png")
+
+
+def find_training_run(folder: Path, provenance: dict[str, Any]) -> TrainingRun:
+    """The run that trained a model of this `provenance`, if it has a dashboard.
+
+    Raises:
+        UserError: it doesn't, or has no checkpoint yet.
+    """
+    log = configs.load_saved(folder)[0].log
+    if log.wandb == "disabled" and not log.tensorboard:
+        raise UserError(f"--wandb {folder}: this run was trained with log.wandb=disabled")
+    newest = latest_checkpoint.newest(folder / latest_checkpoint.FOLDER)
+    if newest is None:
+        raise UserError(f"--wandb {folder}: this run has no checkpoint yet")
+    state = checkpoint.Checkpoint(newest).state
+    return TrainingRun(folder, log, state.wandb_id, provenance.get("images", state.images))
+
+
+def log_to_run(run: TrainingRun, results: dict[Path, Result]) -> None:
+    """Logs the figures and the grid of each result, by its folder, under evaluation/, against the
+    images that the run has seen."""
+    boards = open_dashboards(
+        run.folder, run.log, None, wandb_id=run.wandb_id, images=None, part="evaluation"
+    )
+    for board in boards:
+        for folder, result in results.items():
+            prefix = "evaluation" if len(results) == 1 else f"evaluation/{folder.name}"
+            figures = {f"{prefix}/{n}": result[n] for n in FIGURES if result[n] is not None}
+            board.log({"images": run.images, **figures})
+            board.show(run.images, f"{prefix}/samples", folder / "grid.png")
+        board.close()
