@@ -208,12 +208,12 @@ def run(args: argparse.Namespace) -> None:
         if args.model is not None:
             model = hub.find_on_all_ranks(args.model)
             flow = load_model(model.folder, str(device), args.dtype)
-            image_shape, class_names = flow.image_shape, flow.class_names
-            provenance = flow.provenance
+            image_shape, num_classes = flow.image_shape, flow.num_classes
+            class_names, provenance = flow.class_names, flow.provenance
             facts["model"] = model.name
         else:
             drawn = {"": open_samples(args.samples)}
-            image_shape, class_names, provenance = drawn[""].image_shape, [], {}
+            image_shape, num_classes, class_names, provenance = drawn[""].image_shape, 0, [], {}
         training_run = find_training_run(args.wandb, provenance) if args.wandb else None
         extractors = [
             make_extractor(name, image_shape, args.inception_weights, device)
@@ -223,7 +223,7 @@ def run(args: argparse.Namespace) -> None:
             args.reference,
             args.split,
             image_shape=image_shape,
-            num_classes=flow.num_classes if args.model is not None else 0,
+            num_classes=num_classes,
             extractors=extractors,
         )
         if args.model is not None:
@@ -253,7 +253,7 @@ def run(args: argparse.Namespace) -> None:
                 with stage(samples.about["seconds"], "metrics"):
                     features = FeatureSet.load(args.out / name / file)  # one point's at a time
                     found[name].append(compare(features, real, device))
-        results = results_of(drawn, found, reference, facts, device)
+        results = results_of(drawn, found, reference, facts, seconds, device)
         if distributed.is_main():
             report(
                 args.out,
@@ -262,7 +262,6 @@ def run(args: argparse.Namespace) -> None:
                 formats=args.write,
                 class_names=class_names or reference.class_names,
                 neighbours=neighbours,
-                seconds=seconds,
                 training_run=training_run,
             )
     distributed.shutdown()

@@ -73,7 +73,6 @@ def report(
     formats: list[str],
     class_names: list[str] | None,
     neighbours: Neighbours | None,
-    seconds: dict[str, float],
     training_run: TrainingRun | None,
 ) -> None:
     """Writes each point's result and grid, its samples in further `formats`, and the report, prints
@@ -83,7 +82,6 @@ def report(
     Args:
         drawn: the samples of each point, by its name.
         neighbours: in the reference, of the points' samples, where they were looked for.
-        seconds: that the stages took which all points share.
     """
     began = time.perf_counter()
     _save(out, results)
@@ -109,7 +107,7 @@ def report(
         sweep_plot=plot,
     )
     for result in of_all:
-        result["seconds"] |= {**seconds, "outputs": round(time.perf_counter() - began, 3)}
+        result["seconds"]["outputs"] = round(time.perf_counter() - began, 3)
     _save(out, results)
     if len(results) > 1:
         show_sweep(of_all, place)

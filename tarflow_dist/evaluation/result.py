@@ -26,6 +26,7 @@ def results_of(
     found: dict[str, list[dict[str, Any]]],
     reference: Reference,
     facts: dict[str, Any],
+    seconds: dict[str, float],
     device: torch.device,
 ) -> dict[str, Result]:
     """The result of each point, by its name. Collective.
@@ -34,6 +35,7 @@ def results_of(
         found: by `compare`, on each kind of features; those after the first stand under
             "more_features".
         facts: further ones, of all points.
+        seconds: that the stages took which all points share.
     """
     common = {**facts, **reference.about, **describe_machine(device)}
     environment = describe_environment()
@@ -42,6 +44,7 @@ def results_of(
         first, *more = found[name]
         first["warnings"] += another_mix(samples.about.get("labels"), reference.class_counts)
         result = {**first, **common, **samples.about}
+        result["seconds"] = samples.about["seconds"] | seconds
         if more:
             result["more_features"] = more
         results[name] = {**result, "environment": environment}
