@@ -144,16 +144,17 @@ def _checked(file: Path, about: Any) -> dict[str, Any]:
     Raises:
         UserError: it isn't.
     """
-    kinds = {
-        "count": int,
-        "features": str,
-        "features_sha256": str,
-        "class_names": list,
-        "class_counts": list,
-        "image_shape": list,
-    }
-    if not isinstance(about, dict) or any(
-        not isinstance(about.get(name), kind | None) for name, kind in kinds.items()
+    kinds = {"count": int, "features": str, "features_sha256": str}
+    kinds_in_lists = {"class_names": str, "class_counts": int, "image_shape": int}
+    if (
+        not isinstance(about, dict)
+        or any(not isinstance(about.get(name), kind | None) for name, kind in kinds.items())
+        or any(not isinstance(about.get(name), list | None) for name in kinds_in_lists)
+        or any(
+            not isinstance(part, kind)
+            for name, kind in kinds_in_lists.items()
+            for part in about.get(name) or ()
+        )
     ):
         raise UserError(f"{file} says of itself what makes no sense: write it again")
     try:
