@@ -238,7 +238,7 @@ def run(args: argparse.Namespace) -> None:
             sets = list(drawn.values())
             neighbours = Neighbours(sets, reference.images, extractors[0], device)
         sizes: dict[str, Any] = {"batch_size": args.batch_size, "device": device}
-        found: dict[str, list[dict[str, Any]]] = {name: [] for name in drawn}
+        compared: dict[str, list[dict[str, Any]]] = {name: [] for name in drawn}
         for place, extractor in enumerate(extractors):
             file = "features.npz" if place == 0 else f"features-{extractor.name}.npz"
             for name, samples in drawn.items():
@@ -252,8 +252,8 @@ def run(args: argparse.Namespace) -> None:
                 distributed.say(f"comparing {extractor.dim} features {name}".rstrip())
                 with stage(samples.about["seconds"], "metrics"):
                     features = FeatureSet.load(args.out / name / file)  # one point's at a time
-                    found[name].append(compare(features, real, device))
-        results = results_of(drawn, found, reference, facts, seconds, device)
+                    compared[name].append(compare(features, real, device))
+        results = results_of(drawn, compared, reference, facts, seconds, device)
         if distributed.is_main():
             report(
                 args.out,

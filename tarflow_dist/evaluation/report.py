@@ -1,6 +1,7 @@
 """The last stage of `sample_fid`: what is written of the results. Grids of samples are rows of one
 class each, small images magnified; report.html is one file that needs nothing else; a sweep, over
-the guidance weight and the steps of denoising, has a table and curves besides."""
+the guidance weight and the steps of denoising, has a table and curves besides. `--wandb` logs
+figures and grids with the training run that the model came from."""
 
 import base64
 import csv
@@ -57,7 +58,7 @@ SHOWN_ELSEWHERE = {
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """Where a run logs, and the images it has seen."""
+    """Where the run that trained a model logs, and the images it has seen."""
 
     folder: Path
     log: LogConfig

@@ -23,7 +23,7 @@ Result = dict[str, Any]
 
 def results_of(
     drawn: Mapping[str, Samples],
-    found: dict[str, list[dict[str, Any]]],
+    compared: dict[str, list[dict[str, Any]]],
     reference: Reference,
     facts: dict[str, Any],
     seconds: dict[str, float],
@@ -32,7 +32,7 @@ def results_of(
     """The result of each point, by its name. Collective.
 
     Args:
-        found: by `compare`, on each kind of features; those after the first stand under
+        compared: by `compare`, on each kind of features; those after the first stand under
             "more_features".
         facts: further ones, of all points.
         seconds: that the stages took which all points share.
@@ -41,7 +41,7 @@ def results_of(
     environment = describe_environment()
     results = {}
     for name, samples in drawn.items():
-        first, *more = found[name]
+        first, *more = compared[name]
         first["warnings"] += another_mix(samples.about.get("labels"), reference.class_counts)
         result = {**first, **common, **samples.about}
         result["seconds"] = samples.about["seconds"] | seconds
