@@ -26,9 +26,9 @@ from tarflow_dist.telemetry.progress import Progress
 
 LOOK_EVERY_SECONDS = 0.2
 
-# Sample indexes (B,) and the places of the stores to draw for → labels (B,), −1 for none, and
-# what each of those stores takes
-Draw = Callable[[Tensor, list[int]], tuple[Tensor, list[Draws]]]
+# A chunk's sample indexes (B,) and the places of the stores to draw for → labels (B,), −1 for none,
+# and what each of those stores takes
+DrawChunk = Callable[[Tensor, list[int]], tuple[Tensor, list[Draws]]]
 
 
 def draw(
@@ -46,7 +46,7 @@ def draw(
         names = list(alike)
         drawn = draw_missing_chunks(
             [stores[name] for name in names],
-            make_draw(flow, [settings[name] for name in names]),
+            make_draw_chunk(flow, [settings[name] for name in names]),
             f"sampling {', '.join(names)}".strip(),
             device_name(device),
         )
@@ -61,12 +61,12 @@ def draw(
     return stores
 
 
-def make_draw(flow: TarFlow, settings: Sequence[SampleSettings]) -> Draw:
+def make_draw_chunk(flow: TarFlow, settings: Sequence[SampleSettings]) -> DrawChunk:
     """Draws for stores of these `settings`, which differ in the denoising alone."""
     ways = [point.denoising for point in settings]
     common = settings[0]
 
-    def draw(index: Tensor, places: list[int]) -> tuple[Tensor, list[Draws]]:
+    def draw_chunk(index: Tensor, places: list[int]) -> tuple[Tensor, list[Draws]]:
         y = None
         if common.labels is not None:
             y = sample_labels(
@@ -85,11 +85,14 @@ def make_draw(flow: TarFlow, settings: Sequence[SampleSettings]) -> Draw:
         )
         return torch.full_like(index, NO_LABEL) if y is None else y, drawn
 
-    return draw
+    return draw_chunk
 
 
 def draw_missing_chunks(
-    stores: Sequence[SampleStore], draw: Draw, label: str = "sampling", device: str = "cpu"
+    stores: Sequence[SampleStore],
+    draw_chunk: DrawChunk,
+    label: str = "sampling",
+    device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """Draws the chunks that `stores` lack, those of one number together. Each rank takes the next
     one when it is done with its last, so that a slow rank holds up nobody; which rank draws a chunk
@@ -106,15 +109,15 @@ def draw_missing_chunks(
         the slowest rank.
 
     Raises:
-        UserError: on every rank, if on one `draw` raised `ValueError`, or its device's memory or
-            the disk was full.
+        UserError: on every rank, if on one `draw_chunk` raised `ValueError`, or its device's
+            memory or the disk was full.
     """
     # as rank 0 sees them: ranks may see a network folder at different times, and would remember
     # for a while that a file was not there
     missing = from_main(_missing_chunks(stores) if is_main() else [])
     taken, drawn, failed = Counter(), Counter(), Counter()
     lacking = sum(len(stores[0].chunk_indexes(c)) * len(places) for c, places in missing)
-    total = stores[0].num_samples * len(stores)
+    total, size = stores[0].num_samples * len(stores), stores[0].chunk_size
     began, model_seconds, problem = time.monotonic(), 0.0, None
 
     with (
@@ -132,15 +135,15 @@ def draw_missing_chunks(
         try:
             while not failed.add(0) and (turn := taken.add(1) - 1) < len(missing):
                 chunk, places = missing[turn]
-                start = chunk * stores[0].chunk_size
                 before = time.monotonic()
                 # the last chunk too is drawn at full size, and then cut: another batch shape can
                 # take other kernels, and with them other last bits
+                index = torch.arange(chunk * size, (chunk + 1) * size)
                 with enough_memory(
-                    f"{stores[0].chunk_size} samples at once",
+                    f"{size} samples at once",
                     "lower --batch-size, with another --out if samples are there",
                 ):
-                    labels, found = draw(torch.arange(start, start + stores[0].chunk_size), places)
+                    labels, found = draw_chunk(index, places)
                 arrays = [Draws(draws.images.cpu(), draws.again.cpu()) for draws in found]
                 model_seconds += time.monotonic() - before
                 if writing is not None:

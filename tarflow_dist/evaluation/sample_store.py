@@ -39,7 +39,8 @@ class Facts(NamedTuple):
 class SampleStore(Samples):
     """`num_samples` images, indexes 0, 1, 2, …, cut into chunks of `chunk_size`, one parquet each:
     columns index (int64), label (int64, −1 for none) and png (bytes); its metadata hold the SHA-256
-    of labels and pixels, the device that drew them, and how many of them were drawn again.
+    of labels and pixels, the device that drew them, and how many of them were lost at first and
+    drawn again (`models/redraw.py`).
 
     settings.json beside them holds everything the samples depend on, so that chunks made in several
     sittings always belong together. All files become visible whole or not at all.
