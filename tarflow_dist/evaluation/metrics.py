@@ -1,4 +1,5 @@
-"""What two image sets' features say of each other. A metric is one row of `METRICS`.
+"""The third stage of `sample_fid`: what two image sets' features say of each other. A metric is one
+row of `METRICS`.
 
 The ranks share what takes long, and the figures are those of one rank to the last bit: each part of
 it is done by one rank alone, and what is added up over ranks is 0 on all others.
