@@ -23,8 +23,7 @@ DIM = 2048
 
 def write_features(file: Path, count: int, seed: int) -> None:
     """As Inception's: not below 0, and most of their variance in few directions."""
-    from tarflow_dist.evaluation.feature_set import FeatureSet
-    from tarflow_dist.evaluation.statistics import Gaussian
+    from tarflow_dist.evaluation.feature_set import FeatureSet, Gaussian
 
     rng = np.random.default_rng(seed)
     mixing = np.random.default_rng(99).normal(size=(6, DIM)).astype(np.float32)

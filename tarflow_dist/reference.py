@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     shape = reference.images.image_shape
     extractor = make_extractor(args.features, shape, args.inception_weights, device)
     measured = measure_reference(reference, extractor, batch_size=args.batch_size, device=device)
-    if measured is not None:
+    if distributed.is_main():
         about = {
             **measured.about,
             **reference.about,

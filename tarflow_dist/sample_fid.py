@@ -12,16 +12,15 @@ Images that another program drew are measured by --samples instead of --model.
 """
 
 import argparse
-import hashlib
-import json
 import os
 import shlex
 import sys
-from dataclasses import replace
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tarflow_dist.errors import UserError, run_command
 from tarflow_dist.evaluation.features import EXTRACTORS, check_features
@@ -31,19 +30,14 @@ from tarflow_dist.options import (
     add_denoising_options,
     add_dtype_option,
     add_guidance_options,
-    class_numbers,
     command_parser,
-    denoising_of,
-    guidance_of,
     load_model,
-    one_of,
-    several,
 )
 
 if TYPE_CHECKING:
-    from tarflow_dist.evaluation.sweep import SampleSettings
-    from tarflow_dist.flow.denoise import Denoising
-    from tarflow_dist.models.tarflow import TarFlow
+    from tarflow_dist.evaluation.image_sets import Samples
+
+T = TypeVar("T")
 
 FORMATS = ("npz", "folder", "tar")
 # files that say whose folder it is
@@ -136,6 +130,26 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def one_of(names: Sequence[str]) -> Callable[[str], str]:
+    """For `several`: a part that is one of `names`."""
+    return lambda part: names[names.index(part)]
+
+
+def several(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
+    """The parts of "a,b,c", no two of them equal."""
+
+    def parts(text: str) -> list[T]:
+        try:
+            found = [parse(part) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"can't read {text!r}") from None
+        if len(set(found)) < len(found):
+            raise argparse.ArgumentTypeError(f"{text!r} names one twice")
+        return found
+
+    return parts
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """What can be told without loading anything.
 
@@ -160,114 +174,46 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_features(args.features, args.inception_weights)
 
 
-def sweep_settings(
-    args: argparse.Namespace,
-    flow: "TarFlow",
-    weights_sha256: str,
-    class_counts: tuple[int, ...] | None = None,
-) -> "dict[str, SampleSettings]":
-    """The settings of each point of the sweep over --guidance, --denoise and --denoise-steps, by
-    the name of the point: "" for a single one.
-
-    Raises:
-        UserError: guidance, denoising or labels that this model can't have.
-    """
-    from tarflow_dist.evaluation.sweep import UINT8_RULES, SampleSettings
-    from tarflow_dist.flow.guidance import Guidance
-    from tarflow_dist.models.sampling_policy import dtype_name
-
-    config = json.dumps(flow.config.to_json()).encode()
-    labels = label_rule(args, flow)
-    if labels == "reference" and class_counts is None:
-        raise UserError(
-            f"--labels reference: {args.reference} doesn't say how many images each class has: "
-            "give the data set, or a file that tarflow_dist.reference wrote"
-        )
-    points = {}
-    for weight, (way, denoising) in product(args.guidance, denoising_ways(args, flow).items()):
-        # the options are for a sweep's guided points
-        unguided = weight == 0 and len(args.guidance) > 1
-        guidance = Guidance() if unguided else guidance_of(flow, weight, args)
-        points[f"guidance-{weight:g}-{way}"] = SampleSettings(
-            weights_sha256=weights_sha256,
-            config_sha256=hashlib.sha256(config).hexdigest(),
-            dtype=dtype_name(next(flow.parameters()).dtype),
-            num_samples=args.num_samples,
-            chunk_size=args.batch_size,
-            seed=args.seed,
-            labels=labels,
-            class_counts=class_counts if labels == "reference" else None,
-            uint8_rule=UINT8_RULES[flow.noise],
-            sampler=flow.sampler(args.batch_size, guidance),
-            guidance=guidance,
-            denoising=denoising,
-        )
-    return points if len(points) > 1 else {"": next(iter(points.values()))}
-
-
-def denoising_ways(args: argparse.Namespace, flow: "TarFlow") -> "dict[str, Denoising | None]":
-    """Each way of denoising in the sweep, by its part of the points' names."""
-    wanted = args.denoise or [flow.noise == "gaussian"]
-    if flow.noise == "uniform" and any(wanted):
-        raise UserError(
-            f"{args.model} was trained with uniform noise, which leaves nothing to denoise: leave "
-            "--denoise out"
-        )
-    steps = args.denoise_steps or [None]
-    asked = [denoising_of(flow, count, args, wanted=any(wanted)) for count in steps]
-    if flow.sigma_range is not None:
-        asked = [replace(way, steps=way.steps or flow.config.denoising_steps) for way in asked]
-    denoised: dict[str, Denoising | None] = {f"denoise-1-steps-{w.steps}": w for w in asked}
-    if len(asked) == 1:
-        denoised = {"denoise-1": asked[0]}
-    ways: dict[str, Denoising | None] = {}
-    for denoise in wanted:
-        ways |= denoised if denoise else {"denoise-0": None}
-    return ways
-
-
-def label_rule(args: argparse.Namespace, flow: "TarFlow") -> str | None:
-    """The rule of `sample_labels`, or None for an unconditional model."""
-    if not flow.num_classes and args.labels is not None:
-        raise UserError(f"{args.model} is unconditional and takes no labels: leave --labels out")
-    if not flow.num_classes:
-        return None
-    rule = "random" if args.labels is None else args.labels
-    if rule in ("random", "balanced", "reference"):
-        return rule
-    return ",".join(map(str, class_numbers(rule, flow, least=0)))
+@contextmanager
+def stage(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """The body is the stage `name`, or a further part of it, and its time goes into `seconds`."""
+    began = time.perf_counter()
+    yield
+    seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - began, 3)
 
 
 def run(args: argparse.Namespace) -> None:
     """Draws, measures, compares and reports, on all ranks."""
     from tarflow_dist import distributed
     from tarflow_dist.evaluation.draw import draw
+    from tarflow_dist.evaluation.feature_set import FeatureSet
     from tarflow_dist.evaluation.features import make_extractor
     from tarflow_dist.evaluation.image_sets import ShardImages
-    from tarflow_dist.evaluation.measure import measure_points, measure_reference
+    from tarflow_dist.evaluation.measure import measure_reference, measure_samples
+    from tarflow_dist.evaluation.metrics import compare
     from tarflow_dist.evaluation.neighbours import Neighbours
     from tarflow_dist.evaluation.reference_set import open_reference
-    from tarflow_dist.evaluation.report import report
-    from tarflow_dist.evaluation.result import compare_points, results_of
+    from tarflow_dist.evaluation.report import find_training_run, report
+    from tarflow_dist.evaluation.result import results_of
     from tarflow_dist.evaluation.sample_store import open_samples
-    from tarflow_dist.evaluation.sweep import Point, stage
-    from tarflow_dist.evaluation.training_run import find_training_run, log_to_run
+    from tarflow_dist.evaluation.sweep import sweep_settings
     from tarflow_dist.files import sha256
 
     # rank 0 reports alone, which can take minutes, and the others wait
     device = distributed.init(timeout=timedelta(days=1))
-    seconds: dict[str, float] = {}
+    seconds: dict[str, float] = {}  # of the stages that all points share
     facts = {"command": args.command}
+    drawn: Mapping[str, Samples]  # of each point of a sweep, by its name
     with stage(seconds, "loading"):
         if args.model is not None:
             model = hub.find_on_all_ranks(args.model)
             flow = load_model(model.folder, str(device), args.dtype)
-            image_shape, class_names = flow.image_shape, flow.class_names
-            provenance = flow.provenance
+            image_shape, num_classes = flow.image_shape, flow.num_classes
+            class_names, provenance = flow.class_names, flow.provenance
             facts["model"] = model.name
         else:
-            samples = open_samples(args.samples)
-            image_shape, class_names, provenance = samples.image_shape, [], {}
+            drawn = {"": open_samples(args.samples)}
+            image_shape, num_classes, class_names, provenance = drawn[""].image_shape, 0, [], {}
         training_run = find_training_run(args.wandb, provenance) if args.wandb else None
         extractors = [
             make_extractor(name, image_shape, args.inception_weights, device)
@@ -277,7 +223,7 @@ def run(args: argparse.Namespace) -> None:
             args.reference,
             args.split,
             image_shape=image_shape,
-            num_classes=flow.num_classes if args.model is not None else 0,
+            num_classes=num_classes,
             extractors=extractors,
         )
         if args.model is not None:
@@ -286,37 +232,38 @@ def run(args: argparse.Namespace) -> None:
             settings = sweep_settings(args, flow, weights_sha256, reference.class_counts)
     with distributed.lock_folder(args.out):
         if args.model is not None:
-            points = draw(flow, settings, args.out, device)
-        else:
-            about = {"samples": str(args.samples), "num_samples": len(samples)}
-            points = [Point("", args.out, samples, about)]
+            drawn = draw(flow, settings, args.out, device)
         neighbours = None
         if isinstance(reference.images, ShardImages):  # where any image is found at once
-            sets = [point.samples for point in points]
+            sets = list(drawn.values())
             neighbours = Neighbours(sets, reference.images, extractors[0], device)
         sizes: dict[str, Any] = {"batch_size": args.batch_size, "device": device}
-        found = []
+        compared: dict[str, list[dict[str, Any]]] = {name: [] for name in drawn}
         for place, extractor in enumerate(extractors):
             file = "features.npz" if place == 0 else f"features-{extractor.name}.npz"
-            measure_points(points, extractor, file, **sizes)
+            for name, samples in drawn.items():
+                with stage(samples.about["seconds"], "sample_features"):
+                    label = f"features {name}".rstrip()
+                    measure_samples(samples, extractor, args.out / name / file, label, **sizes)
             with stage(seconds, "reference_features"):
                 sought = neighbours if place == 0 else None  # the report shows no others
                 real = measure_reference(reference, extractor, **sizes, neighbours=sought)
-            found.append(compare_points(points, file, real, device))
-        results = results_of(points, found, reference, facts, device)
+            for name, samples in drawn.items():
+                distributed.say(f"comparing {extractor.dim} features {name}".rstrip())
+                with stage(samples.about["seconds"], "metrics"):
+                    features = FeatureSet.load(args.out / name / file)  # one point's at a time
+                    compared[name].append(compare(features, real, device))
+        results = results_of(drawn, compared, reference, facts, seconds, device)
         if distributed.is_main():
             report(
                 args.out,
-                points,
+                drawn,
                 results,
                 formats=args.write,
                 class_names=class_names or reference.class_names,
                 neighbours=neighbours,
-                seconds=seconds,
+                training_run=training_run,
             )
-            if training_run:
-                by_folder = {p.folder: one for p, one in zip(points, results, strict=True)}
-                log_to_run(training_run, by_folder)
     distributed.shutdown()
 
 

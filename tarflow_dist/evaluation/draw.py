@@ -14,61 +14,59 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tarflow_dist import rng
 from tarflow_dist.distributed import Counter, device_name, from_main, gather, is_main
 from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError, enough_memory
 from tarflow_dist.evaluation.image_sets import NO_LABEL
 from tarflow_dist.evaluation.sample_store import SampleStore
-from tarflow_dist.evaluation.sweep import Point, SampleSettings, sample_labels, stage
+from tarflow_dist.evaluation.sweep import SampleSettings
 from tarflow_dist.models.redraw import Draws
 from tarflow_dist.models.tarflow import TarFlow
 from tarflow_dist.telemetry.progress import Progress
 
 LOOK_EVERY_SECONDS = 0.2
 
-# Sample indexes (B,) and the places of the stores to draw for → labels (B,), −1 for none, and
-# what each of those stores takes
-Draw = Callable[[Tensor, list[int]], tuple[Tensor, list[Draws]]]
+# A chunk's sample indexes (B,) and the places of the stores to draw for → labels (B,), −1 for none,
+# and what each of those stores takes
+DrawChunk = Callable[[Tensor, list[int]], tuple[Tensor, list[Draws]]]
 
 
 def draw(
     flow: TarFlow, settings: dict[str, SampleSettings], out: Path, device: torch.device
-) -> list[Point]:
-    """Draws what is missing of each point, by its name, into stores below `out`."""
+) -> dict[str, SampleStore]:
+    """Draws what is missing of each point, by its name, into its store below `out`."""
     stores = {name: SampleStore(out / name, chosen.to_json()) for name, chosen in settings.items()}
     if is_main():
         for store in stores.values():
             store.begin()
         for sampler in dict.fromkeys(chosen.sampler for chosen in settings.values()):
             print(f"sampler: {sampler}", flush=True)
-    points = []
     # points that differ in the denoising alone share the decoding, and each has the others' time
     for _, alike in groupby(settings, lambda name: settings[name].guidance):
         names = list(alike)
-        seconds: dict[str, float] = {}
-        with stage(seconds, "sampling"):
-            drawn = draw_missing_chunks(
-                [stores[name] for name in names],
-                make_draw(flow, [settings[name] for name in names]),
-                f"sampling {', '.join(names)}".strip(),
-                device_name(device),
-            )
-        for place, store in enumerate(stores[name] for name in names):
-            facts = {
+        drawn = draw_missing_chunks(
+            [stores[name] for name in names],
+            make_draw_chunk(flow, [settings[name] for name in names]),
+            f"sampling {', '.join(names)}".strip(),
+            device_name(device),
+        )
+        for name, sitting in zip(names, drawn, strict=True):
+            store = stores[name]
+            store.about = {
                 **store.settings,
                 "sample_devices": store.devices(),
                 "redrawn_samples": store.redrawn(),
-                **drawn[place],
+                **sitting,
             }
-            points.append(Point(names[place], store.folder, store, facts, dict(seconds)))
-    return points
+    return stores
 
 
-def make_draw(flow: TarFlow, settings: Sequence[SampleSettings]) -> Draw:
+def make_draw_chunk(flow: TarFlow, settings: Sequence[SampleSettings]) -> DrawChunk:
     """Draws for stores of these `settings`, which differ in the denoising alone."""
     ways = [point.denoising for point in settings]
     common = settings[0]
 
-    def draw(index: Tensor, places: list[int]) -> tuple[Tensor, list[Draws]]:
+    def draw_chunk(index: Tensor, places: list[int]) -> tuple[Tensor, list[Draws]]:
         y = None
         if common.labels is not None:
             y = sample_labels(
@@ -87,11 +85,14 @@ def make_draw(flow: TarFlow, settings: Sequence[SampleSettings]) -> Draw:
         )
         return torch.full_like(index, NO_LABEL) if y is None else y, drawn
 
-    return draw
+    return draw_chunk
 
 
 def draw_missing_chunks(
-    stores: Sequence[SampleStore], draw: Draw, label: str = "sampling", device: str = "cpu"
+    stores: Sequence[SampleStore],
+    draw_chunk: DrawChunk,
+    label: str = "sampling",
+    device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """Draws the chunks that `stores` lack, those of one number together. Each rank takes the next
     one when it is done with its last, so that a slow rank holds up nobody; which rank draws a chunk
@@ -108,15 +109,15 @@ def draw_missing_chunks(
         the slowest rank.
 
     Raises:
-        UserError: on every rank, if on one `draw` raised `ValueError`, or its device's memory or
-            the disk was full.
+        UserError: on every rank, if on one `draw_chunk` raised `ValueError`, or its device's
+            memory or the disk was full.
     """
     # as rank 0 sees them: ranks may see a network folder at different times, and would remember
     # for a while that a file was not there
     missing = from_main(_missing_chunks(stores) if is_main() else [])
     taken, drawn, failed = Counter(), Counter(), Counter()
     lacking = sum(len(stores[0].chunk_indexes(c)) * len(places) for c, places in missing)
-    total = stores[0].num_samples * len(stores)
+    total, size = stores[0].num_samples * len(stores), stores[0].chunk_size
     began, model_seconds, problem = time.monotonic(), 0.0, None
 
     with (
@@ -134,15 +135,15 @@ def draw_missing_chunks(
         try:
             while not failed.add(0) and (turn := taken.add(1) - 1) < len(missing):
                 chunk, places = missing[turn]
-                start = chunk * stores[0].chunk_size
                 before = time.monotonic()
                 # the last chunk too is drawn at full size, and then cut: another batch shape can
                 # take other kernels, and with them other last bits
+                index = torch.arange(chunk * size, (chunk + 1) * size)
                 with enough_memory(
-                    f"{stores[0].chunk_size} samples at once",
+                    f"{size} samples at once",
                     "lower --batch-size, with another --out if samples are there",
                 ):
-                    labels, found = draw(torch.arange(start, start + stores[0].chunk_size), places)
+                    labels, found = draw_chunk(index, places)
                 arrays = [Draws(draws.images.cpu(), draws.again.cpu()) for draws in found]
                 model_seconds += time.monotonic() - before
                 if writing is not None:
@@ -162,8 +163,14 @@ def draw_missing_chunks(
     seconds = time.monotonic() - began  # with the wait for the slowest
     whole, of_model = torch.tensor(gather((seconds, model_seconds)), dtype=torch.float64).sum(dim=0)
     overhead = round(float(1 - of_model / whole), 4) if missing else None
-    chunks = [sum(place in places for _, places in missing) for place in range(len(stores))]
-    return [{"chunks_drawn": count, "sampling_overhead": overhead} for count in chunks]
+    return [
+        {
+            "chunks_drawn": sum(place in places for _, places in missing),
+            "sampling_overhead": overhead,
+            "seconds": {"sampling": round(seconds, 3)},
+        }
+        for place in range(len(stores))
+    ]
 
 
 def _missing_chunks(stores: Sequence[SampleStore]) -> list[tuple[int, list[int]]]:
@@ -203,6 +210,34 @@ def _in_words(error: ValueError | OSError, stores: Sequence[SampleStore]) -> str
         f"{sum(store.num_chunks for store in stores)} chunks are missing; make room, and run the "
         "same command again"
     )
+
+
+def sample_labels(
+    rule: str,
+    index: Tensor,
+    *,
+    num_classes: int,
+    seed: int,
+    class_counts: Sequence[int] | None = None,
+) -> Tensor:
+    """Class ids (B,) of the samples `index` (B,).
+
+    Args:
+        rule: "random": independent and uniform over the K classes, as ADM and most of the field
+            do; "balanced": i mod K, each class equally often, which gives a slightly lower FID;
+            "reference": independent, each class as likely as its share of `class_counts`; or class
+            ids, "3,7", which take turns.
+    """
+    if rule == "balanced":
+        return index % num_classes
+    if rule in ("random", "reference"):
+        uniform = rng.uniform((), seed=seed, purpose="sample label", index=index)
+        if rule == "random":
+            return (uniform * num_classes).long()
+        ends = torch.tensor(class_counts, dtype=torch.float64).cumsum(dim=0)
+        return torch.searchsorted(ends, uniform.double() * ends[-1], right=True)
+    given = torch.tensor([int(label) for label in rule.split(",")])
+    return given[index % len(given)]
 
 
 @contextmanager

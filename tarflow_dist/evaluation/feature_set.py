@@ -5,18 +5,70 @@ import json
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from tarflow_dist.distributed import sum_over_ranks
 from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation.image_sets import open_npz
-from tarflow_dist.evaluation.statistics import Gaussian
 from tarflow_dist.files import take_version, write_whole
 
 VERSION = 1  # of our own files
 LARGEST = 1e60  # that a feature or a moment may be: squares of it are still numbers
+
+
+class Gaussian(NamedTuple):
+    """The first two moments of an image set's features."""
+
+    mean: NDArray[np.float64]
+    """(F,)."""
+    covariance: NDArray[np.float64]
+    """(F, F)."""
+
+
+class Statistics:
+    """Σx, Σxxᵀ and the count of features, in float64.
+
+    Args:
+        dim: F, features an image.
+        device: where the sums are kept.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu"):
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.sum = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    def add(self, features: Tensor) -> None:
+        """Takes the features (B, F) of B images."""
+        features = features.to(self.sum)
+        self.count += len(features)
+        self.sum += features.sum(dim=0)
+        self.outer.addmm_(features.T, features)
+
+    def reduce(self) -> None:
+        """Adds up all ranks' sums, in place, so that every rank has the whole."""
+        for total in (self.count, self.sum, self.outer):
+            sum_over_ranks(total)
+
+    def gaussian(self) -> Gaussian:
+        """μ, and the unbiased estimate of Σ: (Σxxᵀ − n·μμᵀ)/(n − 1).
+
+        Raises:
+            UserError: fewer than two images.
+        """
+        if self.count < 2:
+            raise UserError(
+                f"a mean and a covariance need at least 2 images, and there are {int(self.count)}: "
+                "take more"
+            )
+        mean = self.sum / self.count
+        centred = self.outer - self.count * torch.outer(mean, mean)
+        return Gaussian(mean.cpu().numpy(), (centred / (self.count - 1)).cpu().numpy())
 
 
 @dataclass(frozen=True)
@@ -92,16 +144,17 @@ def _checked(file: Path, about: Any) -> dict[str, Any]:
     Raises:
         UserError: it isn't.
     """
-    kinds = {
-        "count": int,
-        "features": str,
-        "features_sha256": str,
-        "class_names": list,
-        "class_counts": list,
-        "image_shape": list,
-    }
-    if not isinstance(about, dict) or any(
-        not isinstance(about.get(name), kind | None) for name, kind in kinds.items()
+    kinds = {"count": int, "features": str, "features_sha256": str}
+    kinds_in_lists = {"class_names": str, "class_counts": int, "image_shape": int}
+    if (
+        not isinstance(about, dict)
+        or any(not isinstance(about.get(name), kind | None) for name, kind in kinds.items())
+        or any(not isinstance(about.get(name), list | None) for name in kinds_in_lists)
+        or any(
+            not isinstance(part, kind)
+            for name, kind in kinds_in_lists.items()
+            for part in about.get(name) or ()
+        )
     ):
         raise UserError(f"{file} says of itself what makes no sense: write it again")
     try:

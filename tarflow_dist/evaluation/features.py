@@ -30,7 +30,7 @@ class Features(NamedTuple):
 
 
 class FeatureExtractor(Protocol):
-    """uint8 images (B, C, H, W) → their features."""
+    """uint8 images (B, C, H, W), on the device where it was made → their features."""
 
     name: str
     """Says in a result what it was measured on."""
@@ -130,7 +130,6 @@ class InceptionFeatures:
             ) from error
         self.weights_sha256: str | None = hashlib.sha256(content).hexdigest()
         self._network = network.to(device)
-        self._device = device
         self._network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
 
     def _keep_spatial(self, layer: Any, inputs: Any, output: Tensor) -> None:
@@ -143,7 +142,7 @@ class InceptionFeatures:
             images = images.repeat(1, 3, 1, 1)
         # Convolutions run in TF32 by default, which keeps three digits.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            pooled, logits = self._network(images.to(self._device))
+            pooled, logits = self._network(images)
         return Features(pooled, self._spatial, logits)
 
 

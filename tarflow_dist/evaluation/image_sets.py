@@ -59,6 +59,9 @@ class ImageSet(ABC):
 class Samples(ImageSet):
     """Images that some model drew."""
 
+    about: dict[str, Any]
+    """What a result says of them, as JSON values; among it "seconds", that each stage took."""
+
     def labels(self) -> NDArray[np.int64]:
         """(N,), −1 for none."""
         return np.full(len(self), NO_LABEL)

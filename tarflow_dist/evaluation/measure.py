@@ -7,46 +7,43 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from tarflow_dist.distributed import Counter, from_main, is_main, to_main
+from tarflow_dist.distributed import Counter, barrier, from_main, is_main, to_main
 from tarflow_dist.errors import UserError
-from tarflow_dist.evaluation.feature_set import FeatureSet
+from tarflow_dist.evaluation.feature_set import FeatureSet, Statistics
 from tarflow_dist.evaluation.features import FeatureExtractor
-from tarflow_dist.evaluation.image_sets import ImageSet
+from tarflow_dist.evaluation.image_sets import ImageSet, Samples
 from tarflow_dist.evaluation.neighbours import Neighbours
 from tarflow_dist.evaluation.reference_set import Reference
-from tarflow_dist.evaluation.statistics import Statistics, inception_scores
-from tarflow_dist.evaluation.sweep import Point, stage
 from tarflow_dist.telemetry.progress import Progress
 
+SPLITS = 10
+"""Of the Inception Score."""
 
-def measure_points(
-    points: list[Point],
+
+def measure_samples(
+    samples: Samples,
     extractor: FeatureExtractor,
-    file: str,
+    file: Path,
+    label: str,
     *,
     batch_size: int,
     device: torch.device,
 ) -> None:
-    """Leaves each point's features in its folder as `file`, unless they are there. Collective."""
-    for point in points:
-        with stage(point.seconds, "sample_features"):
-            about: dict[str, Any] = {}
-            if is_main():
-                about = {"samples_sha256": point.samples.sha256(), **describe_extractor(extractor)}
-            if from_main(_is_measured(point.folder / file, about) if is_main() else False):
-                continue
-            measured = measure(
-                point.samples,
-                extractor,
-                label=f"features {point.name}".strip(),
-                batch_size=batch_size,
-                keep=len(point.samples),
-                device=device,
-            )
-            if measured is not None:
-                measured.about.update(about)
-                measured.save(point.folder / file)
+    """Leaves their features in `file`, unless they are there. Collective."""
+    about: dict[str, Any] = {}
+    if is_main():
+        about = {"samples_sha256": samples.sha256(), **describe_extractor(extractor)}
+    if from_main(is_main() and _is_measured(file, about)):
+        return
+    measured = measure(
+        samples, extractor, label, keep=len(samples), batch_size=batch_size, device=device
+    )
+    if measured is not None:
+        measured.about.update(about)
+        measured.save(file)
+    barrier()
 
 
 def _is_measured(file: Path, about: dict[str, Any]) -> bool:
@@ -64,20 +61,24 @@ def measure_reference(
     batch_size: int,
     device: torch.device,
     neighbours: Neighbours | None = None,
-) -> FeatureSet | None:
-    """Its features, on rank 0, and on the way the nearest `neighbours`. Collective."""
+) -> FeatureSet:
+    """Its features, on every rank, and on the way the nearest `neighbours`. Collective."""
     if reference.images is None:
+        assert reference.statistics is not None
         return reference.statistics
-    measured = measure(
-        reference.images,
-        extractor,
-        label="reference",
-        batch_size=batch_size,
-        keep=reference.keep,
-        device=device,
-        neighbours=neighbours,
+    measured = from_main(
+        measure(
+            reference.images,
+            extractor,
+            "reference",
+            keep=reference.keep,
+            batch_size=batch_size,
+            device=device,
+            neighbours=neighbours,
+        )
     )
-    if reference.statistics is None or measured is None:
+    assert measured is not None
+    if reference.statistics is None:
         return measured
     return replace(reference.statistics, features=measured.features)
 
@@ -86,10 +87,10 @@ def measure_reference(
 def measure(
     image_set: ImageSet,
     extractor: FeatureExtractor,
-    *,
     label: str,
-    batch_size: int,
+    *,
     keep: int,
+    batch_size: int,
     device: torch.device,
     neighbours: Neighbours | None = None,
 ) -> FeatureSet | None:
@@ -150,3 +151,16 @@ def measure(
 
 def describe_extractor(extractor: FeatureExtractor) -> dict[str, Any]:
     return {"features": extractor.name, "features_sha256": extractor.weights_sha256}
+
+
+def inception_scores(logits: Tensor) -> list[float]:
+    """exp(E KL(p(y|x) ‖ p(y))) of each of ten splits of N images in their order, or of fewer where
+    there are fewer images (arXiv 1606.03498), from the logits (N, K). The divergence is the entropy
+    of the mean less the mean entropy."""
+    N, scores = len(logits), []
+    for split in range(SPLITS):
+        p = logits[split * N // SPLITS : (split + 1) * N // SPLITS].double().softmax(dim=1)
+        if len(p):
+            entropy = torch.special.entr(p.mean(dim=0)).sum()
+            scores.append(float((entropy - torch.special.entr(p).sum(dim=1).mean()).exp()))
+    return scores

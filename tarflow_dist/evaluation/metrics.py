@@ -1,4 +1,5 @@
-"""What two image sets' features say of each other. A metric is one row of `METRICS`.
+"""The third stage of `sample_fid`: what two image sets' features say of each other. A metric is one
+row of `METRICS`.
 
 The ranks share what takes long, and the figures are those of one rank to the last bit: each part of
 it is done by one rank alone, and what is added up over ranks is 0 on all others.
@@ -14,11 +15,12 @@ from numpy.typing import NDArray
 
 from tarflow_dist import distributed
 from tarflow_dist.evaluation.feature_set import FeatureSet
-from tarflow_dist.evaluation.statistics import frechet_distance, symmetric_root
 from tarflow_dist.telemetry.progress import Progress
 
 Device = torch.device | str
+Array = NDArray[np.float64]
 
+ABOUT = ("features", "features_sha256", "samples_sha256")  # of the samples, said in a result
 NEIGHBOURHOOD = 3  # k of precision and recall
 KERNEL_SUBSETS, KERNEL_SUBSET_SIZE = 100, 1000
 JACKKNIFE_GROUPS = 10
@@ -58,7 +60,7 @@ class Metric:
 def compare(samples: FeatureSet, reference: FeatureSet, device: Device = "cpu") -> dict[str, Any]:
     """All of `METRICS` that the two sets, the same on all ranks, allow, as a result says them: by
     the keys in `FIGURES`, None where one was not measured; "not_measured" says why, "warnings" what
-    makes the figures less than they seem. Collective."""
+    makes the figures less than they seem; and what they are of. Collective."""
     figures: dict[str, float | None] = {}
     missing: dict[str, str] = {}
     for metric in METRICS:
@@ -72,6 +74,7 @@ def compare(samples: FeatureSet, reference: FeatureSet, device: Device = "cpu") 
         **figures,
         "not_measured": missing,
         "warnings": warnings(figures, samples, reference),
+        **{name: samples.about.get(name) for name in ABOUT},
     }
 
 
@@ -100,6 +103,30 @@ def warnings(
             "same number, or draw more"
         )
     return found
+
+
+def frechet_distance(mean1: Array, cov1: Array, mean2: Array, cov2: Array) -> float:
+    """|μ₁ − μ₂|² + tr Σ₁ + tr Σ₂ − 2·tr (√Σ₁·Σ₂·√Σ₁)^½: the squared 2-Wasserstein distance between
+    two Gaussians (Heusel et al., arXiv 1706.08500, equation 6).
+
+    The last trace is the sum of the singular values of √Σ₁·√Σ₂. Eigenvalues of the product, or a
+    general matrix root, would turn rounding errors ε into √ε in every empty direction of a
+    rank-deficient covariance (fewer images than features), or turn complex; so taken, equal sets
+    are at distance 0.
+
+    Args:
+        mean1, mean2: (F,).
+        cov1, cov2: (F, F), symmetric, positive semi-definite up to rounding.
+    """
+    overlap = np.linalg.svd(symmetric_root(cov1) @ symmetric_root(cov2), compute_uv=False).sum()
+    distance = np.square(mean1 - mean2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * overlap
+    return max(float(distance), 0.0)
+
+
+def symmetric_root(cov: Array) -> Array:
+    """√Σ of a covariance (F, F), eigenvalues below 0, which are rounding errors, taken as 0."""
+    values, vectors = np.linalg.eigh((cov + cov.T) / 2)
+    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
 
 
 def _frechet(samples: FeatureSet, reference: FeatureSet, device: Device) -> tuple[float]:

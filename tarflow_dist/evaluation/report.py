@@ -1,11 +1,16 @@
 """The last stage of `sample_fid`: what is written of the results. Grids of samples are rows of one
 class each, small images magnified; report.html is one file that needs nothing else; a sweep, over
-the guidance weight and the steps of denoising, has a table and curves besides."""
+the guidance weight and the steps of denoising, has a table and curves besides. `--wandb` logs
+figures and grids with the training run that the model came from."""
 
 import base64
 import csv
 import io
+import json
+import time
 from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -17,16 +22,20 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
+from tarflow_dist import config_file as configs
+from tarflow_dist.config import LogConfig
+from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation.export import WRITERS
 from tarflow_dist.evaluation.image_sets import NO_LABEL, Pixels, Samples
 from tarflow_dist.evaluation.metrics import FIGURES, METRICS
 from tarflow_dist.evaluation.neighbours import Neighbours, NeighboursOf
-from tarflow_dist.evaluation.result import best_of, denoising, figures, samples, write_result
+from tarflow_dist.evaluation.result import Result, best_of, denoising, figures, samples
 from tarflow_dist.evaluation.result import show as show_result
 from tarflow_dist.evaluation.sample_store import SampleStore
-from tarflow_dist.evaluation.sweep import Point, stage
 from tarflow_dist.files import write_whole
+from tarflow_dist.telemetry.dashboards import open_dashboards
 from tarflow_dist.telemetry.pictures import picture_grid, strip
+from tarflow_dist.training import checkpoint, latest_checkpoint
 
 ROWS, COLUMNS = 20, 10  # classes, and samples of each
 LARGEST = 128  # pixels of an image's side as shown
@@ -47,61 +56,75 @@ SHOWN_ELSEWHERE = {
 }
 
 
+@dataclass(frozen=True)
+class TrainingRun:
+    """Where the run that trained a model logs, and the images it has seen."""
+
+    folder: Path
+    log: LogConfig
+    wandb_id: str
+    images: int
+
+
 def report(
     out: Path,
-    points: list[Point],
-    results: list[dict[str, Any]],
+    drawn: Mapping[str, Samples],
+    results: dict[str, Result],
     *,
     formats: list[str],
     class_names: list[str] | None,
     neighbours: Neighbours | None,
-    seconds: dict[str, float],
+    training_run: TrainingRun | None,
 ) -> None:
-    """Writes each point's result and grid, its samples in further `formats`, and the report, and
-    prints the gist. The figures are there before what can fail.
+    """Writes each point's result and grid, its samples in further `formats`, and the report, prints
+    the gist, and logs to the training run if there is one. The figures are there before what can
+    fail.
 
     Args:
+        drawn: the samples of each point, by its name.
         neighbours: in the reference, of the points' samples, where they were looked for.
-        seconds: that the stages took which all points share.
     """
-    best = best_of(results)
-    _save(out, points, results)
-    with stage(seconds, "outputs"):
-        for point in points:
-            for form in formats:
-                assert isinstance(point.samples, SampleStore)
-                WRITERS[form](point.samples)
-            write_grid(point.samples, point.folder / "grid.png", class_names)
-        plot = None
-        if len(points) > 1:
-            plot = out / "sweep.png"
-            write_csv(results, out / "sweep.csv")
-            plot_sweep(results, plot)
-        write_report(
-            out / "report.html",
-            results,
-            best,
-            drawn=points[best].samples,
-            class_names=class_names,
-            neighbours=[] if neighbours is None else neighbours.of(best),
-            sweep_plot=plot,
-        )
-    for one in results:
-        one["seconds"] |= seconds
-    _save(out, points, results)
-    if len(points) > 1:
-        show_sweep(results, best)
+    began = time.perf_counter()
+    _save(out, results)
+    for name, images in drawn.items():
+        for form in formats:
+            assert isinstance(images, SampleStore)
+            WRITERS[form](images)
+        write_grid(images, out / name / "grid.png", class_names)
+    of_all, best = list(results.values()), best_of(results)
+    place = list(results).index(best)
+    plot = None
+    if len(results) > 1:
+        plot = out / "sweep.png"
+        write_csv(of_all, out / "sweep.csv")
+        plot_sweep(of_all, plot)
+    write_report(
+        out / "report.html",
+        of_all,
+        place,
+        drawn=drawn[best],
+        class_names=class_names,
+        neighbours=[] if neighbours is None else neighbours.of(place),
+        sweep_plot=plot,
+    )
+    for result in of_all:
+        result["seconds"]["outputs"] = round(time.perf_counter() - began, 3)
+    _save(out, results)
+    if len(results) > 1:
+        show_sweep(of_all, place)
     show_result(results[best], out)
+    if training_run is not None:
+        log_to_run(training_run, {out / name: result for name, result in results.items()})
 
 
-def _save(out: Path, points: list[Point], results: list[dict[str, Any]]) -> None:
+def _save(out: Path, results: dict[str, Result]) -> None:
     """Each point's result.json, and that of the sweep."""
-    for point, one in zip(points, results, strict=True):
-        write_result(one, point.folder / "result.json")
-    if len(points) > 1:
-        by_name = {point.name: one for point, one in zip(points, results, strict=True)}
-        whole = {"best": points[best_of(results)].name, "points": by_name}
-        write_result(whole, out / "result.json")
+    files: dict[Path, Any] = {out / name / "result.json": one for name, one in results.items()}
+    if len(results) > 1:
+        files[out / "result.json"] = {"best": best_of(results), "points": results}
+    for file, content in files.items():
+        with write_whole(file) as part:
+            part.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def class_rows(labels: NDArray[np.int64], rows: int, columns: int) -> list[Row]:
@@ -135,7 +158,7 @@ def write_grid(drawn: Samples, file: Path, names: list[str] | None = None) -> No
 
 def write_report(
     file: Path,
-    results: list[dict[str, Any]],
+    results: list[Result],
     best: int,
     *,
     drawn: Samples,
@@ -186,7 +209,7 @@ def data_url(picture: Image.Image) -> Markup:
     return Markup("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())
 
 
-def write_csv(results: list[dict[str, Any]], file: Path) -> None:
+def write_csv(results: list[Result], file: Path) -> None:
     """A row a point; empty where a figure was not measured."""
     with write_whole(file) as part, part.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, CSV_COLUMNS, extrasaction="ignore")
@@ -194,7 +217,7 @@ def write_csv(results: list[dict[str, Any]], file: Path) -> None:
         writer.writerows(results)
 
 
-def show_sweep(results: list[dict[str, Any]], best: int) -> None:
+def show_sweep(results: list[Result], best: int) -> None:
     """Prints the table, `results[best]` marked."""
     header = ["guidance", "denoising", *figures(results[0])]
     rows = [[f"{r['guidance']:g}", denoising(r), *figures(r).values()] for r in results]
@@ -204,7 +227,7 @@ def show_sweep(results: list[dict[str, Any]], best: int) -> None:
         print((cells + ("  best" if place == best else "")).rstrip())
 
 
-def plot_sweep(results: list[dict[str, Any]], file: Path) -> None:
+def plot_sweep(results: list[Result], file: Path) -> None:
     """Draws the figures that there are into a PNG, with error bars of one standard error: against
     the guidance weight, a curve for each way of denoising; or at one weight against the steps."""
     from matplotlib.figure import Figure
@@ -212,7 +235,7 @@ def plot_sweep(results: list[dict[str, Any]], file: Path) -> None:
     panels = [m for m in METRICS if m.name in PLOTTED and results[0][m.name] is not None]
     by_steps = len({r["guidance"] for r in results}) == 1
     by_steps = by_steps and len({r.get("denoise_steps") for r in results if r["denoise"]}) > 1
-    curves: dict[str, list[tuple[float, dict[str, Any]]]] = defaultdict(list)
+    curves: dict[str, list[tuple[float, Result]]] = defaultdict(list)
     for result in results:
         if by_steps:
             place = result["denoise_steps"] if result["denoise"] else 0
@@ -240,3 +263,34 @@ def plot_sweep(results: list[dict[str, Any]], file: Path) -> None:
         axes.legend()
     with write_whole(file) as part:
         figure.savefig(part, dpi=120, format="png")
+
+
+def find_training_run(folder: Path, provenance: dict[str, Any]) -> TrainingRun:
+    """The run that trained a model of this `provenance`, if it has a dashboard.
+
+    Raises:
+        UserError: it doesn't, or has no checkpoint yet.
+    """
+    log = configs.load_saved(folder)[0].log
+    if log.wandb == "disabled" and not log.tensorboard:
+        raise UserError(f"--wandb {folder}: this run was trained with log.wandb=disabled")
+    newest = latest_checkpoint.newest(folder / latest_checkpoint.FOLDER)
+    if newest is None:
+        raise UserError(f"--wandb {folder}: this run has no checkpoint yet")
+    state = checkpoint.Checkpoint(newest).state
+    return TrainingRun(folder, log, state.wandb_id, provenance.get("images", state.images))
+
+
+def log_to_run(run: TrainingRun, results: dict[Path, Result]) -> None:
+    """Logs the figures and the grid of each result, by its folder, under evaluation/, against the
+    images that the run has seen."""
+    boards = open_dashboards(
+        run.folder, run.log, None, wandb_id=run.wandb_id, images=None, part="evaluation"
+    )
+    for board in boards:
+        for folder, result in results.items():
+            prefix = "evaluation" if len(results) == 1 else f"evaluation/{folder.name}"
+            figures = {f"{prefix}/{n}": result[n] for n in FIGURES if result[n] is not None}
+            board.log({"images": run.images, **figures})
+            board.show(run.images, f"{prefix}/samples", folder / "grid.png")
+        board.close()

@@ -1,74 +1,59 @@
-"""The third stage of `sample_fid`, and what it gives: result.json, the figures and all that they
-depend on; and how people read it."""
+"""What `sample_fid` finds: a result, the figures and all that they depend on, and how people read
+it."""
 
-import json
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tarflow_dist import distributed
-from tarflow_dist.evaluation import metrics
-from tarflow_dist.evaluation.feature_set import FeatureSet
+from tarflow_dist.evaluation.image_sets import Samples
 from tarflow_dist.evaluation.metrics import METRICS
 from tarflow_dist.evaluation.reference_set import Reference
-from tarflow_dist.evaluation.sweep import Point, stage
-from tarflow_dist.files import write_whole
 from tarflow_dist.telemetry.environment import describe_environment
 
-ABOUT = ("features", "features_sha256", "samples_sha256")  # of a feature set, said in a result
 UNEVEN = 2  # how many times the images of the smallest class the largest may have, unsaid
 
-
-def compare_points(
-    points: list[Point], file: str, reference: FeatureSet | None, device: torch.device
-) -> list[dict[str, Any]]:
-    """What the features of each point, which its folder has as `file`, say of the `reference`'s,
-    rank 0's. Collective."""
-    real = distributed.from_main(reference)
-    assert real is not None
-    found = []
-    for point in points:
-        dim = len(real.pooled.mean)
-        with stage(point.seconds, "metrics", f"comparing {dim} features {point.name}".rstrip()):
-            samples = FeatureSet.load(point.folder / file)  # one point's at a time
-            about = {name: samples.about[name] for name in ABOUT}
-            found.append({**metrics.compare(samples, real, device), **about})
-    return found
+Result = dict[str, Any]
+"""As result.json has it."""
 
 
 def results_of(
-    points: list[Point],
-    found: list[list[dict[str, Any]]],
+    drawn: Mapping[str, Samples],
+    compared: dict[str, list[dict[str, Any]]],
     reference: Reference,
     facts: dict[str, Any],
+    seconds: dict[str, float],
     device: torch.device,
-) -> list[dict[str, Any]]:
-    """The result of each point. Collective.
+) -> dict[str, Result]:
+    """The result of each point, by its name. Collective.
 
     Args:
-        found: by `compare_points`, on each kind of features; those after the first stand under
+        compared: by `compare`, on each kind of features; those after the first stand under
             "more_features".
         facts: further ones, of all points.
+        seconds: that the stages took which all points share.
     """
     common = {**facts, **reference.about, **describe_machine(device)}
     environment = describe_environment()
-    results = []
-    for point, first, *more in zip(points, *found, strict=True):
-        first["warnings"] += another_mix(point.facts.get("labels"), reference.class_counts)
-        result = {**first, **common, **point.facts, "seconds": point.seconds}
+    results = {}
+    for name, samples in drawn.items():
+        first, *more = compared[name]
+        first["warnings"] += another_mix(samples.about.get("labels"), reference.class_counts)
+        result = {**first, **common, **samples.about}
+        result["seconds"] = samples.about["seconds"] | seconds
         if more:
             result["more_features"] = more
-        results.append({**result, "environment": environment})
+        results[name] = {**result, "environment": environment}
     return results
 
 
-def best_of(results: list[dict[str, Any]]) -> int:
-    """The place of the one with the least distance."""
-    return min(range(len(results)), key=lambda place: results[place]["frechet_distance"])
+def best_of(results: dict[str, Result]) -> str:
+    """The point with the least distance."""
+    return min(results, key=lambda name: results[name]["frechet_distance"])
 
 
 def another_mix(labels: str | None, class_counts: Sequence[int] | None) -> list[str]:
@@ -98,12 +83,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def write_result(result: dict[str, Any], file: Path) -> None:
-    with write_whole(file) as part:
-        part.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def figures(result: dict[str, Any]) -> dict[str, str]:
+def figures(result: Result) -> dict[str, str]:
     """The figures of a result as people read them, with their spreads, by title."""
     shown = {}
     for metric in METRICS:
@@ -115,7 +95,7 @@ def figures(result: dict[str, Any]) -> dict[str, str]:
     return shown
 
 
-def guidance(result: dict[str, Any]) -> str:
+def guidance(result: Result) -> str:
     """How a result's samples were guided, for people."""
     if result["guidance"] == 0:
         return "none"
@@ -128,7 +108,7 @@ def guidance(result: dict[str, Any]) -> str:
     )
 
 
-def denoising(result: dict[str, Any]) -> str:
+def denoising(result: Result) -> str:
     """How a result's samples were denoised, for people."""
     if not result["denoise"]:
         return "not denoised"
@@ -140,7 +120,7 @@ def denoising(result: dict[str, Any]) -> str:
     return f"denoised in {result['denoise_steps']} steps{order}{clipped}{stochastic}"
 
 
-def samples(result: dict[str, Any]) -> str:
+def samples(result: Result) -> str:
     """What was measured, for people."""
     count = f"{result['num_samples']:,}"
     if "guidance" not in result:
@@ -149,7 +129,7 @@ def samples(result: dict[str, Any]) -> str:
     return f"{count} samples at guidance {result['guidance']:g}{annealed}, {denoising(result)}"
 
 
-def described(result: dict[str, Any]) -> dict[str, str]:
+def described(result: Result) -> dict[str, str]:
     """The figures by their titles, and what was measured, for people."""
     count = result["reference_images"]
     digest = f"sha256 {result['samples_sha256'][:16]}…"
@@ -174,7 +154,7 @@ def described(result: dict[str, Any]) -> dict[str, str]:
     return rows
 
 
-def show(result: dict[str, Any], folder: Path) -> None:
+def show(result: Result, folder: Path) -> None:
     """Prints the gist."""
     seconds = ", ".join(f"{stage} {s:.1f}" for stage, s in result["seconds"].items())
     rows = described(result) | {"seconds": seconds, "written to": str(folder)}

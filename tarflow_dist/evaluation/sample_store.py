@@ -39,7 +39,8 @@ class Facts(NamedTuple):
 class SampleStore(Samples):
     """`num_samples` images, indexes 0, 1, 2, …, cut into chunks of `chunk_size`, one parquet each:
     columns index (int64), label (int64, −1 for none) and png (bytes); its metadata hold the SHA-256
-    of labels and pixels, the device that drew them, and how many of them were drawn again.
+    of labels and pixels, the device that drew them, and how many of them were lost at first and
+    drawn again (`models/redraw.py`).
 
     settings.json beside them holds everything the samples depend on, so that chunks made in several
     sittings always belong together. All files become visible whole or not at all.
@@ -230,14 +231,17 @@ def open_samples(path: Path) -> Samples:
     Raises:
         UserError: there is no such thing.
     """
+    samples: Samples
     if path.is_file():
-        return NpzImages(path)
-    if not (path / SETTINGS_FILE).exists():
-        return FolderImages(path)
-    store = SampleStore(path, _read_settings(path))
-    if missing := store.missing_chunks():
-        raise UserError(f"{path} lacks {len(missing)} of its chunks: draw them first")
-    return store
+        samples = NpzImages(path)
+    elif not (path / SETTINGS_FILE).exists():
+        samples = FolderImages(path)
+    else:
+        samples = SampleStore(path, _read_settings(path))
+        if missing := samples.missing_chunks():
+            raise UserError(f"{path} lacks {len(missing)} of its chunks: draw them first")
+    samples.about = {"samples": str(path), "num_samples": len(samples), "seconds": {}}
+    return samples
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

@@ -1,21 +1,18 @@
-"""One point of a sweep, or the only one, on its way through the stages of `sample_fid`: all that
-its samples depend on, and then the samples with what is known of them."""
+"""What the samples of each point of a sweep, or of the only one, depend on."""
 
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+import argparse
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from tarflow_dist import distributed, rng
-from tarflow_dist.evaluation.image_sets import Samples
+from tarflow_dist.errors import UserError
 from tarflow_dist.flow.denoise import Denoising
 from tarflow_dist.flow.guidance import Guidance
+from tarflow_dist.models.sampling_policy import dtype_name
+from tarflow_dist.models.tarflow import TarFlow
+from tarflow_dist.options import class_numbers, denoising_of, guidance_of
 
 UINT8_RULES = {  # flow/noise.py, to_pixels
     "gaussian": "round((x + 1) * 127.5), clipped",
@@ -62,57 +59,75 @@ class SampleSettings:
         return saved
 
 
-def sample_labels(
-    rule: str,
-    index: Tensor,
-    *,
-    num_classes: int,
-    seed: int,
-    class_counts: Sequence[int] | None = None,
-) -> Tensor:
-    """Class ids (B,) of the samples `index` (B,).
+def sweep_settings(
+    args: argparse.Namespace,
+    flow: TarFlow,
+    weights_sha256: str,
+    class_counts: tuple[int, ...] | None = None,
+) -> dict[str, SampleSettings]:
+    """The settings of each point of the sweep over --guidance, --denoise and --denoise-steps, by
+    the name of the point: "" for a single one.
 
-    Args:
-        rule: "random": independent and uniform over the K classes, as ADM and most of the field
-            do; "balanced": i mod K, each class equally often, which gives a slightly lower FID;
-            "reference": independent, each class as likely as its share of `class_counts`; or class
-            ids, "3,7", which take turns.
+    Raises:
+        UserError: guidance, denoising or labels that this model can't have.
     """
-    if rule == "balanced":
-        return index % num_classes
-    if rule in ("random", "reference"):
-        uniform = rng.uniform((), seed=seed, purpose="sample label", index=index)
-        if rule == "random":
-            return (uniform * num_classes).long()
-        ends = torch.tensor(class_counts, dtype=torch.float64).cumsum(dim=0)
-        return torch.searchsorted(ends, uniform.double() * ends[-1], right=True)
-    given = torch.tensor([int(label) for label in rule.split(",")])
-    return given[index % len(given)]
+    config = json.dumps(flow.config.to_json()).encode()
+    labels = label_rule(args, flow)
+    if labels == "reference" and class_counts is None:
+        raise UserError(
+            f"--labels reference: {args.reference} doesn't say how many images each class has: "
+            "give the data set, or a file that tarflow_dist.reference wrote"
+        )
+    points = {}
+    for weight, (way, denoising) in product(args.guidance, denoising_ways(args, flow).items()):
+        # the options are for a sweep's guided points
+        unguided = weight == 0 and len(args.guidance) > 1
+        guidance = Guidance() if unguided else guidance_of(flow, weight, args)
+        points[f"guidance-{weight:g}-{way}"] = SampleSettings(
+            weights_sha256=weights_sha256,
+            config_sha256=hashlib.sha256(config).hexdigest(),
+            dtype=dtype_name(next(flow.parameters()).dtype),
+            num_samples=args.num_samples,
+            chunk_size=args.batch_size,
+            seed=args.seed,
+            labels=labels,
+            class_counts=class_counts if labels == "reference" else None,
+            uint8_rule=UINT8_RULES[flow.noise],
+            sampler=flow.sampler(args.batch_size, guidance),
+            guidance=guidance,
+            denoising=denoising,
+        )
+    return points if len(points) > 1 else {"": next(iter(points.values()))}
 
 
-@dataclass(frozen=True)
-class Point:
-    """Samples to be measured.
+def denoising_ways(args: argparse.Namespace, flow: TarFlow) -> dict[str, Denoising | None]:
+    """Each way of denoising in the sweep, by its part of the points' names."""
+    wanted = args.denoise or [flow.noise == "gaussian"]
+    if flow.noise == "uniform" and any(wanted):
+        raise UserError(
+            f"{args.model} was trained with uniform noise, which leaves nothing to denoise: leave "
+            "--denoise out"
+        )
+    steps = args.denoise_steps or [None]
+    asked = [denoising_of(flow, count, args, wanted=any(wanted)) for count in steps]
+    if flow.sigma_range is not None:
+        asked = [replace(way, steps=way.steps or flow.config.denoising_steps) for way in asked]
+    denoised: dict[str, Denoising | None] = {f"denoise-1-steps-{w.steps}": w for w in asked}
+    if len(asked) == 1:
+        denoised = {"denoise-1": asked[0]}
+    ways: dict[str, Denoising | None] = {}
+    for denoise in wanted:
+        ways |= denoised if denoise else {"denoise-0": None}
+    return ways
 
-    Attributes:
-        folder: of its files.
-        facts: what a result says of its samples, as JSON values.
-        seconds: that each stage took.
-    """
 
-    name: str
-    folder: Path
-    samples: Samples
-    facts: dict[str, Any]
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-@contextmanager
-def stage(seconds: dict[str, float], name: str, announce: str = "") -> Iterator[None]:
-    """The body is the stage `name`, or a further part of it, and its time goes into `seconds`. One
-    that shows no progress itself is announced."""
-    if announce and distributed.is_main():
-        print(announce, file=sys.stderr, flush=True)
-    began = time.perf_counter()
-    yield
-    seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - began, 3)
+def label_rule(args: argparse.Namespace, flow: TarFlow) -> str | None:
+    """The rule of `sample_labels`, or None for an unconditional model."""
+    if not flow.num_classes and args.labels is not None:
+        raise UserError(f"{args.model} is unconditional and takes no labels: leave --labels out")
+    if not flow.num_classes:
+        return None
+    rule = "random" if args.labels is None else args.labels
+    if rule in ("random", "balanced", "reference"):
+        return rule
+    return ",".join(map(str, class_numbers(rule, flow, least=0)))

@@ -13,11 +13,12 @@ from tarflow_dist import distributed
 from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation.draw import (
     draw_missing_chunks,
-    make_draw,
+    make_draw_chunk,
     one_thread,
+    sample_labels,
 )
 from tarflow_dist.evaluation.sample_store import SampleStore
-from tarflow_dist.evaluation.sweep import SampleSettings, sample_labels
+from tarflow_dist.evaluation.sweep import SampleSettings
 from tarflow_dist.flow.denoise import Denoising
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.models.redraw import Draws
@@ -159,7 +160,7 @@ def flow_settings(denoise: bool) -> SampleSettings:
 
 
 def test_a_flow_draws_the_same_image_in_any_batch() -> None:
-    draw = make_draw(a_flow(), [flow_settings(True)])
+    draw = make_draw_chunk(a_flow(), [flow_settings(True)])
     labels, (drawn,) = draw(torch.arange(4), [0])
     labels_again, (again,) = draw(torch.arange(2, 6), [0])
     assert drawn.images.shape == (4, 4, 4, 1)
@@ -169,7 +170,7 @@ def test_a_flow_draws_the_same_image_in_any_batch() -> None:
 
 def test_with_and_without_the_score_step_from_one_decoding() -> None:
     flow = a_flow()
-    draw = make_draw(flow, [flow_settings(denoise) for denoise in (False, True)])
+    draw = make_draw_chunk(flow, [flow_settings(denoise) for denoise in (False, True)])
     apart = [draw(torch.arange(4), [place])[1][0].images for place in (0, 1)]
     decode, calls = flow.decode, []
 
@@ -210,7 +211,7 @@ def draw_unstably(folder: Path) -> None:
     flow.decode = unstable  # type: ignore[method-assign]
     settings = [flow_settings(denoise) for denoise in (False, True)]
     stores = [SampleStore(folder / str(i), s.to_json()) for i, s in enumerate(settings)]
-    draw_missing_chunks(stores, make_draw(flow, settings))
+    draw_missing_chunks(stores, make_draw_chunk(flow, settings))
     distributed.shutdown()
 
 

@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from tarflow_dist.errors import UserError
-from tarflow_dist.evaluation.feature_set import FeatureSet
+from tarflow_dist.evaluation.feature_set import FeatureSet, Gaussian
 from tarflow_dist.evaluation.features import Features, PixelFeatures
 from tarflow_dist.evaluation.image_sets import NpzImages
 from tarflow_dist.evaluation.measure import measure_reference
 from tarflow_dist.evaluation.reference_set import Reference, open_reference
-from tarflow_dist.evaluation.statistics import Gaussian
 from tarflow_dist.files import sha256
 
 SHAPE = (3, 2, 2)
@@ -188,6 +187,8 @@ def test_damaged_files(tmp_path: Path) -> None:
         ({"about": np.array('{"version": 2}')}, "is of version 2, and this tarflow_dist knows"),
         ({"about": np.array('{"count": "many"}')}, "what makes no sense"),
         ({"about": np.array('{"image_shape": 7}')}, "what makes no sense"),
+        ({"about": np.array('{"class_names": ["a", 7]}')}, "what makes no sense"),
+        ({"about": np.array('{"class_counts": ["7", "8"]}')}, "what makes no sense"),
         ({"about": np.array("[" * 100_000)}, "is damaged"),
         ({"arr_0": np.zeros((0, 2, 2, 3), np.uint8)}, "holds 0 images, and a comparison needs two"),
     ],

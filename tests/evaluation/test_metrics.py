@@ -11,9 +11,16 @@ from torch_fidelity import metric_fid, metric_isc, metric_prc
 
 from tarflow_dist import distributed
 from tarflow_dist.evaluation import metrics
-from tarflow_dist.evaluation.feature_set import FeatureSet
-from tarflow_dist.evaluation.metrics import FIGURES, Unmeasurable, compare, jackknife, share_within
-from tarflow_dist.evaluation.statistics import Gaussian, frechet_distance, inception_scores
+from tarflow_dist.evaluation.feature_set import FeatureSet, Gaussian
+from tarflow_dist.evaluation.measure import inception_scores
+from tarflow_dist.evaluation.metrics import (
+    FIGURES,
+    Unmeasurable,
+    compare,
+    frechet_distance,
+    jackknife,
+    share_within,
+)
 
 DIM = 2048
 

@@ -17,17 +17,17 @@ from tarflow_dist import sample_fid
 from tarflow_dist.data.shards import open_shards
 from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation import features, report, result
-from tarflow_dist.evaluation.feature_set import FeatureSet
+from tarflow_dist.evaluation.draw import sample_labels
+from tarflow_dist.evaluation.feature_set import FeatureSet, Gaussian
 from tarflow_dist.evaluation.features import Features, PixelFeatures
 from tarflow_dist.evaluation.image_sets import check_image_shape
 from tarflow_dist.evaluation.metrics import FIGURES
 from tarflow_dist.evaluation.reference_set import open_reference
 from tarflow_dist.evaluation.sample_store import open_samples
-from tarflow_dist.evaluation.statistics import Gaussian
-from tarflow_dist.evaluation.sweep import sample_labels
+from tarflow_dist.evaluation.sweep import sweep_settings
 from tarflow_dist.files import lock_folder, sha256
 from tarflow_dist.models.tarflow import TarFlow
-from tarflow_dist.sample_fid import check_arguments, main, parse_arguments, sweep_settings
+from tarflow_dist.sample_fid import check_arguments, main, parse_arguments
 
 COMMAND = "tarflow_dist.sample_fid"
 

@@ -10,7 +10,8 @@ import torch
 
 from tarflow_dist import distributed
 from tarflow_dist.errors import UserError
-from tarflow_dist.evaluation.statistics import Statistics, frechet_distance
+from tarflow_dist.evaluation.feature_set import Statistics
+from tarflow_dist.evaluation.metrics import frechet_distance
 
 
 def features(count: int, dim: int, seed: int = 0) -> np.ndarray:

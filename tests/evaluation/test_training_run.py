@@ -11,7 +11,7 @@ from tarflow_dist import config_file as configs
 from tarflow_dist.config import LogConfig
 from tarflow_dist.errors import UserError
 from tarflow_dist.evaluation.metrics import FIGURES
-from tarflow_dist.evaluation.training_run import TrainingRun, find_training_run, log_to_run
+from tarflow_dist.evaluation.report import TrainingRun, find_training_run, log_to_run
 
 
 def test_figures_and_pictures_stand_with_the_training_run(tmp_path: Path) -> None:
