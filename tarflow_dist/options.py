@@ -1,9 +1,9 @@
 """What several commands take on their command line, and make of it."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from tarflow_dist.errors import UserError
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from tarflow_dist.flow.guidance import Guidance
     from tarflow_dist.flow.model import Flow
     from tarflow_dist.models.tarflow import TarFlow
+
+T = TypeVar("T")
 
 MODEL_HELP = "folder of model.safetensors and config.json, or USER/MODEL[@REVISION] at a hub"
 
@@ -31,6 +33,26 @@ def whole_numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas") from None
+
+
+def one_of(names: Sequence[str]) -> Callable[[str], str]:
+    """For `several`: a part that is one of `names`."""
+    return lambda part: names[names.index(part)]
+
+
+def several(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
+    """The parts of "a,b,c", no two of them equal."""
+
+    def parts(text: str) -> list[T]:
+        try:
+            found = [parse(part) for part in text.split(",")]
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"can't read {text!r}") from None
+        if len(set(found)) < len(found):
+            raise argparse.ArgumentTypeError(f"{text!r} names one twice")
+        return found
+
+    return parts
 
 
 def class_numbers(labels: str, flow: "TarFlow", least: int = -1) -> list[int]:

@@ -6,21 +6,24 @@
 
 The samples are the same on any number of ranks. To take up an interrupted run, run the same command
 again: only the chunks that are missing are drawn. Several weights, --guidance 0,1,1.5, make a sweep
-with a folder each, a table and curves; so do an iTARFlow's --denoise-steps 5,10,30.
-
-Images that another program drew are measured by --samples instead of --model.
+with a folder each, a table and curves; so do an iTARFlow's --denoise-steps 5,10,30. Images that
+another program drew are measured by --samples instead of --model.
 """
 
 import argparse
+import hashlib
+import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from tarflow_dist.errors import UserError, run_command
 from tarflow_dist.evaluation.features import EXTRACTORS, check_features
@@ -30,14 +33,20 @@ from tarflow_dist.options import (
     add_denoising_options,
     add_dtype_option,
     add_guidance_options,
+    class_numbers,
     command_parser,
+    denoising_of,
+    guidance_of,
     load_model,
+    one_of,
+    several,
 )
 
 if TYPE_CHECKING:
     from tarflow_dist.evaluation.image_sets import Samples
-
-T = TypeVar("T")
+    from tarflow_dist.evaluation.sweep import SampleSettings
+    from tarflow_dist.flow.denoise import Denoising
+    from tarflow_dist.models.tarflow import TarFlow
 
 FORMATS = ("npz", "folder", "tar")
 # files that say whose folder it is
@@ -130,26 +139,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def one_of(names: Sequence[str]) -> Callable[[str], str]:
-    """For `several`: a part that is one of `names`."""
-    return lambda part: names[names.index(part)]
-
-
-def several(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
-    """The parts of "a,b,c", no two of them equal."""
-
-    def parts(text: str) -> list[T]:
-        try:
-            found = [parse(part) for part in text.split(",")]
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"can't read {text!r}") from None
-        if len(set(found)) < len(found):
-            raise argparse.ArgumentTypeError(f"{text!r} names one twice")
-        return found
-
-    return parts
-
-
 def check_arguments(args: argparse.Namespace) -> None:
     """What can be told without loading anything.
 
@@ -174,6 +163,79 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_features(args.features, args.inception_weights)
 
 
+def sweep_settings(
+    args: argparse.Namespace,
+    flow: "TarFlow",
+    weights_sha256: str,
+    class_counts: tuple[int, ...] | None = None,
+) -> "dict[str, SampleSettings]":
+    """The settings of each point of the sweep over --guidance, --denoise and --denoise-steps.
+
+    Raises:
+        UserError: guidance, denoising or labels that this model can't have.
+    """
+    from tarflow_dist.evaluation.sweep import UINT8_RULES, SampleSettings, named
+    from tarflow_dist.flow.guidance import Guidance
+    from tarflow_dist.models.sampling_policy import dtype_name
+
+    config = json.dumps(flow.config.to_json()).encode()
+    labels = label_rule(args, flow)
+    if labels == "reference" and class_counts is None:
+        raise UserError(
+            f"--labels reference: {args.reference} doesn't say how many images each class has: "
+            "give the data set, or a file that tarflow_dist.reference wrote"
+        )
+    settings = []
+    for weight, denoising in product(args.guidance, denoising_ways(args, flow)):
+        # the options are for a sweep's guided points
+        unguided = weight == 0 and len(args.guidance) > 1
+        guidance = Guidance() if unguided else guidance_of(flow, weight, args)
+        settings.append(
+            SampleSettings(
+                weights_sha256=weights_sha256,
+                config_sha256=hashlib.sha256(config).hexdigest(),
+                dtype=dtype_name(next(flow.parameters()).dtype),
+                num_samples=args.num_samples,
+                chunk_size=args.batch_size,
+                seed=args.seed,
+                labels=labels,
+                class_counts=class_counts if labels == "reference" else None,
+                uint8_rule=UINT8_RULES[flow.noise],
+                sampler=flow.sampler(args.batch_size, guidance),
+                guidance=guidance,
+                denoising=denoising,
+            )
+        )
+    return named(settings)
+
+
+def denoising_ways(args: argparse.Namespace, flow: "TarFlow") -> "list[Denoising | None]":
+    """Each way of denoising in the sweep."""
+    wanted = args.denoise or [flow.noise == "gaussian"]
+    if flow.noise == "uniform" and any(wanted):
+        raise UserError(
+            f"{args.model} was trained with uniform noise, which leaves nothing to denoise: leave "
+            "--denoise out"
+        )
+    steps = args.denoise_steps or [None]
+    asked = [denoising_of(flow, count, args, wanted=any(wanted)) for count in steps]
+    if flow.sigma_range is not None:
+        asked = [replace(way, steps=way.steps or flow.config.denoising_steps) for way in asked]
+    return [way for denoise in wanted for way in (asked if denoise else [None])]
+
+
+def label_rule(args: argparse.Namespace, flow: "TarFlow") -> str | None:
+    """The rule of `sample_labels`, or None for an unconditional model."""
+    if not flow.num_classes and args.labels is not None:
+        raise UserError(f"{args.model} is unconditional and takes no labels: leave --labels out")
+    if not flow.num_classes:
+        return None
+    rule = "random" if args.labels is None else args.labels
+    if rule in ("random", "balanced", "reference"):
+        return rule
+    return ",".join(map(str, class_numbers(rule, flow, least=0)))
+
+
 @contextmanager
 def stage(seconds: dict[str, float], name: str) -> Iterator[None]:
     """The body is the stage `name`, or a further part of it, and its time goes into `seconds`."""
@@ -196,7 +258,6 @@ def run(args: argparse.Namespace) -> None:
     from tarflow_dist.evaluation.report import find_training_run, report
     from tarflow_dist.evaluation.result import results_of
     from tarflow_dist.evaluation.sample_store import open_samples
-    from tarflow_dist.evaluation.sweep import sweep_settings
     from tarflow_dist.files import sha256
 
     # rank 0 reports alone, which can take minutes, and the others wait
@@ -235,8 +296,7 @@ def run(args: argparse.Namespace) -> None:
             drawn = draw(flow, settings, args.out, device)
         neighbours = None
         if isinstance(reference.images, ShardImages):  # where any image is found at once
-            sets = list(drawn.values())
-            neighbours = Neighbours(sets, reference.images, extractors[0], device)
+            neighbours = Neighbours([*drawn.values()], reference.images, extractors[0], device)
         sizes: dict[str, Any] = {"batch_size": args.batch_size, "device": device}
         compared: dict[str, list[dict[str, Any]]] = {name: [] for name in drawn}
         for place, extractor in enumerate(extractors):

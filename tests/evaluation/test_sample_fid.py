@@ -24,10 +24,9 @@ from tarflow_dist.evaluation.image_sets import check_image_shape
 from tarflow_dist.evaluation.metrics import FIGURES
 from tarflow_dist.evaluation.reference_set import open_reference
 from tarflow_dist.evaluation.sample_store import open_samples
-from tarflow_dist.evaluation.sweep import sweep_settings
 from tarflow_dist.files import lock_folder, sha256
 from tarflow_dist.models.tarflow import TarFlow
-from tarflow_dist.sample_fid import check_arguments, main, parse_arguments
+from tarflow_dist.sample_fid import check_arguments, main, parse_arguments, sweep_settings
 
 COMMAND = "tarflow_dist.sample_fid"
 
