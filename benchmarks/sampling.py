@@ -84,13 +84,14 @@ def compare(flow: TarFlow, batch: int, args: argparse.Namespace) -> None:
     nothing = torch.zeros(2 * batch, *flow.image_shape, device=flow.device)
     level = None if flow.sigma_range is None else flow.sigma_range[1]
     levels = None if level is None else torch.full((2 * batch,), level, device=flow.device)
-    runs["two forward passes"] = lambda: timed(lambda: flow(nothing, sigma=levels), flow.device)
+    once = partial(timed, device=flow.device, repeats=1)
+    runs["two forward passes"] = lambda: once(lambda: flow(nothing, sigma=levels))
     if level is not None:
         x, sigma = nothing[:batch], level
-        runs["score step"] = lambda: timed(lambda: flow.denoise(x, y, sigma), flow.device)
+        runs["score step"] = lambda: once(lambda: flow.denoise(x, y, sigma))
         if args.published:
             step = partial(published_score_step, published, x, y, sigma)
-            runs["score step, published"] = lambda: timed(step, flow.device)
+            runs["score step, published"] = lambda: once(step)
     times = alternate(runs, rounds=args.rounds)
 
     print(f"\nbatch {batch}, guidance {args.guidance}, {args.device}, N = {flow.num_patches}")
@@ -116,7 +117,7 @@ def clock(
     def draw() -> None:
         images[name] = way()
 
-    return timed(draw, device)
+    return timed(draw, device, repeats=1)
 
 
 def published_score_step(peer: Any, x: Tensor, y: Tensor, sigma: float) -> Tensor:

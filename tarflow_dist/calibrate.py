@@ -12,12 +12,12 @@ difference may be 1 more. For float32 that is 99.9 % equal, and none off by more
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+import timeit
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING
 
 from tarflow_dist.errors import UserError, enough_memory, run_command
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from tarflow_dist.models.sampling_policy import Calibration
     from tarflow_dist.models.tarflow import TarFlow
 
-REPEATS = 3
+REPEATS = 4
 TOLERANCES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
 WINDOWS = (4, 8, 16, 32, 64, 128, 256)
 WORTHWHILE = 0.9
@@ -131,12 +131,11 @@ class Calibrator:
         from tarflow_dist.models.sampling_policy import Calibration, dtype_name, machine_name
 
         solvers, closeness = self.faithful(self._fastest(batch))
-        ways = [solvers] if solvers == self._sequential else [solvers, self._sequential]
-        seconds, *sequential = race(
-            [partial(self._decode, self._flow, batch, way) for way in ways], self._flow.device
-        )
-        sequential_seconds = sequential[0] if sequential else seconds
-        if sequential and not seconds < WORTHWHILE * sequential_seconds:
+        decode = partial(self._decode, self._flow, batch)
+        seconds = sequential_seconds = timed(partial(decode, self._sequential), self._flow.device)
+        if solvers != self._sequential:
+            seconds = timed(partial(decode, solvers), self._flow.device)
+        if not seconds < WORTHWHILE * sequential_seconds:
             solvers, closeness, seconds = self._sequential, self.closeness, sequential_seconds
         share_equal, largest = closeness
         return Calibration(
@@ -192,12 +191,11 @@ class Calibrator:
                 invert = partial(invert_block, block, latent, y, guided, graphed=flow.graphed)
                 best, least = SEQUENTIAL, float("inf")
                 for solver in windows:  # until one is slower than that before
-                    (seconds,) = race([partial(invert, solver)], flow.device, repeats=1)
+                    seconds = timed(partial(invert, solver), flow.device)
                     if seconds > least:
                         break
                     best, least = solver, seconds
-                ways = [partial(invert, solver) for solver in (best, SEQUENTIAL)]
-                least, sequential = race(ways, flow.device)
+                sequential = timed(partial(invert, SEQUENTIAL), flow.device)
                 solvers.append(best if least < WORTHWHILE * sequential else SEQUENTIAL)
                 progress.update(1)
         return solvers
@@ -222,31 +220,17 @@ def inputs(flow: "TarFlow", batch: int, *, seed: int) -> tuple["Tensor", "Tensor
     return flow.noise_of(index, seed=seed), y
 
 
-def race(
-    ways: Sequence[Callable[[], object]], device: "torch.device", repeats: int = REPEATS
-) -> list[float]:
-    """Median seconds of each. On a CPU they take turns, so that all meet the same machine; a GPU,
-    which is theirs alone, would record each anew."""
-    if device.type == "cuda":
-        first_and_later = ([timed(way, device) for _ in range(1 + repeats)] for way in ways)
-        return [median(took[1:]) for took in first_and_later]
-    rounds = [[timed(way, device) for way in ways] for _ in range(repeats)]
-    return [median(took) for took in zip(*rounds, strict=True)]
-
-
-def timed(work: Callable[[], object], device: "torch.device") -> float:
-    """Seconds; of the processor where one thread does it all, which a busy machine doesn't blur."""
+def timed(work: Callable[[], object], device: "torch.device", repeats: int = REPEATS) -> float:
+    """Seconds that `work` takes, the least of several: all else that goes on only adds to them, as
+    does a GPU's first time, which records graphs."""
     import torch
 
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if alone else time.perf_counter
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    began = clock()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return clock() - began
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return min(timeit.repeat(work, timer=clock, number=1, repeat=repeats))
 
 
 if __name__ == "__main__":
