@@ -25,7 +25,7 @@ from slurm.tasks import Task
 from tarflow_dist.config import Config
 from tarflow_dist.cost.cards import card
 from tarflow_dist.cost.estimate import does_not_fit, estimate
-from tarflow_dist.cost.network import advised, network, network_estimate, waiting
+from tarflow_dist.cost.network import network, network_estimate
 from tarflow_dist.errors import UserError, run_command
 from tarflow_dist.models import hub
 from tarflow_dist.training import latest_checkpoint
@@ -189,9 +189,7 @@ def _training_rows(config: Config, resources: Resources) -> tuple[dict[str, str]
             gpus_per_node=resources.ranks_per_node,
             mfu=MFU,
         )
-        rows["a step"] = waiting(told.chosen)
-        if told.advice is not None:
-            rows["recommended"] = advised(told.advice)
+        rows |= told.in_words()
     rows["checkpoint"] = f"{cost.checkpoint_bytes / 1e9:.1f} GB"
     return rows, "" if cost.chosen.fits else does_not_fit(cost, resources.gpu)
 

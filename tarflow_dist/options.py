@@ -28,13 +28,6 @@ def command_parser(name: str, doc: str | None, epilog: str = "") -> argparse.Arg
     )
 
 
-def whole_numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not whole numbers with commas") from None
-
-
 def one_of(names: Sequence[str]) -> Callable[[str], str]:
     """For `several`: a part that is one of `names`."""
     return lambda part: names[names.index(part)]
@@ -90,7 +83,7 @@ def add_guidance_options(add: Callable[..., object]) -> None:
     )
     add(
         "--guide-blocks",
-        type=whole_numbers,
+        type=several(int),
         help="blocks that are guided, 0 the first, with commas; default all",
     )
 

@@ -16,14 +16,7 @@ from tarflow_dist import config_file as configs
 from tarflow_dist.config import Config
 from tarflow_dist.cost.cards import CARDS, card
 from tarflow_dist.cost.estimate import HEADROOM, Estimate, Layout, does_not_fit, estimate
-from tarflow_dist.cost.network import (
-    NODES,
-    NetworkEstimate,
-    advised,
-    network,
-    network_estimate,
-    waiting,
-)
+from tarflow_dist.cost.network import NODES, NetworkEstimate, network, network_estimate
 from tarflow_dist.errors import UserError, run_command
 from tarflow_dist.options import command_parser
 
@@ -124,10 +117,8 @@ def _lines(result: Estimate, config: Config, card_memory: int) -> Iterator[str]:
 
 def _network_lines(told: NetworkEstimate, config: Config) -> Iterator[str]:
     between = told.network
-    yield f"{'network':<16}{between.name}: {_si(between.bandwidth)}B/s a node"
-    yield f"{'a step':<16}{waiting(told.chosen)}"
-    if told.advice is not None:
-        yield f"{'recommended':<16}{advised(told.advice)}"
+    rows = {"network": f"{between.name}: {_si(between.bandwidth)}B/s a node", **told.in_words()}
+    yield from (f"{name:<16}{text}" for name, text in rows.items())
     yield ""
     train = config.train
     yield f"ZeRO {train.zero_stage}, gradients sent in {train.reduce_precision}, by nodes; seconds"

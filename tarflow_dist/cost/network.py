@@ -86,6 +86,22 @@ class NetworkEstimate:
     advice: Advice | None
     scaling: list[Step]
 
+    def in_words(self) -> dict[str, str]:
+        """What a step computes, sends and waits for, and the advice, each by its name."""
+        step = self.chosen
+        told = {
+            "a step": f"{step.compute:.3f} s of computing; {step.sent / 1e9:.1f} GB from each node "
+            f"in {step.communication:.3f} s, of which {step.waited:.3f} s are waited for, "
+            f"{step.share:.1%} of the step"
+        }
+        if self.advice is not None:
+            told["recommended"] = (
+                f"train.zero_stage={self.advice.zero_stage} "
+                f"train.reduce_precision={self.advice.reduce_precision}: "
+                f"{self.advice.step.share:.1%} of a step waited for"
+            )
+        return told
+
 
 def network(text: str) -> Network:
     """45 is 45 GB/s a node; 2x200 a node with two cards of 200 Gb/s.
@@ -127,22 +143,6 @@ def network_estimate(
         next((a for a in found if a.step.seconds <= (1 + TOLERANCE) * least), None),
         [step(n, *own) for n in NODES if config.train.batch_size % (n * gpus_per_node) == 0],
     )
-
-
-def waiting(step: Step) -> str:
-    """What it computes, sends and waits for, in words."""
-    return (
-        f"{step.compute:.3f} s of computing; {step.sent / 1e9:.1f} GB from each node in "
-        f"{step.communication:.3f} s, of which {step.waited:.3f} s are waited for, "
-        f"{step.share:.1%} of the step"
-    )
-
-
-def advised(advice: Advice) -> str:
-    """The settings, and how much of a step is waited for with them."""
-    settings = f"train.zero_stage={advice.zero_stage} "
-    settings += f"train.reduce_precision={advice.reduce_precision}"
-    return f"{settings}: {advice.step.share:.1%} of a step waited for"
 
 
 def training_step(
