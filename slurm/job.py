@@ -114,9 +114,9 @@ def _newest_model(task: Task) -> list[str]:
     if newest is None:
         raise UserError(f"the run {run} has no checkpoint yet")
     model = run / "models" / newest.name
-    if distributed.is_main() and not (model / "model.safetensors").exists():
-        convert.main([str(newest), str(model)])
-    distributed.barrier()
+    with distributed.together(f"{model} can't be written"):
+        if distributed.is_main() and not (model / "model.safetensors").exists():
+            convert.main([str(newest), str(model)])
     options = ["--model", str(model)]
     if task.name == "sample_fid" and "--out" not in task.arguments:
         options += ["--out", str(run / "samples" / newest.name)]
