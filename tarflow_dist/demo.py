@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
                 *("--write", "npz"),
             ],
             ranks=ranks,
-            done=out / "result.json",
+            done=out / "report.html",  # the last that it writes
         )
     report(time.monotonic() - began)
 

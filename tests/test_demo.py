@@ -25,6 +25,25 @@ def test_it_takes_the_cards_that_divide_its_batch(cards: int, machine: tuple[int
         assert demo._machine() == machine
 
 
+def test_samples_that_are_not_all_written_are_taken_up_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in between, they have figures and no samples.npz yet, which the demo reads."""
+    monkeypatch.chdir(tmp_path)
+    for folder in (demo.GUIDED, demo.UNGUIDED):
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text("{}")
+    with (
+        mock.patch("subprocess.Popen") as popen,
+        mock.patch.object(demo, "report"),
+        mock.patch("torch.cuda.device_count", return_value=0),
+    ):
+        popen.return_value.wait.return_value = 0
+        demo.main([])
+    started = [" ".join(map(str, call.args[0])) for call in popen.call_args_list]
+    assert any("tarflow_dist.sample_fid" in command for command in started)
+
+
 @pytest.mark.e2e
 @pytest.mark.parametrize(
     ("there", "number"), [(RANKS_START, signal.SIGINT), (RANKS_TRAIN, signal.SIGTERM)]
