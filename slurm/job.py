@@ -26,7 +26,6 @@ from slurm.tasks import MODULES, Task
 from tarflow_dist.cost.estimate import checkpoint_bytes
 from tarflow_dist.errors import UserError, end_with_torchrun, refusal
 from tarflow_dist.flow.flops import FlowCost
-from tarflow_dist.train import EXIT_INTERRUPTED
 
 
 @dataclass(frozen=True)
@@ -78,13 +77,13 @@ class Job:
                 if task.of_run:
                     arguments = [*_newest_model(task), *arguments]
         code = importlib.import_module(MODULES[task.name]).main(arguments) or 0
-        if code not in (0, EXIT_INTERRUPTED):
+        if code not in (0, os.EX_TEMPFAIL):
             raise UserError(f"{task.name} ended with exit code {code}: see {self.folder}")
         return bool(code)
 
     def _leave(self, number: int, frame: FrameType | None) -> None:
         self._note("interrupted")
-        os._exit(EXIT_INTERRUPTED)
+        os._exit(os.EX_TEMPFAIL)
 
     def _note(self, state: str, reason: str = "") -> bool:
         """Writes the outcome, unless another rank was first: a first error's victims come later."""

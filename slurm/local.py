@@ -20,12 +20,11 @@ from slurm.job import Job, port
 from slurm.records import read_outcome
 from slurm.tasks import Task
 from tarflow_dist.errors import UserError
-from tarflow_dist.train import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing import SubprocessContext
 
-EXIT_CODES = {"finished": 0, "interrupted": EXIT_INTERRUPTED, "refused": 2, "crashed": 1}
+EXIT_CODES = {"finished": 0, "interrupted": os.EX_TEMPFAIL, "refused": 2, "crashed": 1}
 
 
 def here(chain: Sequence[Task]) -> list[Task]:

@@ -14,7 +14,6 @@ from typing import Any
 
 from slurm.records import STOP, Record, last_error, read_outcome
 from tarflow_dist.errors import UserError
-from tarflow_dist.train import EXIT_INTERRUPTED
 from tarflow_dist.training import run_folder
 
 ENDS = "ends.jsonl"
@@ -50,7 +49,7 @@ def main(argv: list[str]) -> int:
         )
         return 1
     print(f"{state}, to be requeued{': ' if reason else ''}{reason}", file=sys.stderr)
-    return EXIT_INTERRUPTED
+    return os.EX_TEMPFAIL
 
 
 def _killed(folder: Path, code: int) -> dict[str, Any]:

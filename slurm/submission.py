@@ -23,7 +23,6 @@ from tarflow_dist import config_file as configs
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import lock_folder
 from tarflow_dist.telemetry.environment import COMMIT_FILE, describe_environment
-from tarflow_dist.train import EXIT_INTERRUPTED
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("tarflow_dist", "data_prep", "slurm")
@@ -184,7 +183,7 @@ def _teardown(python: str, container: list[str], folder: Path) -> list[str]:
     return [
         command,
         "verdict=$?",
-        f'[ "$verdict" = {EXIT_INTERRUPTED} ] && scontrol requeue "$SLURM_JOB_ID"',
+        f'[ "$verdict" = {os.EX_TEMPFAIL} ] && scontrol requeue "$SLURM_JOB_ID"',
         'exit "$verdict"',
     ]
 

@@ -1,7 +1,9 @@
 """A run's config as a YAML file, or a recipe's name, plus `key=value` overrides."""
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -18,7 +20,6 @@ UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")  # a key, to pydant
 FIXED_IN_A_RUN = ("model", "seed", "init")
 SAVED_FILE = "config.yaml"  # in the run's folder
 VERSION = 1  # of a config file, which may say it
-RECIPES = Path(__file__).with_name("recipes")  # in a checkout, configs/
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -34,16 +35,17 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     return _validated(tree, path)
 
 
-def recipes() -> list[str]:
-    """The names of the configs that come with this package."""
-    return sorted(file.stem for file in RECIPES.glob("*.yaml"))
+def recipes() -> dict[str, Path]:
+    """The configs that come with this package, in a checkout those of configs/, by their names."""
+    files = sorted(Path(__file__).with_name("recipes").glob("*.yaml"))
+    return {file.stem: file for file in files}
 
 
 def find(path: Path) -> Path:
     """The file `path`, or if there is none and it is a recipe's name, with or without .yaml, that
     recipe's file."""
-    recipe = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
-    return recipe if path.parent == Path() and not path.is_file() and recipe.is_file() else path
+    recipe = recipes().get(path.name.removesuffix(".yaml"))
+    return recipe if recipe and path.parent == Path() and not path.is_file() else path
 
 
 def read_yaml(path: Path, keys: str) -> dict[str, Any]:
@@ -96,7 +98,7 @@ def load_saved(run: Path) -> tuple[Config, dict[str, Any]]:
         UserError: it is damaged, or one of those is of a kind that can't change in a run.
     """
     path = run / SAVED_FILE
-    tree = _read_tree(path)
+    tree: Any = _read_tree(path)
     gone: dict[str, Any] = {}
     try:
         Config.model_validate(tree)
@@ -104,7 +106,7 @@ def load_saved(run: Path) -> tuple[Config, dict[str, Any]]:
         for problem in error.errors():
             if problem["type"] in UNKNOWN:
                 *sections, name = problem["loc"]
-                gone[".".join(map(str, problem["loc"]))] = _lookup(tree, sections).pop(name)
+                gone[".".join(map(str, problem["loc"]))] = reduce(getitem, sections, tree).pop(name)
     for key, value in gone.items():
         if key.partition(".")[0] in FIXED_IN_A_RUN and value:
             raise UserError(
@@ -122,7 +124,7 @@ def dump(config: Config) -> str:
 def flat(config: Config) -> dict[str, Any]:
     """Dotted keys and their values."""
     tree = config.model_dump(mode="json")
-    return {key: _lookup(tree, key.split(".")) for key, _, _ in fields(Config)}
+    return {key: reduce(getitem, key.split("."), tree) for key, _, _ in fields(Config)}
 
 
 def fields(
@@ -188,9 +190,3 @@ def _nearest(path: str, known: list[str]) -> str:
     sections = sorted({key.rpartition(".")[0] for key in known} - {""})
     beside = [key for key in known if parent and key.startswith(f"{parent}.")]
     return difflib.get_close_matches(path, beside or known + sections, n=1, cutoff=0.0)[0]
-
-
-def _lookup(tree: Any, keys: Iterable[int | str]) -> Any:
-    for key in keys:
-        tree = tree[key]
-    return tree

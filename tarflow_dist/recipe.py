@@ -1,4 +1,4 @@
-"""Lists the recipes that come with tarflow_dist, or copies one to be changed.
+"""Lists the recipes (configs that come with tarflow_dist), or copies one to be changed.
 
     python -m tarflow_dist.recipe
     python -m tarflow_dist.recipe images64 mine.yaml
@@ -19,21 +19,21 @@ def main(argv: list[str]) -> None:
     parser.add_argument("name", nargs="?", help="the recipe's; without one all are listed")
     parser.add_argument("out", nargs="?", type=Path, help="the file to write; default NAME.yaml")
     args = parser.parse_args(argv)
+    recipes = configs.recipes()
     if args.name is None:
-        for name in configs.recipes():
-            about = configs.find(Path(name)).read_text().splitlines()[0]
+        for name, file in recipes.items():
+            about = file.read_text().splitlines()[0]
             print(f"{name:<18}{about.removeprefix('# ')}")
         return
-    if args.name not in configs.recipes():
-        known = ", ".join(configs.recipes())
-        raise UserError(f"there is no recipe {args.name}: there are {known}")
+    if args.name not in recipes:
+        raise UserError(f"there is no recipe {args.name}: there are {', '.join(recipes)}")
     out = args.out or Path(f"{args.name}.yaml")
     if out.exists():
         raise UserError(f"{out} is there already: choose another name")
     if not out.absolute().parent.is_dir():
         raise UserError(f"there is no folder {out.absolute().parent}")
     with write_whole(out) as part:
-        part.write_bytes((configs.RECIPES / f"{args.name}.yaml").read_bytes())
+        part.write_bytes(recipes[args.name].read_bytes())
     print(out)
 
 

@@ -13,8 +13,6 @@ from tarflow_dist import config_file as configs
 from tarflow_dist.errors import run_command
 from tarflow_dist.options import command_parser
 
-EXIT_INTERRUPTED = 75  # sysexits' EX_TEMPFAIL: the same command goes on
-
 
 def main(argv: list[str]) -> int:
     parser = command_parser("train", __doc__, epilog=f"config fields:\n{configs.help_text()}")
@@ -40,7 +38,7 @@ def main(argv: list[str]) -> int:
         else:
             print(f"{config.run}: interrupted and saved; the same command goes on", file=sys.stderr)
     distributed.shutdown()
-    return 0 if finished else EXIT_INTERRUPTED
+    return 0 if finished else os.EX_TEMPFAIL
 
 
 if __name__ == "__main__":
