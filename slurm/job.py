@@ -21,7 +21,7 @@ from types import FrameType
 
 from submitit.helpers import TorchDistributedEnvironment
 
-from slurm.records import OUTCOME
+from slurm.job_record import OUTCOME
 from slurm.tasks import MODULES, Task
 from tarflow_dist.cost.estimate import checkpoint_bytes
 from tarflow_dist.errors import UserError, end_with_torchrun, refusal

@@ -17,7 +17,7 @@ from submitit.helpers import clean_env
 
 from slurm import submission
 from slurm.job import Job, port
-from slurm.records import read_outcome
+from slurm.job_record import read_outcome
 from slurm.tasks import Task
 from tarflow_dist.errors import UserError
 

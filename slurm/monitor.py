@@ -4,7 +4,7 @@ import datetime
 import time
 from pathlib import Path
 
-from slurm.records import STOP, Record, ask_slurm, last_error, records
+from slurm.job_record import STOP, JobRecord, ask_slurm, job_records, last_error
 from tarflow_dist import config_file as configs
 from tarflow_dist.errors import UserError
 from tarflow_dist.telemetry.metrics_log import METRICS_FILE, read_metrics
@@ -21,7 +21,7 @@ ENDING = {
 
 def status(run: Path) -> None:
     """Prints how a run and its jobs stand, as Slurm and the run's files have it."""
-    known = records(run) if (run / configs.SAVED_FILE).exists() else _submitted(run)
+    known = job_records(run) if (run / configs.SAVED_FILE).exists() else _submitted(run)
     rows = [("run", str(run)), *_progress(run)]
     if not known:
         rows.append(("jobs", "none of Slurm's: it was started with torchrun or --local"))
@@ -63,8 +63,8 @@ def stop(run: Path) -> None:
         raise UserError(f"no job of {run} is running or waiting")
 
 
-def _submitted(run: Path) -> list[Record]:
-    if known := records(run):
+def _submitted(run: Path) -> list[JobRecord]:
+    if known := job_records(run):
         return known
     raise UserError(f"no job was submitted for {run}: name a run's folder, such as runs/in256")
 

@@ -12,7 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from slurm.records import STOP, Record, last_error, read_outcome
+from slurm.job_record import STOP, JobRecord, last_error, read_outcome
 from tarflow_dist.errors import UserError
 from tarflow_dist.training import run_folder
 
@@ -21,7 +21,7 @@ ENDS = "ends.jsonl"
 
 def main(argv: list[str]) -> int:
     folder, code = Path(argv[0]), int(argv[1])
-    record = Record.read(folder)
+    record = JobRecord.read(folder)
     outcome = read_outcome(folder) or _killed(folder, code)
     state, reason = outcome["state"], outcome["reason"]
     end = {
@@ -60,7 +60,7 @@ def _killed(folder: Path, code: int) -> dict[str, Any]:
     return {"state": "crashed", "reason": reason}
 
 
-def _ends_without_progress(record: Record) -> int:
+def _ends_without_progress(record: JobRecord) -> int:
     """How often in a row the job has ended at the checkpoint that it ended at now. What has no
     checkpoints may be interrupted as often as Slurm likes."""
     ends: list[dict[str, Any]] = []

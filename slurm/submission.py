@@ -16,7 +16,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import clean_env, environment_variables
 
 from slurm.job import Job
-from slurm.records import FOLDER, OUTCOME, Record, ask_slurm, records
+from slurm.job_record import FOLDER, OUTCOME, JobRecord, ask_slurm, job_records
 from slurm.resources import Resources, SbatchOptions
 from slurm.tasks import JOBS, Task
 from tarflow_dist import config_file as configs
@@ -43,7 +43,7 @@ def submit(chain: Sequence[Task], *, command: str) -> None:
         for task in chain:
             job = prepare(after(task, job_id) if job_id else task, new_folder(task))
             attempts = task.resources.attempts
-            record = Record(job.folder, task.folder.absolute(), task.name, attempts, command)
+            record = JobRecord(job.folder, task.folder.absolute(), task.name, attempts, command)
             record.write()
             job_id = _send(job)
             replace(record, job_id=job_id).write()
@@ -90,7 +90,7 @@ def prepare(task: Task, folder: Path) -> Job:
 
 
 def _refuse_second_job(task: Task) -> None:
-    for record in records(task.folder):
+    for record in job_records(task.folder):
         if record.task == task.name and (state := record.state()).active:
             end = shlex.join(["python", "slurm/launch.py", "stop", str(task.folder)])
             raise UserError(

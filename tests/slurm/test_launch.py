@@ -12,7 +12,7 @@ from strikes import ROOT, TINY
 
 from slurm import requeue
 from slurm.job import NodeError, check_node
-from slurm.records import Record
+from slurm.job_record import JobRecord
 from slurm.resources import Resources, parse_minutes
 from slurm.tasks import Task
 
@@ -198,7 +198,7 @@ def test_when_slurm_refuses_or_does_not_answer(slurm_is_down: Path, tmp_path: Pa
     assert told.endswith("error: Slurm does not answer: wait until sinfo does\n")
     job = tmp_path / "run" / "slurm" / "job"
     job.mkdir(parents=True)
-    Record(job, tmp_path / "run", "train", attempts=3, command="", job_id="7").write()
+    JobRecord(job, tmp_path / "run", "train", attempts=3, command="", job_id="7").write()
     assert "job 7 RUNNING (n1)" in launch("status", tmp_path / "run", PATH=str(slurm_is_down))
     told = launch("stop", tmp_path / "run", code=2, PATH=str(slurm_is_down))
     assert told == "error: job 7 goes on, since scancel fails: is it another user's?\n"
@@ -271,7 +271,7 @@ def test_a_job_goes_on_while_there_is_progress(
 ) -> None:
     run, job = tmp_path / "run", tmp_path / "run" / "slurm" / "job"
     job.mkdir(parents=True)
-    Record(job, run, "train", attempts=3, command="").write()
+    JobRecord(job, run, "train", attempts=3, command="").write()
 
     def end(code: int, checkpoint: int | None, outcome: dict | None = None) -> int:
         (job / "outcome.json").unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from strikes import until
 
 from slurm import local
 from slurm.job import Job
-from slurm.records import read_outcome
+from slurm.job_record import read_outcome
 from slurm.resources import Resources
 from slurm.tasks import Task
 from tarflow_dist.errors import UserError

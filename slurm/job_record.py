@@ -28,7 +28,7 @@ GONE = {
 
 
 @dataclass(frozen=True)
-class State:
+class JobState:
     """`name` is Slurm's word, such as RUNNING; `detail` its reason or nodes."""
 
     name: str
@@ -41,7 +41,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Record:
+class JobRecord:
     """A submission.
 
     Attributes:
@@ -66,7 +66,7 @@ class Record:
         newest = latest_checkpoint.newest(folder) if self.task == "train" else None
         return newest.name if newest else ""
 
-    def state(self) -> State:
+    def state(self) -> JobState:
         """What Slurm says of the job.
 
         Raises:
@@ -81,20 +81,20 @@ class Record:
         if waiting and waiting.strip():
             name, reason, nodes, start = waiting.strip().splitlines()[0].split("|")
             if name != "PENDING":
-                return State(name, nodes, restarts)
+                return JobState(name, nodes, restarts)
             when = "" if start in ("N/A", "") else f", expected to start {start}"
-            return State(name, f"{reason}{when}", restarts)
+            return JobState(name, f"{reason}{when}", restarts)
         if starts:
             name, nodes, code = starts[-1].split("|")
-            return State(name.split()[0], f"{nodes}, exit code {code}", restarts)
-        return State("UNKNOWN", "neither squeue nor sacct knows the job")
+            return JobState(name.split()[0], f"{nodes}, exit code {code}", restarts)
+        return JobState("UNKNOWN", "neither squeue nor sacct knows the job")
 
     def write(self) -> None:
         saved = asdict(self) | {"folder": str(self.folder), "run": str(self.run)}
         write_sealed(self.folder / FILE, saved, version=VERSION)
 
     @classmethod
-    def read(cls, folder: Path) -> "Record":
+    def read(cls, folder: Path) -> "JobRecord":
         """Raises `UserError` if it is damaged."""
         try:
             saved = read_sealed(folder / FILE, version=VERSION)
@@ -103,9 +103,9 @@ class Record:
             raise UserError(f"{folder / FILE} can't be read ({error}): remove {folder}") from error
 
 
-def records(run: Path) -> list[Record]:
+def job_records(run: Path) -> list[JobRecord]:
     """All submissions below `run`, the oldest first."""
-    found = [Record.read(file.parent) for file in sorted((run / FOLDER).glob(f"*/{FILE}"))]
+    found = [JobRecord.read(file.parent) for file in sorted((run / FOLDER).glob(f"*/{FILE}"))]
     return [record for record in found if record.job_id]
 
 
