@@ -11,7 +11,6 @@ from slurm.resources import Resources
 from tarflow_dist import config_file as configs
 from tarflow_dist.config import Config
 from tarflow_dist.errors import UserError
-from tarflow_dist.models import hub
 
 MODULES = {
     "train": "tarflow_dist.train",
@@ -116,9 +115,7 @@ def _parse_evaluation(name: str, arguments: Sequence[str]) -> argparse.Namespace
     from tarflow_dist import evaluate_bpd, sample_fid
 
     if name == "evaluate_bpd":
-        parsed = evaluate_bpd.parse_arguments(list(arguments))
-        hub.check(parsed.model)
-        return parsed
+        return evaluate_bpd.parse_arguments(list(arguments))
     parsed = sample_fid.parse_arguments(list(arguments))
     sample_fid.check_arguments(parsed)
     return parsed

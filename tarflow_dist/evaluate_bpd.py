@@ -10,12 +10,13 @@ import argparse
 from pathlib import Path
 
 from tarflow_dist.errors import UserError, run_command
+from tarflow_dist.models import hub
 from tarflow_dist.options import MODEL_HELP, command_parser
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Raises:
-    UserError: a number out of range.
+    UserError: a number out of range, or no such model.
     """
     parser = command_parser("evaluate_bpd", __doc__)
     add = parser.add_argument
@@ -28,6 +29,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.draws < 1 or args.batch_size < 1:
         raise UserError("--draws and --batch-size must be at least 1")
+    hub.check(args.model)
     return args
 
 
@@ -39,7 +41,6 @@ def main(argv: list[str]) -> None:
     from tarflow_dist.data.shards import open_shards
     from tarflow_dist.evaluation.image_sets import check_image_shape
     from tarflow_dist.flow.bits_per_dim import bits_per_dim, loss_of
-    from tarflow_dist.models import hub
     from tarflow_dist.models.likelihood import mean_log_prob
     from tarflow_dist.models.tarflow import TarFlow
 
