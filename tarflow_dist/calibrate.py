@@ -9,7 +9,6 @@ sequential way does in the model's own type: 0.1 % fewer uint8 values may be equ
 difference may be 1 more. For float32 that is 99.9 % equal, and none off by more than 1.
 """
 
-import os
 import sys
 import time
 import timeit
@@ -22,10 +21,12 @@ from typing import TYPE_CHECKING
 
 from tarflow_dist.errors import UserError, enough_memory, run_command
 from tarflow_dist.models import hub
+from tarflow_dist.models.folder import POLICY_FILE
 from tarflow_dist.options import (
     MODEL_HELP,
     add_dtype_option,
     add_guidance_options,
+    check_writable,
     command_parser,
     guidance_of,
     load_model,
@@ -64,8 +65,7 @@ def main(argv: list[str]) -> None:
     if min(args.batch_sizes) < 1 or args.images < 1:
         raise UserError("--batch-sizes and --images must be 1 or more")
     args.model = hub.find(args.model).folder
-    if not os.access(args.model, os.W_OK):
-        raise UserError(f"{args.model}/sampling.json can't be written")
+    check_writable(args.model / POLICY_FILE)
 
     from tarflow_dist.models.sampling_policy import read_policy
 

@@ -1,6 +1,7 @@
 """What several commands take on their command line, and make of it."""
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -26,6 +27,15 @@ def command_parser(name: str, doc: str | None, epilog: str = "") -> argparse.Arg
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def check_writable(file: Path) -> None:
+    """Raises `UserError` if `file` can't be written, before the work of which it is the result."""
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"{file} can't be written: there is no folder {folder}")
+    if file.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{file} is a folder, or in one that can't be written to")
 
 
 def one_of(names: Sequence[str]) -> Callable[[str], str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from tarflow_dist import config_file as configs
 from tarflow_dist.errors import UserError, run_command
 from tarflow_dist.files import write_whole
-from tarflow_dist.options import command_parser
+from tarflow_dist.options import check_writable, command_parser
 
 
 def main(argv: list[str]) -> None:
@@ -30,8 +30,7 @@ def main(argv: list[str]) -> None:
     out = args.out or Path(f"{args.name}.yaml")
     if out.exists():
         raise UserError(f"{out} is there already: choose another name")
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"there is no folder {out.absolute().parent}")
+    check_writable(out)
     with write_whole(out) as part:
         part.write_bytes(recipes[args.name].read_bytes())
     print(out)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tarflow_dist.errors import UserError, run_command
 from tarflow_dist.evaluation.features import EXTRACTORS, check_features
-from tarflow_dist.options import command_parser
+from tarflow_dist.options import check_writable, command_parser
 
 
 def main(argv: list[str]) -> None:
@@ -36,6 +36,8 @@ def main(argv: list[str]) -> None:
     if args.out.suffix != ".npz":
         raise UserError(f"{args.out}: the name of the file to write ends in .npz")
     check_features([args.features], args.inception_weights)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(args.out)
 
     from dataclasses import replace
 
@@ -60,7 +62,6 @@ def main(argv: list[str]) -> None:
             "class_counts": reference.class_counts,
             "environment": describe_environment(),
         }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         replace(measured, about=about).save(args.out)
         print(
             f"{args.out}: {about['count']} images of {args.shards} {args.split}, "

@@ -9,7 +9,6 @@ A flow is exactly invertible: what is encoded comes back.
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ from tarflow_dist.options import (
     add_denoising_options,
     add_dtype_option,
     add_guidance_options,
+    check_writable,
     class_numbers,
     command_parser,
     denoising_of,
@@ -107,10 +107,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         )
     if args.out.suffix.lower() != ".png":
         raise UserError(f"--out {args.out} should end in .png")
-    if not args.out.resolve().parent.is_dir():
-        raise UserError(f"--out {args.out}: there is no folder {args.out.resolve().parent}")
-    if args.out.is_dir() or not os.access(args.out.resolve().parent, os.W_OK):
-        raise UserError(f"--out {args.out} is a folder, or in one that can't be written to")
+    check_writable(args.out)
     return args
 
 

@@ -46,3 +46,12 @@ def test_every_image_once_as_it_is_stored(digits: Path, tmp_path: Path) -> None:
 def test_bad_arguments(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         main(arguments)
+
+
+def test_a_file_that_cant_be_written_is_told_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "taken.npz").mkdir()
+    with pytest.raises(UserError, match="is a folder, or in one that can't be written to"):
+        main(["no shards", str(tmp_path / "taken.npz"), "--features", "pixels"])
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        main(["no shards", str(tmp_path / "file" / "out.npz"), "--features", "pixels"])
