@@ -6,7 +6,6 @@ First each node is looked at, so that a bad one is named and not met hours later
 """
 
 import importlib
-import json
 import os
 import pickle
 import shutil
@@ -21,7 +20,7 @@ from types import FrameType
 
 from submitit.helpers import TorchDistributedEnvironment
 
-from slurm.job_record import OUTCOME
+from slurm.job_record import note_outcome
 from slurm.tasks import MODULES, Task
 from tarflow_dist.cost.estimate import checkpoint_bytes
 from tarflow_dist.errors import UserError, end_with_torchrun, refusal
@@ -60,13 +59,13 @@ class Job:
             if (sentence := refusal(error)) is None:
                 what = " ".join(f"{type(error).__name__}: {error}".split())
                 rank = f"rank {os.environ['RANK']} on {socket.gethostname()}"
-                self._note("crashed", f"{rank}: {what}")
+                note_outcome(self.folder, "crashed", f"{rank}: {what}")
                 raise
-            if self._note("refused", sentence):
+            if note_outcome(self.folder, "refused", sentence):
                 print(f"error: {sentence}", file=sys.stderr)
             sys.exit(2)
         if interrupted or os.environ["RANK"] == "0":  # others may be done long before the task is
-            self._note("interrupted" if interrupted else "finished")
+            note_outcome(self.folder, "interrupted" if interrupted else "finished")
 
     def _run(self) -> bool:
         """Whether the task was interrupted."""
@@ -82,18 +81,8 @@ class Job:
         return bool(code)
 
     def _leave(self, number: int, frame: FrameType | None) -> None:
-        self._note("interrupted")
+        note_outcome(self.folder, "interrupted")
         os._exit(os.EX_TEMPFAIL)
-
-    def _note(self, state: str, reason: str = "") -> bool:
-        """Writes the outcome, unless another rank was first: a first error's victims come later."""
-        outcome = {"state": state, "reason": reason, "rank": int(os.environ["RANK"])}
-        try:
-            with (self.folder / OUTCOME).open("x") as file:
-                json.dump(outcome, file)
-        except FileExistsError:
-            return False
-        return True
 
 
 def port(number: int) -> int:

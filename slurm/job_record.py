@@ -1,6 +1,8 @@
 """The jobs of a run: what is kept of each in RUN/slurm/TIME-TASK/, beside its code, config and
 logs, and what Slurm knows of it: squeue while it is there, sacct afterwards."""
 
+import json
+import os
 import re
 import subprocess
 from dataclasses import asdict, dataclass
@@ -123,6 +125,18 @@ def ask_slurm(*command: str) -> str | None:
             "job, --local runs it here"
         ) from error
     return done.stdout if done.returncode == 0 else None
+
+
+def note_outcome(folder: Path, state: str, reason: str = "") -> bool:
+    """Notes in a job's folder how this rank ended: "finished", "interrupted", "refused" (a user's
+    error) or "crashed". Returns whether it was the first: a first error's victims come later."""
+    outcome = {"state": state, "reason": reason, "rank": int(os.environ["RANK"])}
+    try:
+        with (folder / OUTCOME).open("x") as file:
+            json.dump(outcome, file)
+    except FileExistsError:
+        return False
+    return True
 
 
 def read_outcome(folder: Path) -> dict[str, Any] | None:

@@ -89,7 +89,7 @@ class Resources(SbatchOptions):
     """More options of sbatch; those without a value are true."""
 
     @model_validator(mode="after")
-    def _time_holds_the_signal(self) -> Self:
+    def _is_consistent(self) -> Self:
         limit = parse_minutes(self.time)
         if self.signal_delay >= limit * 60:
             raise ValueError(
