@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from data_prep.images import open_image, to_8bit
@@ -210,6 +210,8 @@ def open_picture(file: Path) -> Iterator[Image.Image]:
             yield image
     except UserError:
         raise
+    except UnidentifiedImageError as error:  # whose words name no file, but an object
+        raise UserError(f"{file} is not an image that Pillow knows") from error
     except Exception as error:  # Pillow's are of every kind
         raise UserError(f"{file} is no image that can be read: {error}") from error
 
