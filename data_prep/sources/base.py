@@ -122,43 +122,6 @@ class Images(NamedTuple):
         )
 
 
-@dataclass(frozen=True)
-class HoldOut:
-    """How val is drawn where a source has none."""
-
-    fraction: float
-    """Of each class; at least one image where there are two."""
-    seed: int
-    note: str = ""
-    """What the source then says of it."""
-    by_name: bool = True
-    """Whether the images' names decide, or their positions in the source."""
-
-    def split(self, groups: list[Group]) -> list[Group]:
-        """Groups of train alone as groups of train and val.
-
-        Raises:
-            UserError: val would be empty.
-        """
-        names = [group.prefix + readable(name) for group in groups for name in group.names]
-        if not self.by_name:
-            names = [str(position) for position in range(len(names))]
-        labels = np.concatenate([np.broadcast_to(g.label, len(g.names)) for g in groups])
-        val = np.zeros(len(names), bool)
-        order = np.argsort(labels, kind="stable")
-        for places in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
-            key = {i: shuffle_key(self.seed, "split", names[i]) for i in places.tolist()}
-            count = min(max(1, round(len(key) * self.fraction)), len(key) - 1)
-            val[sorted(key, key=key.__getitem__)[:count]] = True
-        if not val.any():
-            raise UserError("no class has two images, so val would be empty: give more images")
-        halves = []
-        for group in groups:
-            mine, val = val[: len(group.names)], val[len(group.names) :]
-            halves += [group.part("train", ~mine), group.part("val", mine)]
-        return halves
-
-
 class Source:
     """Images in a layout that users have, and where each of them lies. The order in which they are
     stored is made by the plan, so a source may give them as they lie. A layout is a subclass that
@@ -168,6 +131,8 @@ class Source:
         name: for file names: letters, digits, - and _.
         channels: of the images once prepared: 1 for grey, 3 for RGB.
         in_blocks: whether many images must be read for one: the blocks of their places.
+        held_out_note: what `hold_out` adds to the notes; None in a layout that always has val.
+        held_out_by_name: whether the images' names decide on that, or their positions.
 
     Args:
         layout: a key of `sources.LAYOUTS`, or digits.
@@ -176,13 +141,14 @@ class Source:
         class_names: what people call the classes, where the layout has it beside `classes`.
         passed_over: how many files, by their kind, are no images of the set.
         notes: what of the layout a user may not expect.
-        hold_out: how val is drawn, if no group is of it.
 
     Raises:
-        UserError: two of the images have one name, or val would be empty.
+        UserError: two of the images have one name.
     """
 
     channels = 3
+    held_out_note: str | None = None
+    held_out_by_name = True
 
     def __init__(
         self,
@@ -194,7 +160,6 @@ class Source:
         *,
         passed_over: Mapping[str, int] | None = None,
         notes: Sequence[str] = (),
-        hold_out: HoldOut | None = None,
     ):
         self.layout, self.path, self.name = layout, path, set_name(path, classes)
         self.classes, self.class_names = classes, class_names
@@ -203,14 +168,45 @@ class Source:
         for (prefix, _), alike in groupby(files, lambda group: (group.prefix, group.where)):
             names = chain.from_iterable(group.names for group in alike)
             check_distinct(names, f"{path}: {prefix} has two images")
-        if hold_out and all(group.split == "train" for group in groups):
-            groups = hold_out.split(groups)
-            self.notes += [hold_out.note] if hold_out.note else []
         self.groups = groups
         self.in_blocks = any(group.in_block for group in groups)
 
+    @staticmethod
+    def recognises(path: Path) -> bool:
+        """Whether `path` holds this layout, by what is found there."""
+        return False
+
     def __len__(self) -> int:
         return sum(len(group.names) for group in self.groups)
+
+    def hold_out(self, fraction: float, seed: int) -> None:
+        """Draws val from train, if there is none: `fraction` of each class, at least one image
+        where there are two.
+
+        Raises:
+            UserError: val would be empty.
+        """
+        if self.held_out_note is None or any(group.split == "val" for group in self.groups):
+            return
+        if self.held_out_by_name:
+            names = [group.prefix + readable(name) for group in self.groups for name in group.names]
+        else:
+            names = [str(position) for position in range(len(self))]
+        labels = np.concatenate([np.broadcast_to(g.label, len(g.names)) for g in self.groups])
+        val = np.zeros(len(names), bool)
+        order = np.argsort(labels, kind="stable")
+        for places in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
+            key = {i: shuffle_key(seed, "split", names[i]) for i in places.tolist()}
+            count = min(max(1, round(len(key) * fraction)), len(key) - 1)
+            val[sorted(key, key=key.__getitem__)[:count]] = True
+        if not val.any():
+            raise UserError("no class has two images, so val would be empty: give more images")
+        halves = []
+        for group in self.groups:
+            mine, val = val[: len(group.names)], val[len(group.names) :]
+            halves += [group.part("train", ~mine), group.part("val", mine)]
+        self.groups = halves
+        self.notes += [self.held_out_note] if self.held_out_note else []
 
     def items(self) -> Iterator[Item]:
         """All images, always in the same order; they are not read here."""

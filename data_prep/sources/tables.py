@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.sources.base import Group, HoldOut, Place, Source, damage_named
+from data_prep.sources.base import Group, Place, Source, damage_named
 from data_prep.sources.names import MAX_CLASSES, SPLITS, by_label, find_splits, wnids_by_label
 from data_prep.sources.objects import ObjectPath, open_file
 from tarflow_dist.errors import UserError
@@ -76,7 +76,6 @@ class Tables(Source):
         files: Sequence[tuple[str, Path]],
         *,
         passed_over: Mapping[str, int] = MappingProxyType({}),
-        hold_out: HoldOut | None = None,
     ):
         with damage_named(f"the {layout} files in {path} can't be read"):
             names: list[str] | None = None
@@ -115,7 +114,6 @@ class Tables(Source):
             groups,
             names if wnids else None,
             passed_over={**passed_over, "without a label": without},
-            hold_out=hold_out,
         )
 
 
@@ -150,17 +148,16 @@ def _find(path: Path) -> dict[str, list[Path]]:
 
 class Arrow(Tables):
     """A folder with a dataset_dict.json and a folder a split, or the folder of one split, each with
-    a state.json and data-*.arrow; for what is in these, see Tables. Where there is no val, it is
-    drawn here.
-
-    Args:
-        val_fraction: share of each class held out where there is no val.
+    a state.json and data-*.arrow; for what is in these, see Tables.
 
     Raises:
         UserError: `path` is no such folder, or a file is damaged.
     """
 
-    def __init__(self, path: Path, *, val_fraction: float, seed: int):
+    held_out_note = "no split for val: a share of each class is held out"
+    held_out_by_name = False
+
+    def __init__(self, path: Path):
         if isinstance(path, ObjectPath):
             raise UserError(f"can't read {path}: folders of save_to_disk are mapped from a disk")
         splits: dict[str, list[str]] = {"train": [""]}
@@ -176,14 +173,8 @@ class Arrow(Tables):
             ]
         if "train" not in splits:
             raise UserError(f"{path} has no split that is called train")
-        note = "no split for val: a share of each class is held out"
-        super().__init__(
-            "arrow",
-            path,
-            files,
-            passed_over={f"folder {name}/": 1 for name in others},
-            hold_out=HoldOut(val_fraction, seed, note, by_name=False),
-        )
+        passed_over = {f"folder {name}/": 1 for name in others}
+        super().__init__("arrow", path, files, passed_over=passed_over)
 
     @staticmethod
     def recognises(path: Path) -> bool:

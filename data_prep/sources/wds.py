@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.sources.archives import SCANNERS, TRAIN, VAL, files_in, read_member
-from data_prep.sources.base import Group, HoldOut, Source, damage_named
+from data_prep.sources.base import Group, Source, damage_named
 from data_prep.sources.names import (
     MAX_CLASSES,
     by_label,
@@ -60,21 +60,20 @@ class WebDataset(Source):
     """Tars with an image and its label a sample: KEY.jpg, or any suffix of Pillow's, and KEY.cls,
     a number, or KEY.json, its `label`. They lie in `path` or in folders in it, and are told apart
     by the names of the splits in theirs: imagenet1k-train-0000.tar, imagenet1k-validation-00.tar,
-    train/0.tar. Where none is for val, it is drawn here.
+    train/0.tar.
 
     Labels stay as they are. Classes are the wnids in the `filename` of the json, where each label
     has its own in sorted order, or else its `class` or `class_name`, or else the numbers.
 
     Only headers and labels are read here, and nothing is unpacked.
 
-    Args:
-        val_fraction: share of each class held out where there is no val.
-
     Raises:
         UserError: `path` is no such folder, or a tar is damaged.
     """
 
-    def __init__(self, path: Path, *, val_fraction: float, seed: int):
+    held_out_note = "no tars for val: a share of each class is held out"
+
+    def __init__(self, path: Path):
         splits, others = find_splits(file.relative_to(path).as_posix() for file in _tars(path))
         if not splits:
             splits, others = {"train": others}, []
@@ -97,9 +96,7 @@ class WebDataset(Source):
             groups.append(
                 Group(split, found.labels, prefix, tar, names, found.parts, reader="part")
             )
-        note = "no tars for val: a share of each class is held out"
-        hold_out = HoldOut(val_fraction, seed, note)
-        super().__init__("wds", path, classes, groups, passed_over=passed_over, hold_out=hold_out)
+        super().__init__("wds", path, classes, groups, passed_over=passed_over)
 
     @staticmethod
     def recognises(path: Path) -> bool:

@@ -24,7 +24,7 @@ from data_prep import encode, pipeline
 from data_prep.__main__ import main
 from data_prep.pipeline import help_prepare, prepare
 from data_prep.records import Settings
-from data_prep.sources import Folder
+from data_prep.sources import open_source
 from tarflow_dist.errors import UserError, run_command
 
 COUNT = 1200
@@ -45,7 +45,7 @@ def run_apart(
             share = {"rank": rank, "world_size": world_size}
             help_prepare(src, out, formats, settings, workers=workers, **share)
         else:
-            source = Folder(src, val_fraction=0.1, seed=0)
+            source = open_source(src, layout="folder", val_fraction=0.1, seed=0)
             prepare(source, out, formats, settings, workers=workers, world_size=world_size)
 
     run_command(command)

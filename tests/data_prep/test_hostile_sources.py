@@ -77,7 +77,7 @@ def test_folders_behind_links_are_read_once_and_circles_end(src: Path, tmp_path:
     (src / "ant" / "more").symlink_to(tmp_path / "elsewhere")
     (src / "ant" / "circle").symlink_to(src / "ant")
     (tmp_path / "elsewhere" / "up").symlink_to(src)
-    names = [item.name for item in Folder(src, val_fraction=0.1, seed=0).items()]
+    names = [item.name for item in Folder(src).items()]
     assert len(names) == len(set(names))
     direct = {f"ant/{i:02d}.png" for i in range(0, 12, 2)}
     linked = {f"{above}/{i:02d}.png" for i in range(1, 12, 2) for above in ("ant/more", "bee")}
@@ -93,7 +93,7 @@ def test_names_that_collide_are_refused(kind: str, src: Path) -> None:
         file.parent.mkdir(exist_ok=True)
         shutil.copy(src / "ant" / "00.png", file)
     with pytest.raises(UserError, match=r"two .* that are both called caf\ufffd.*: rename one"):
-        Folder(src, val_fraction=0.1, seed=0)
+        open_source(src, layout="folder", val_fraction=0.1, seed=0)
 
 
 def repeat_a_class(root: Path) -> None:
@@ -320,7 +320,7 @@ def test_images_that_are_null(kind: str, src: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.jfif", "a.JPE", "a.apng", "a.pnm", "a.avif"])
 def test_a_format_goes_by_all_its_names(name: str, src: Path) -> None:
     shutil.copy(src / "ant" / "00.png", src / "ant" / name)
-    names = {item.name for item in Folder(src, val_fraction=0.1, seed=0).items()}
+    names = {item.name for item in Folder(src).items()}
     assert f"ant/{name}" in names
 
 
@@ -329,7 +329,7 @@ def test_a_split_by_any_name(name: str, src: Path, tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     src.rename(tmp_path / "set" / "train")
     shutil.copytree(tmp_path / "set" / "train", tmp_path / "set" / name)
-    source = Folder(tmp_path / "set", val_fraction=0.1, seed=0)
+    source = open_source(tmp_path / "set", layout="folder", val_fraction=0.1, seed=0)
     assert source.classes == ["ant", "bee"]
     splits = [(item.split, item.name.split("/")[0]) for item in source.items()]
     assert splits == [("train", "train")] * 12 + [("val", name)] * 12

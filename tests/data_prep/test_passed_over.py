@@ -12,7 +12,7 @@ from PIL import Image, features
 
 from data_prep.__main__ import main
 from data_prep.images import prepare_image
-from data_prep.sources import Folder
+from data_prep.sources import Source, open_source
 from tarflow_dist.errors import UserError
 
 SUFFIXES = (
@@ -23,8 +23,8 @@ LOSSY = ("avif", "icns", "jpg", "mpo", "webp")  # an icon is stored resized
 BLACK_AND_WHITE = ("msp", "xbm")
 
 
-def source(src: Path) -> Folder:
-    return Folder(src, val_fraction=0.5, seed=0)
+def source(src: Path) -> Source:
+    return open_source(src, layout="folder", val_fraction=0.5, seed=0)
 
 
 def names(src: Path) -> set[str]:
