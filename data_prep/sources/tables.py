@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_prep.sources.base import Group, Place, Source, damage_named
-from data_prep.sources.names import MAX_CLASSES, SPLITS, by_label, find_splits, wnids_by_label
+from data_prep.sources.names import MAX_CLASSES, SPLITS, find_splits, wnids_by_label
 from data_prep.sources.objects import ObjectPath, open_file
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import inside, read_json, regular
@@ -223,17 +223,18 @@ def _wnids(parts: list[Part], names: list[str] | None) -> tuple[list[str] | None
     Raises:
         ValueError: the labels are none.
     """
-    seen = by_label(
+    seen = {
         (label, match[2] if (match := WNID_PATH.match(path or "")) else "")
         for part in parts
         for label, path in zip(part.labels.tolist(), part.paths, strict=True)
-    )
-    seen.pop(-1, None)
+        if label != -1
+    }
     if not seen:
         raise ValueError("no row has a label")
-    count = len(names) if names else min(max(seen) + 1, MAX_CLASSES)
-    if not 0 <= min(seen) <= max(seen) < count:
-        raise ValueError(f"labels go from {min(seen)} to {max(seen)}, with {count} classes")
+    (least, _), (most, _) = min(seen), max(seen)
+    count = len(names) if names else min(most + 1, MAX_CLASSES)
+    if not 0 <= least <= most < count:
+        raise ValueError(f"labels go from {least} to {most}, with {count} classes")
     return wnids_by_label(seen, count), count
 
 

@@ -16,10 +16,10 @@ from data_prep.sources.archives import SCANNERS, TRAIN, VAL, files_in, read_memb
 from data_prep.sources.base import Group, Source, damage_named
 from data_prep.sources.names import (
     MAX_CLASSES,
-    by_label,
     find_splits,
     is_image_name,
     kind_of,
+    names_by_label,
     wnids_by_label,
 )
 from data_prep.sources.objects import open_file
@@ -180,14 +180,11 @@ def _sample(
 
 def _classes(path: Path, scanned: list[Scanned]) -> tuple[list[str], bool]:
     """The classes, and whether they are wnids, by which files are named."""
-    wnids = by_label(pair for found in scanned for pair in found.wnids)
-    names = by_label(pair for found in scanned for pair in found.class_names)
+    wnids = {pair for found in scanned for pair in found.wnids}
+    names = {pair for found in scanned for pair in found.class_names}
     if not wnids:
         raise UserError(f"the tars in {path} have no image with a label, in .cls or .json")
-    count = max(wnids) + 1
-    if found := wnids_by_label(wnids, count):
-        return found, True
-    said = [name for label in sorted(names) for name in sorted(names[label])]
-    if len(said) == len(set(said)) == count and all(said):
-        return said, False
-    return [str(number) for number in range(count)], False
+    count = max(wnids)[0] + 1
+    if classes := wnids_by_label(wnids, count):
+        return classes, True
+    return names_by_label(names, count) or [str(number) for number in range(count)], False

@@ -197,6 +197,17 @@ def test_class_names_in_a_tar(tmp_path: Path) -> None:
     assert source(tmp_path).classes == ["dog", "cats, big"]
 
 
+def test_a_class_of_two_names_does_not_shift_the_others(tmp_path: Path) -> None:
+    """As many names as labels, but none of label 1."""
+    abouts = [(0, "ant"), (0, "bee"), (2, "cat")] * 2
+    samples = [
+        {"__key__": f"{i}", "png": b"", "json": json.dumps({"label": y, "class": name}).encode()}
+        for i, (y, name) in enumerate(abouts)
+    ]
+    write_tar(tmp_path / "train.tar", samples)
+    assert source(tmp_path).classes == ["0", "1", "2"]
+
+
 def test_damaged_tars(tmp_path: Path) -> None:
     whole = write_tar(
         tmp_path / "whole" / "train.tar", [{"__key__": "a", "png": picture("PNG"), "cls": b"0"}]
