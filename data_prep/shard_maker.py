@@ -19,7 +19,7 @@ from data_prep.encode import store_image
 from data_prep.images import Stored
 from data_prep.plan import Plan
 from data_prep.records import IMAGE, STORED, Settings
-from data_prep.shards import Sample, Shard, make_format
+from data_prep.shards import Shard, make_format
 from data_prep.sources import read_images
 from data_prep.sources.base import Item
 from tarflow_dist.files import (
@@ -74,7 +74,7 @@ class ShardMaker:
         plan = Plan(self.folder)
         planned, items = plan.shards[number], plan.items(number)
         rows: list[dict[str, Any]] = []
-        stored, samples = [], []
+        stored, images = [], []
         for position, item, result in zip(
             count(planned.first), items, self._encode(plan, items), strict=False
         ):
@@ -91,16 +91,16 @@ class ShardMaker:
                 continue
             row |= {"bytes": len(result.data), **{name: getattr(result, name) for name in STORED}}
             stored.append(row)
-            samples.append(Sample.of(row, result.data))
+            images.append(result.data)
         shards = {}
-        for form in self.formats if samples else ():
+        for form in self.formats if images else ():
             writer = make_format(
                 form, plan.name, self.settings.encode, self.settings.size, plan.channels
             )
             file = writer.file(planned.split, planned.number)
-            data, offsets = writer.pack(samples)
+            data, offsets = writer.pack(stored, images)
             self._put(self.folder / form / file, data)
-            shards[form] = Shard(file, len(samples), len(data), writer.hashes(data))
+            shards[form] = Shard(file, len(images), len(data), writer.hashes(data))
             for row, offset in zip(stored, offsets, strict=True):
                 row[f"{form}_offset"] = offset
         table = self._table(rows)

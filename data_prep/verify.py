@@ -12,7 +12,7 @@ from PIL import Image
 
 from data_prep.images import HONEST_PIXELS, open_image
 from data_prep.remote import is_remote
-from data_prep.shards import Format, Sample, Shard, digest, make_format
+from data_prep.shards import Format, Shard, digest, make_format
 from data_prep.sources.names import SPLITS
 from data_prep.workers import map_in_order
 from tarflow_dist.data.images import decode_image
@@ -201,21 +201,21 @@ def _check_shard(job: Job) -> str:
         ]
         if job.listed.images != len(rows):
             wrong.append(f"{job.listed.images} images in the index and {len(rows)} in the manifest")
-    images = [
+    images = [data[row["offset"] : row["offset"] + row["bytes"]] for row in rows]
+    bad = [
         f"image {row['index']} ({row['source']}) {problem}"
-        for row in rows
-        if (problem := _check_image(data, row, job.summary))
+        for row, image in zip(rows, images, strict=True)
+        if (problem := _check_image(image, row, job.summary))
     ]
-    if images:
-        more = f" and {len(images) - 1} more" if len(images) > 1 else ""
-        wrong.append(images[0] + more)
-    elif odd := _check_rest(data, rows, job.writer):
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        wrong.append(bad[0] + more)
+    elif odd := _check_rest(data, rows, images, job.writer):
         wrong.append(odd)
     return "; ".join(wrong)
 
 
-def _check_image(data: bytes, row: dict[str, Any], summary: dict[str, Any]) -> str:
-    image = data[row["offset"] : row["offset"] + row["bytes"]]
+def _check_image(image: bytes, row: dict[str, Any], summary: dict[str, Any]) -> str:
     for kind in HASHES:
         if digest(kind, image) != row[kind]:
             return f"has not the manifest's {kind}"
@@ -226,16 +226,14 @@ def _check_image(data: bytes, row: dict[str, Any], summary: dict[str, Any]) -> s
     return ""
 
 
-def _check_rest(data: bytes, rows: list[dict[str, Any]], writer: Format) -> str:
+def _check_rest(
+    data: bytes, rows: list[dict[str, Any]], images: list[bytes], writer: Format
+) -> str:
     """What is wrong with a shard besides its images: written once more, as the manifest has them,
     these must give the same bytes."""
     offsets = [row["offset"] for row in rows]
-    samples = [
-        Sample.of({POSITION: row["index"], **row}, data[row["offset"] :][: row["bytes"]])
-        for row in rows
-    ]
     try:
-        written = writer.pack(samples)
+        written = writer.pack([{POSITION: row["index"], **row} for row in rows], images)
     except Exception as error:  # whatever a manifest may say
         return f"the manifest has what can't be stored ({_gist(error)})"
     if written == (data, offsets):
