@@ -29,8 +29,8 @@ from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 from benchmarks.pictures import write_photos
 from benchmarks.side_by_side import alternate, ratio
 from data_prep.images import ENCODINGS
-from data_prep.pipeline import prepare
-from data_prep.records import Settings
+from data_prep.prepare import prepare
+from data_prep.settings import Settings
 from data_prep.sources import open_source
 from tarflow_dist.data.loader import Batch, train_batches
 from tarflow_dist.data.order import ImageOrder

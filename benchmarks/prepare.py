@@ -25,8 +25,8 @@ from PIL import Image
 from benchmarks.pictures import write_photos
 from benchmarks.side_by_side import alternate, ratio
 from data_prep.images import CROPS
-from data_prep.pipeline import prepare
-from data_prep.records import Settings
+from data_prep.prepare import prepare
+from data_prep.settings import Settings
 from data_prep.sources import open_source
 
 SIZE, PHOTOS, ROUNDS = 256, 4000, 3

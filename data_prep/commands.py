@@ -9,13 +9,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from data_prep import remote
-from data_prep.images import CROPS, ENCODINGS, HONEST_PIXELS
-from data_prep.pipeline import help_prepare, prepare
-from data_prep.records import Settings
+from data_prep.images import CROPS, ENCODINGS
+from data_prep.prepare import help_prepare, prepare
+from data_prep.settings import HONEST_PIXELS, Settings
 from data_prep.sources import LAYOUTS, Digits, Source, open_source
 from data_prep.sources.names import listed, say_passed_over
-from data_prep.sources.objects import source_path
+from data_prep.sources.storage import source_path
+from data_prep.upload import is_remote, prepare_and_upload
 from tarflow_dist.errors import INTERRUPTED_EXIT_CODE, UserError
 
 MAX_SIZE, MAX_WORKERS = 4096, 1024
@@ -200,10 +200,8 @@ def _run(
         return 0
     source = opened()
     try:
-        if remote.is_remote(args.out):
-            summary = remote.prepare_and_upload(
-                source, args.out, formats, settings, workers=workers
-            )
+        if is_remote(args.out):
+            summary = prepare_and_upload(source, args.out, formats, settings, workers=workers)
         else:
             summary = prepare(source, Path(args.out), formats, settings, **ranks)
     except KeyboardInterrupt:
@@ -252,7 +250,7 @@ def parse(argv: list[str], *, world_size: int | None = None) -> argparse.Namespa
         value = getattr(args, name, None)
         if value is not None and not is_sound(value):
             raise UserError(f"--{name.replace('_', '-')} is {value}: give {wanted}")
-    if "seed" in args and remote.is_remote(args.out) and (world_size or _world_size()) > 1:
+    if "seed" in args and is_remote(args.out) and (world_size or _world_size()) > 1:
         raise UserError(
             f"{args.out} is in an object store, which one rank alone can write to: leave out "
             "--nodes and --tasks-per-node, or give a folder that all nodes share"

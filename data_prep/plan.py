@@ -18,7 +18,7 @@ import numpy as np
 
 from data_prep.encode import store_image
 from data_prep.images import Stored
-from data_prep.records import Settings
+from data_prep.settings import Settings
 from data_prep.sources import Source, read_image
 from data_prep.sources.base import Item, Place, unreadable
 from data_prep.sources.names import SPLITS, shuffle_key

@@ -16,10 +16,10 @@ from typing import Any
 from xxhash import xxh3_128_hexdigest
 
 from data_prep.encode import store_image
+from data_prep.formats import Shard, make_format
 from data_prep.images import Stored
 from data_prep.plan import Plan
-from data_prep.records import IMAGE, STORED, Settings
-from data_prep.shards import Shard, make_format
+from data_prep.settings import Settings
 from data_prep.sources import read_images
 from data_prep.sources.base import Item
 from tarflow_dist.files import (
@@ -33,6 +33,27 @@ from tarflow_dist.files import (
 
 VERSION = 1
 DONE, PARTS = "done", "parts"
+STORED = {
+    "kind": "string",
+    "sha256": "string",
+    "xxh3_64": "string",
+    "original_bytes": "int64",
+    "original_width": "int64",
+    "original_height": "int64",
+}
+"""What is known of an image that is stored: see images.Stored."""
+IMAGE = {
+    "split": "string",
+    "position": "int64",
+    "source": "string",
+    "class": "string",
+    "label": "int64",
+    "reason": "string",
+    "bytes": "int64",
+    **STORED,
+}
+"""What is known of any image. Those that could not be read have a reason, and nothing from there
+on."""
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep.images import HONEST_PIXELS, open_image
-from data_prep.remote import is_remote
-from data_prep.shards import Format, Shard, digest, make_format
+from data_prep.formats import Format, Shard, digest, make_format
+from data_prep.images import open_image
+from data_prep.settings import HONEST_PIXELS
 from data_prep.sources.names import SPLITS
+from data_prep.upload import is_remote
 from data_prep.workers import map_in_order
 from tarflow_dist.data.images import decode_image
 from tarflow_dist.data.shards import COLUMNS as READ_COLUMNS

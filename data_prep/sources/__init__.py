@@ -7,18 +7,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources import mds, npz, tables
+from data_prep.sources import huggingface, mds, npz
 from data_prep.sources.archives import Archives
 from data_prep.sources.base import Content, Place, Source, patiently, unreadable
 from data_prep.sources.digits import Digits as Digits
 from data_prep.sources.digits import read_digit
 from data_prep.sources.edm import EDM
 from data_prep.sources.folder import Folder
+from data_prep.sources.huggingface import Arrow, Parquet
 from data_prep.sources.kaggle import Kaggle
 from data_prep.sources.mds import MDS
 from data_prep.sources.npz import Npz
-from data_prep.sources.objects import ObjectPath, forget_listings, read_file, read_part
-from data_prep.sources.tables import Arrow, Parquet
+from data_prep.sources.storage import ObjectPath, forget_listings, read_file, read_part
 from data_prep.sources.walk import images_in
 from data_prep.sources.wds import WebDataset
 from tarflow_dist.errors import UserError
@@ -46,8 +46,8 @@ READERS: dict[str, Callable[..., Content]] = {
     "digits": read_digit,
     "npz": npz.read_pixels,
     "mds": mds.read_sample,
-    "parquet": tables.read_row,
-    "arrow": tables.read_row,
+    "parquet": huggingface.read_row,
+    "arrow": huggingface.read_row,
 }
 """How an image is read from its file and place."""
 

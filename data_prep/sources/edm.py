@@ -15,7 +15,7 @@ from data_prep.sources.names import (
     is_image_name,
     kind_of,
 )
-from data_prep.sources.objects import open_file, read_file
+from data_prep.sources.storage import open_file, read_file
 from data_prep.sources.walk import images_in
 from tarflow_dist.errors import UserError
 

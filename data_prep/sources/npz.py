@@ -12,7 +12,7 @@ import numpy as np
 
 from data_prep.sources.base import Group, Item, Place, Source, damage_named, zip_part
 from data_prep.sources.names import MAX_CLASSES, SPLITS
-from data_prep.sources.objects import open_file, read_part
+from data_prep.sources.storage import open_file, read_part
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import read_npy_header
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from data_prep.images import is_image
 from data_prep.sources.base import Images
 from data_prep.sources.names import check_distinct, is_image_name, kind_of, readable
-from data_prep.sources.objects import ObjectPath, open_file
+from data_prep.sources.storage import ObjectPath, open_file
 from tarflow_dist.files import NotRegularError
 
 

@@ -22,7 +22,7 @@ from data_prep.sources.names import (
     names_by_label,
     wnids_by_label,
 )
-from data_prep.sources.objects import open_file
+from data_prep.sources.storage import open_file
 from tarflow_dist.errors import UserError
 from tarflow_dist.telemetry.progress import Progress
 

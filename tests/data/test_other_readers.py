@@ -14,8 +14,8 @@ import webdataset as wds
 from PIL import Image
 from streaming import LocalDataset, StreamingDataset
 
-from data_prep.pipeline import prepare
-from data_prep.records import Settings
+from data_prep.prepare import prepare
+from data_prep.settings import Settings
 from data_prep.sources import open_source
 from tarflow_dist.data.shards import Shards, open_shards
 

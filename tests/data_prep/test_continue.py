@@ -20,10 +20,11 @@ import pytest
 from commands import FRESH
 from PIL import Image
 
-from data_prep import encode, pipeline
+from data_prep import encode
+from data_prep import prepare as preparation
 from data_prep.__main__ import main
-from data_prep.pipeline import help_prepare, prepare
-from data_prep.records import Settings
+from data_prep.prepare import help_prepare, prepare
+from data_prep.settings import Settings
 from data_prep.sources import open_source
 from tarflow_dist.errors import UserError, run_command
 
@@ -235,7 +236,7 @@ def unfinished(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "describe_sets", interrupt)
+        patch.setattr(preparation, "describe_sets", interrupt)
         assert main(command(few, tmp_path / "out")) == 130
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == [".partial"]
     return tmp_path / "out"
@@ -352,7 +353,7 @@ def test_a_kill_between_two_formats(few: Path, tmp_path: Path) -> None:
         pass
 
     for count in (1, 2):
-        publish = iter([pipeline.publish_folder] * count)
+        publish = iter([preparation.publish_folder] * count)
 
         def once(*args: Path, publish: Iterator = publish) -> None:
             next(publish, kill)(*args)
@@ -361,9 +362,9 @@ def test_a_kill_between_two_formats(few: Path, tmp_path: Path) -> None:
             raise Killed
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline, "publish_folder", once)
+            patch.setattr(preparation, "publish_folder", once)
             if count == 2:
-                patch.setattr(pipeline.shutil, "rmtree", kill)
+                patch.setattr(preparation.shutil, "rmtree", kill)
             with pytest.raises(Killed):
                 main(command(few, out, "--format", "both"))
         assert len(list(out.glob("[mw]ds"))) == count

@@ -18,7 +18,7 @@ from PIL import Image
 
 from data_prep import encode
 from data_prep.__main__ import main
-from data_prep.sources import Archives, Folder, Kaggle, Parquet, base, objects, open_source
+from data_prep.sources import Archives, Folder, Kaggle, Parquet, base, open_source, storage
 from data_prep.verify import verify
 from tarflow_dist.errors import UserError
 
@@ -146,7 +146,7 @@ def test_a_passing_read_error_leaves_no_trace(
 ) -> None:
     main(command(src, tmp_path / "whole"))
     failures = {"ant/04.png": 2, "bee/07.png": 3}
-    whole = objects.read_regular
+    whole = storage.read_regular
 
     def failing(file: Path) -> bytes:
         name = file.relative_to(src).as_posix()
@@ -155,7 +155,7 @@ def test_a_passing_read_error_leaves_no_trace(
             raise OSError(number, os.strerror(number), str(file))
         return whole(file)
 
-    monkeypatch.setattr(objects, "read_regular", failing)
+    monkeypatch.setattr(storage, "read_regular", failing)
     monkeypatch.setattr(base, "WAITS", (0, 0, 0))
     main(command(src, tmp_path / "out"))
     assert not any(failures.values())

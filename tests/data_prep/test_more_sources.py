@@ -17,6 +17,7 @@ from streaming import LocalDataset, MDSWriter
 
 from data_prep.__main__ import main
 from data_prep.images import prepare_image
+from data_prep.settings import Settings
 from data_prep.sources import Source, open_source, read_image
 from tarflow_dist.errors import UserError
 
@@ -34,7 +35,7 @@ def pixels(found: Source) -> dict[str, list[tuple[int, bytes]]]:
     prepared: dict[str, list[tuple[int, bytes]]] = {"train": [], "val": []}
     for item in found.items():
         content = read_image(found.path, item.place)
-        stored = prepare_image(content, size=8, channels=3, crop="adm", encode="raw")
+        stored = prepare_image(content, Settings(size=8, encode="raw"), channels=3)
         prepared[item.split].append((item.label, stored.data))
     return prepared
 

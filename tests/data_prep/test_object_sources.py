@@ -13,7 +13,7 @@ import pytest
 from layouts import TRAIN, VAL, WNIDS
 
 from data_prep.__main__ import main
-from data_prep.sources.objects import ObjectPath, open_file
+from data_prep.sources.storage import ObjectPath, open_file
 from tarflow_dist.errors import UserError
 
 

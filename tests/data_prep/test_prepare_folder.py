@@ -11,8 +11,8 @@ from PIL import Image
 from streaming import LocalDataset
 
 from data_prep.__main__ import main
-from data_prep.pipeline import prepare
-from data_prep.records import Settings
+from data_prep.prepare import prepare
+from data_prep.settings import Settings
 from data_prep.sources import Source, open_source
 from data_prep.sources.names import set_name
 from tarflow_dist.errors import UserError

@@ -8,8 +8,8 @@ from commands import run
 from PIL import Image
 
 from data_prep.__main__ import main
-from data_prep.pipeline import prepare
-from data_prep.records import Settings
+from data_prep.prepare import prepare
+from data_prep.settings import Settings
 from data_prep.show import CELL, COLUMNS
 from data_prep.sources import open_source
 from tarflow_dist.errors import UserError

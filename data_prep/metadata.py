@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.formats import Shard, make_format
 from data_prep.plan import Plan, Planned
-from data_prep.records import STORED, Settings, versions
-from data_prep.shard_maker import Record, read_record
-from data_prep.shards import Shard, make_format
+from data_prep.settings import Settings, versions
+from data_prep.shard_maker import STORED, Record, read_record
 from data_prep.sources import Source
 from data_prep.sources.names import SPLITS
 from tarflow_dist.errors import UserError

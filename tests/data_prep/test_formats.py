@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from streaming import MDSWriter
 
-from data_prep.pipeline import prepare
-from data_prep.records import Settings
-from data_prep.shards import MDS, Shard
+from data_prep.formats import MDS, Shard
+from data_prep.prepare import prepare
+from data_prep.settings import Settings
 from data_prep.sources import Parquet
 
 

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.finishing import describe_sets, first_error
+from data_prep.metadata import describe_sets, first_error
 from data_prep.plan import BEGUN, Plan, begin
-from data_prep.records import Settings, versions
+from data_prep.settings import Settings, versions
 from data_prep.shard_maker import DONE, ShardMaker
 from data_prep.sources import Source
 from data_prep.sources.base import damage_named
