@@ -1,6 +1,5 @@
 """Image files, whatever they are, to square 8-bit images: decode, crop, encode."""
 
-import hashlib
 import struct
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,7 +10,6 @@ from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
-from xxhash import xxh3_64_hexdigest
 
 from data_prep.settings import HONEST_PIXELS, Settings
 from tarflow_dist.errors import UserError
@@ -50,14 +48,6 @@ class Stored(NamedTuple):
     original_width: int
     """In pixels, before EXIF's orientation is applied."""
     original_height: int
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.data).hexdigest()
-
-    @property
-    def xxh3_64(self) -> str:
-        return xxh3_64_hexdigest(self.data)
 
 
 def prepare_image(content: bytes | np.ndarray, settings: Settings, *, channels: int) -> Stored:

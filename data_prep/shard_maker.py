@@ -16,7 +16,7 @@ from typing import Any
 from xxhash import xxh3_128_hexdigest
 
 from data_prep.encode import store_image
-from data_prep.formats import Shard, make_format
+from data_prep.formats import IMAGE_HASHES, Shard, digest, make_format
 from data_prep.images import Stored
 from data_prep.plan import Plan
 from data_prep.settings import Settings
@@ -95,7 +95,7 @@ class ShardMaker:
         plan = Plan(self.folder)
         planned, items = plan.shards[number], plan.items(number)
         rows: list[dict[str, Any]] = []
-        stored, images = [], []
+        stored = []
         for position, item, result in zip(
             count(planned.first), items, self._encode(plan, items), strict=False
         ):
@@ -110,18 +110,18 @@ class ShardMaker:
             if isinstance(result, str):
                 row["reason"] = result
                 continue
-            row |= {"bytes": len(result.data), **{name: getattr(result, name) for name in STORED}}
+            row |= {"bytes": len(result.data), **result._asdict()}
+            row |= {kind: digest(kind, result.data) for kind in IMAGE_HASHES}
             stored.append(row)
-            images.append(result.data)
         shards = {}
-        for form in self.formats if images else ():
+        for form in self.formats if stored else ():
             writer = make_format(
                 form, plan.name, self.settings.encode, self.settings.size, plan.channels
             )
             file = writer.file(planned.split, planned.number)
-            data, offsets = writer.pack(stored, images)
+            data, offsets = writer.pack(stored)
             self._put(self.folder / form / file, data)
-            shards[form] = Shard(file, len(images), len(data), writer.hashes(data))
+            shards[form] = Shard(file, len(stored), len(data), writer.hashes(data))
             for row, offset in zip(stored, offsets, strict=True):
                 row[f"{form}_offset"] = offset
         table = self._table(rows)

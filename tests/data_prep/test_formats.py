@@ -41,8 +41,8 @@ def test_mds_shards_are_those_that_streaming_writes(
             writer.write({"i": i, "x": image, "y": 7 * i})
         writer.flush_shard()
         writer._reset_cache()
-        rows = [{"position": i, "label": 7 * i} for i in some]
-        data, offsets = ours.pack(rows, [images[i] for i in some])
+        rows = [{"position": i, "label": 7 * i, "data": images[i]} for i in some]
+        data, offsets = ours.pack(rows)
         assert [data[at:][: len(images[i])] for i, at in zip(some, offsets, strict=True)] == [
             images[i] for i in some
         ]
