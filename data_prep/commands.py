@@ -5,10 +5,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from data_prep import show, verify
 from data_prep.images import CROPS, ENCODINGS
 from data_prep.prepare import help_prepare, prepare
 from data_prep.settings import HONEST_PIXELS, Settings
@@ -85,12 +85,11 @@ def parser() -> argparse.ArgumentParser:
             help="processes; they change no byte (default: 1 for digits, else one a core)",
         )
 
-    for name, help_ in (
-        ("verify", "read a finished set back and say what is wrong with it"),
-        ("show", "print a set's summary and draw a contact sheet"),
+    for name, module, help_ in (
+        ("verify", verify, "read a finished set back and say what is wrong with it"),
+        ("show", show, "print a set's summary and draw a contact sheet"),
     ):
         command = commands.add_parser(name, help=help_)
-        module = import_module(f"data_prep.{name}")
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return top

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -75,7 +74,7 @@ class Tables(Source):
         path: Path,
         files: Sequence[tuple[str, Path]],
         *,
-        passed_over: Mapping[str, int] = MappingProxyType({}),
+        passed_over: Mapping[str, int] | None = None,
     ):
         with damage_named(f"the {layout} files in {path} can't be read"):
             names: list[str] | None = None
@@ -113,7 +112,7 @@ class Tables(Source):
             classes,
             groups,
             names if wnids else None,
-            passed_over={**passed_over, "without a label": without},
+            passed_over={**(passed_over or {}), "without a label": without},
         )
 
 
