@@ -66,7 +66,8 @@ def prepare(
                 begin(partial, source, settings, about)
                 missing = [form for form in formats if not (out / form).exists()]
                 if missing:
-                    _write_sets(source, out, missing, settings, workers, world_size, about)
+                    maker = ShardMaker(partial, source.path, settings, missing)
+                    _write_sets(source, maker, out, about, workers, world_size)
                 (partial / BEGUN).unlink()  # the rest is known to be none without it
         if partial.exists():
             shutil.rmtree(partial)
@@ -142,21 +143,18 @@ def _digest(about: dict[str, Any]) -> str:
 
 def _write_sets(
     source: Source,
+    maker: ShardMaker,
     out: Path,
-    formats: Sequence[str],
-    settings: Settings,
+    about: dict[str, Any],
     workers: int,
     world_size: int,
-    about: dict[str, Any],
 ) -> None:
-    began = time.monotonic()
-    partial = out / PARTIAL
-    maker = ShardMaker(partial, source.path, settings, formats)
+    began, partial = time.monotonic(), maker.folder
     before = _make_share(maker, workers, 0, world_size)
     if world_size > 1:
         _wait_for_others(partial)
         _make_share(maker, workers, 0, 1)  # finds them, or what a crash left of one
-    describe_sets(source, settings, partial, formats)
+    describe_sets(source, maker.settings, partial, maker.formats)
     timing = {
         "seconds": round(time.monotonic() - began, 1),
         "workers": workers,
@@ -164,9 +162,9 @@ def _write_sets(
         "images_before": before,
         "preparation": _digest(about),
     }
-    for form in formats:
+    for form in maker.formats:
         (partial / form / "timing.json").write_text(json.dumps(timing) + "\n")
-    for form in formats:
+    for form in maker.formats:
         publish_folder(partial / form, out / form)
 
 

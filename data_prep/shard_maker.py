@@ -9,7 +9,6 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,9 @@ from xxhash import xxh3_128_hexdigest
 
 from data_prep.encode import store_image
 from data_prep.formats import IMAGE_HASHES, Shard, digest, make_format
-from data_prep.images import Stored
 from data_prep.plan import Plan
 from data_prep.settings import Settings
 from data_prep.sources import read_images
-from data_prep.sources.base import Item
 from tarflow_dist.files import (
     from_saved,
     give_up_pages,
@@ -93,26 +90,8 @@ class ShardMaker:
         if record := read_record(self.folder, number):
             return record.bad, True
         plan = Plan(self.folder)
-        planned, items = plan.shards[number], plan.items(number)
-        rows: list[dict[str, Any]] = []
-        stored = []
-        for position, item, result in zip(
-            count(planned.first), items, self._encode(plan, items), strict=False
-        ):
-            row = {
-                "split": planned.split,
-                "position": position,
-                "source": item.name,
-                "class": plan.classes[item.label],
-                "label": item.label,
-            }
-            rows.append(row)
-            if isinstance(result, str):
-                row["reason"] = result
-                continue
-            row |= {"bytes": len(result.data), **result._asdict()}
-            row |= {kind: digest(kind, result.data) for kind in IMAGE_HASHES}
-            stored.append(row)
+        planned, rows = plan.shards[number], self._rows(plan, number)
+        stored = [row for row in rows if "reason" not in row]
         shards = {}
         for form in self.formats if stored else ():
             writer = make_format(
@@ -127,7 +106,7 @@ class ShardMaker:
         table = self._table(rows)
         done = self.folder / DONE / f"{number:06d}"
         self._put(done.with_suffix(".parquet"), table)
-        bad = len(items) - len(stored)
+        bad = len(rows) - len(stored)
         about = {
             "number": number,
             "bad": bad,
@@ -137,15 +116,29 @@ class ShardMaker:
         write_sealed(done.with_suffix(".json"), about, version=VERSION)
         return bad, False
 
-    def _encode(self, plan: Plan, items: Sequence[Item]) -> list[Stored | str]:
-        """In the items' order. They are read as they lie, so that a block is read once."""
+    def _rows(self, plan: Plan, number: int) -> list[dict[str, Any]]:
+        """What becomes of each image, in the order of the plan: a row of IMAGE, and its bytes as
+        `data` if it is stored."""
+        planned, items = plan.shards[number], plan.items(number)
+        # they are read as they lie, so that a block is read once
         order = sorted(range(len(items)), key=lambda i: items[i].place[1:])
         reads = read_images(self.path, [items[i].place for i in order])
-        results = {
-            i: store_image(read, self.settings, plan.channels)
-            for i, read in zip(order, reads, strict=True)
-        }
-        return [results[i] for i in range(len(items))]
+        rows = {}
+        for i, read in zip(order, reads, strict=True):
+            rows[i] = {
+                "split": planned.split,
+                "position": planned.first + i,
+                "source": items[i].name,
+                "class": plan.classes[items[i].label],
+                "label": items[i].label,
+            }
+            result = store_image(read, self.settings, plan.channels)
+            if isinstance(result, str):
+                rows[i]["reason"] = result
+            else:
+                rows[i] |= {"bytes": len(result.data), **result._asdict()}
+                rows[i] |= {kind: digest(kind, result.data) for kind in IMAGE_HASHES}
+        return [rows[i] for i in range(len(items))]
 
     def _table(self, rows: list[dict[str, Any]]) -> bytes:
         """A Parquet file, as Record has it."""

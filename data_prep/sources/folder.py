@@ -47,7 +47,6 @@ class Folder(Source):
         first = next(iter(found.values()))
         if first.classes:
             classes = sorted(first.classes)
-            passed_over["loose images"] += sum(len(there.loose.names) for there in found.values())
             groups = [
                 there.classes[name].group(split, label, f"{above[split]}{name}/")
                 for split, there in found.items()

@@ -52,7 +52,6 @@ class Kaggle(Source):
             if wnid in solution
         ]
         passed_over = found.passed_over + in_val.passed_over
-        passed_over["loose images"] += len(found.loose.names)
         class_names = [names[wnid] for wnid in classes]
         super().__init__("kaggle", path, classes, groups, class_names, passed_over=passed_over)
 

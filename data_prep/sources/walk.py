@@ -26,7 +26,9 @@ class ClassFolders(NamedTuple):
     @property
     def passed_over(self) -> Counter[str]:
         folders = (self.loose, *self.classes.values())
-        return sum((images.passed_over for images in folders), Counter[str]())
+        found = sum((images.passed_over for images in folders), Counter[str]())
+        found["loose images"] += len(self.loose.names) if self.classes else 0
+        return found
 
 
 def class_folders(folder: Path) -> ClassFolders:
