@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         _add_image_options(command)
 
     digits = commands.add_parser("digits", help="scikit-learn's handwritten digits, 8x8, built in")
-    digits.set_defaults(run=run_digits, format="both", workers=1)
+    digits.set_defaults(run=run_digits, format="both", workers=1, size=Digits.size)
     digits.add_argument("--encode", choices=("png", "jpeg", "raw"), default="png", help=ENCODE_HELP)
     for command in (imagenet, folder, digits):
         command.add_argument(
@@ -159,21 +160,12 @@ def _world_size() -> int:
 
 
 def run_digits(args: argparse.Namespace) -> int:
-    settings = Settings(size=Digits.size, encode=args.encode, seed=args.seed)
-    return _run(args, settings, Digits.path, partial(Digits, seed=args.seed))
+    return _run(args, Digits.path, partial(Digits, seed=args.seed))
 
 
 def run_images(args: argparse.Namespace) -> int:
     src = source_path(args.src)
-    settings = Settings(
-        size=args.size,
-        crop=args.crop,
-        encode=args.encode,
-        seed=args.seed,
-        max_errors=args.max_errors,
-        max_pixels=args.max_pixels,
-    )
-    return _run(args, settings, src, partial(_open, args, src))
+    return _run(args, src, partial(_open, args, src))
 
 
 def _open(args: argparse.Namespace, src: Path) -> Source:
@@ -188,10 +180,10 @@ def _open(args: argparse.Namespace, src: Path) -> Source:
     return source
 
 
-def _run(
-    args: argparse.Namespace, settings: Settings, path: Path, opened: Callable[[], Source]
-) -> int:
+def _run(args: argparse.Namespace, path: Path, opened: Callable[[], Source]) -> int:
     """This rank's part of a preparation of the source at `path`, which the first has `opened`."""
+    options = {field.name for field in fields(Settings)} & vars(args).keys()
+    settings = Settings(**{name: getattr(args, name) for name in options})
     formats, workers = FORMATS[args.format], args.workers or _cores()
     ranks = {"workers": workers, "world_size": _world_size()}
     if _rank():

@@ -29,9 +29,8 @@ VERSION = 1
 PLAN, BEGUN = "plan.parquet", "begun.json"
 SAMPLED = 16  # images that tell how many fill a shard
 MAX_IMAGES = 2048  # of a shard, however small: a worker is at one for seconds, and not for hours
-SHARES = (
-    16  # shards that a split has if they can be an eighth full: as many workers have their share
-)
+SHARES = 16
+"""Shards that a split has if they can be an eighth full: as many workers have their share."""
 ROWS = 1 << 16  # of the plan, turned into columns at a time
 COLUMNS = {
     "split": "int8",
