@@ -20,7 +20,7 @@ from data_prep.plan import BEGUN, Plan, begin
 from data_prep.settings import Settings, versions
 from data_prep.shard_maker import DONE, ShardMaker
 from data_prep.sources import Source
-from data_prep.sources.base import damage_named
+from data_prep.sources.storage import damage_named
 from data_prep.workers import map_in_order
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import lock_folder, publish_folder, read_json

@@ -9,7 +9,7 @@ from typing import Any
 
 from data_prep.sources import huggingface, mds, npz
 from data_prep.sources.archives import Archives
-from data_prep.sources.base import Content, Place, Source, patiently, unreadable
+from data_prep.sources.base import Content, Place, Source
 from data_prep.sources.digits import Digits as Digits
 from data_prep.sources.digits import read_digit
 from data_prep.sources.edm import EDM
@@ -18,7 +18,14 @@ from data_prep.sources.huggingface import Arrow, Parquet
 from data_prep.sources.kaggle import Kaggle
 from data_prep.sources.mds import MDS
 from data_prep.sources.npz import Npz
-from data_prep.sources.storage import ObjectPath, forget_listings, read_file, read_part
+from data_prep.sources.storage import (
+    ObjectPath,
+    forget_listings,
+    patiently,
+    read_file,
+    read_part,
+    unreadable,
+)
 from data_prep.sources.walk import images_in
 from data_prep.sources.wds import WebDataset
 from tarflow_dist.errors import UserError

@@ -1,33 +1,21 @@
 """What a source of images is: groups of images, each with its place."""
 
-import struct
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import chain, groupby
 from pathlib import Path
-from typing import IO, NamedTuple, TypeVar
-from zipfile import ZIP_STORED, BadZipFile, ZipInfo
+from typing import NamedTuple
 
 import numpy as np
 
 from data_prep.sources.names import check_distinct, readable, set_name, shuffle_key
-from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError
-from tarflow_dist.files import NotRegularError
-
-LOCAL_HEADER = struct.Struct("<4s22xHH")
-"""Of a file in a zip: signature, lengths of its name and of what follows that."""
-T = TypeVar("T")
-
+from tarflow_dist.errors import UserError
 
 Content = bytes | np.ndarray | None
 """A file's bytes, or pixels: uint8, (H, W) or (H, W, 3). None is an image that the source names and
 has not."""
-WAITS = (0.5, 2.0, 8.0)
-"""Seconds before something that the system refused is tried again."""
 
 
 class Place(NamedTuple):
@@ -225,62 +213,3 @@ class Source:
             digest.update("\0".join(about).encode(errors="surrogateescape"))
             digest.update(b"" if group.parts is None else group.parts.tobytes())
         return digest.hexdigest()
-
-
-def patiently(read: Callable[[], T], file: Path) -> T:
-    """What `read` gives. What the system refuses may be there in a moment: it is tried again after
-    each of WAITS.
-
-    Raises:
-        NotRegularError: it is no file.
-        UserError: it still can't be read.
-    """
-    for wait in (*WAITS, None):
-        try:
-            return read()
-        except NotRegularError:
-            raise
-        except OSError as error:
-            if wait is None:
-                raise UserError(
-                    f"can't read {readable(str(file))} ({error.strerror}), after "
-                    f"{len(WAITS)} more attempts: once it can be read, the same command goes on"
-                ) from error
-            time.sleep(wait)
-    raise AssertionError
-
-
-@contextmanager
-def damage_named(what: str, mend: str = "fetch it again") -> Iterator[None]:
-    """Whatever damage makes a parser raise in the body becomes a `UserError`: `what`, why, and how
-    to `mend` it. What the system refuses says nothing of the content, and passes."""
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in REFUSED_BY_MACHINE:
-            raise
-        said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(f"{what} ({said.splitlines()[0]}): {mend}") from error
-
-
-def unreadable(error: OSError) -> UserError:
-    """What a user is told of a file or folder that the system refuses."""
-    return UserError(f"can't read {error.filename}: {error.strerror}")
-
-
-def zip_part(stream: IO[bytes], member: ZipInfo) -> tuple[int, int]:
-    """Offset and size of a file in the zip `stream`, which the zip's index alone doesn't tell.
-
-    Raises:
-        ValueError: it is compressed or locked.
-        BadZipFile: it isn't there.
-    """
-    if member.compress_type != ZIP_STORED or member.flag_bits & 1:
-        raise ValueError(f"{member.filename} is compressed or locked: unpack it, give the folder")
-    stream.seek(member.header_offset)
-    signature, name, extra = LOCAL_HEADER.unpack(stream.read(LOCAL_HEADER.size))
-    if signature != b"PK\3\4":
-        raise BadZipFile(f"{member.filename} is not where the index says")
-    return member.header_offset + LOCAL_HEADER.size + name + extra, member.file_size

@@ -7,7 +7,7 @@ from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
-from data_prep.sources.base import Group, Images, Source, damage_named, zip_part
+from data_prep.sources.base import Group, Images, Source
 from data_prep.sources.names import (
     MAX_CLASSES,
     UNCONDITIONAL,
@@ -15,7 +15,7 @@ from data_prep.sources.names import (
     is_image_name,
     kind_of,
 )
-from data_prep.sources.storage import open_file, read_file
+from data_prep.sources.storage import damage_named, open_file, read_file, zip_part
 from data_prep.sources.walk import images_in
 from tarflow_dist.errors import UserError
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.sources.base import Group, Place, Source, damage_named
+from data_prep.sources.base import Group, Place, Source
 from data_prep.sources.names import MAX_CLASSES, SPLITS, find_splits, wnids_by_label
-from data_prep.sources.storage import ObjectPath, open_file
+from data_prep.sources.storage import ObjectPath, damage_named, open_file
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import inside, read_json, regular
 

@@ -3,9 +3,9 @@
 import csv
 from pathlib import Path
 
-from data_prep.sources.base import Group, Source, damage_named
+from data_prep.sources.base import Group, Source
 from data_prep.sources.names import check_distinct
-from data_prep.sources.storage import read_file
+from data_prep.sources.storage import damage_named, read_file
 from data_prep.sources.walk import class_folders, images_in
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import inside

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep.sources.base import Group, Place, Source, damage_named
+from data_prep.sources.base import Group, Place, Source
 from data_prep.sources.names import MAX_CLASSES, find_splits
-from data_prep.sources.storage import ObjectPath, read_file
+from data_prep.sources.storage import ObjectPath, damage_named, read_file
 from data_prep.sources.walk import folders_in
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import inside, open_regular

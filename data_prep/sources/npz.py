@@ -10,9 +10,9 @@ from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
-from data_prep.sources.base import Group, Item, Place, Source, damage_named, patiently, zip_part
+from data_prep.sources.base import Group, Item, Place, Source
 from data_prep.sources.names import MAX_CLASSES, SPLITS
-from data_prep.sources.storage import open_file, read_part
+from data_prep.sources.storage import damage_named, open_file, patiently, read_part, zip_part
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import read_npy_header
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.sources.archives import SCANNERS, TRAIN, VAL, files_in, read_member
-from data_prep.sources.base import Group, Source, damage_named
+from data_prep.sources.base import Group, Source
 from data_prep.sources.names import (
     MAX_CLASSES,
     find_splits,
@@ -22,7 +22,7 @@ from data_prep.sources.names import (
     names_by_label,
     wnids_by_label,
 )
-from data_prep.sources.storage import open_file
+from data_prep.sources.storage import damage_named, open_file
 from tarflow_dist.errors import UserError
 from tarflow_dist.telemetry.progress import Progress
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from data_prep import encode
 from data_prep.__main__ import main
-from data_prep.sources import Archives, Folder, Kaggle, Parquet, base, open_source, storage
+from data_prep.sources import Archives, Folder, Kaggle, Parquet, open_source, storage
 from data_prep.verify import verify
 from tarflow_dist.errors import UserError
 
@@ -156,7 +156,7 @@ def test_a_passing_read_error_leaves_no_trace(
         return whole(file)
 
     monkeypatch.setattr(storage, "read_regular", failing)
-    monkeypatch.setattr(base, "WAITS", (0, 0, 0))
+    monkeypatch.setattr(storage, "WAITS", (0, 0, 0))
     main(command(src, tmp_path / "out"))
     assert not any(failures.values())
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -166,7 +166,7 @@ def test_a_folder_that_vanishes_ends_the_run_which_goes_on(
     src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     main(command(src, tmp_path / "whole"))
-    monkeypatch.setattr(base, "WAITS", (0, 0, 0))
+    monkeypatch.setattr(storage, "WAITS", (0, 0, 0))
     original = encode.prepare_image
 
     def vanish(*args: object, **kwargs: object) -> object:
