@@ -59,8 +59,8 @@ class Record:
 
     bad: int
     """Of its images, those that could not be read."""
-    table: bytes
-    """A Parquet file of IMAGE and where the images begin in the shards, a row an image of the
+    table: Any
+    """A pyarrow table of IMAGE and where the images begin in the shards, a row an image of the
     plan."""
     shards: Mapping[str, Shard]
     """By format; empty if no image could be read."""
@@ -141,7 +141,7 @@ class ShardMaker:
         return [rows[i] for i in range(len(items))]
 
     def _table(self, rows: list[dict[str, Any]]) -> bytes:
-        """A Parquet file, as Record has it."""
+        """A Parquet file of what Record has."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -163,15 +163,19 @@ class ShardMaker:
 
 def read_record(folder: Path, number: int) -> Record | None:
     """What is known of a shard; None if it is not there, or not whole."""
+    import pyarrow.parquet as pq
+
     done = folder / DONE / f"{number:06d}"
     try:
         about = read_sealed(done.with_suffix(".json"), version=VERSION)
-        table = read_regular(done.with_suffix(".parquet"))
+        data = read_regular(done.with_suffix(".parquet"))
         shards = {form: from_saved(Shard, shard) for form, shard in about["shards"].items()}
-        whole = (about["number"], about["table"]) == (number, xxh3_128_hexdigest(table)) and all(
+        whole = (about["number"], about["table"]) == (number, xxh3_128_hexdigest(data)) and all(
             _size(folder, form, shard.file) == shard.bytes for form, shard in shards.items()
         )
-        return Record(about["bad"], table, shards) if whole else None
+        if not whole:
+            return None
+        return Record(about["bad"], pq.read_table(BytesIO(data), use_threads=False), shards)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
