@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 
 import layouts
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -240,6 +241,16 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(
     with pytest.raises(UserError, match=f"can't read .*{name}.*Permission denied") as caught:
         open_source(tmp_path / "src", val_fraction=0.1, seed=0)
     assert "damaged" not in str(caught.value)
+
+
+def test_checksums_are_read_patiently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("train_data_batch_1", "val_data"):
+        np.savez(tmp_path / name, data=np.zeros((2, 192), np.uint8), labels=np.ones(2, int))
+    source = open_source(tmp_path, val_fraction=0.1, seed=0)
+    refuse("val_data.npz", monkeypatch)
+    monkeypatch.setattr(storage, "WAITS", (0, 0, 0))
+    with pytest.raises(UserError, match=r"can't read .*val_data.npz \(Permission .*once it can be"):
+        source.items()
 
 
 @pytest.mark.parametrize("name", ["summary.json", "train/index.json", "shard.00000.mds"])
