@@ -29,9 +29,9 @@ from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 from benchmarks.pictures import write_photos
 from benchmarks.side_by_side import alternate, ratio
 from data_prep.images import ENCODINGS
-from data_prep.pipeline import prepare
-from data_prep.records import Settings
-from data_prep.sources import Folder
+from data_prep.prepare import prepare
+from data_prep.settings import Settings
+from data_prep.sources import open_source
 from tarflow_dist.data.loader import Batch, train_batches
 from tarflow_dist.data.order import ImageOrder
 from tarflow_dist.data.shards import Shards, open_shards
@@ -110,7 +110,7 @@ def measure(photos: Path, encode: str) -> str:
     """A row of the table."""
     out = photos.parent / encode
     settings = Settings(size=None if encode == "keep" else SIZE, encode=encode, shard_bytes=4 << 20)
-    source = Folder(photos, val_fraction=0.1, seed=0)
+    source = open_source(photos, layout="folder", val_fraction=0.1, seed=0)
     prepare(source, out, FORMATS, settings, workers=PROCESSES)
     sizes = pq.read_table(out / "mds" / "manifest.parquet")["bytes"].to_numpy()
     size = f"{sizes.mean() / 1e3:.0f}"

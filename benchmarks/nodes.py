@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.pipeline import prepare
-from data_prep.records import Settings
-from data_prep.remote import upload
+from data_prep.prepare import prepare
+from data_prep.settings import Settings
 from data_prep.sources import Npz
+from data_prep.upload import upload
 from tarflow_dist.data.loader import train_batches
 from tarflow_dist.data.order import ImageOrder
 from tarflow_dist.data.shards import open_shards

@@ -25,9 +25,9 @@ from PIL import Image
 from benchmarks.pictures import write_photos
 from benchmarks.side_by_side import alternate, ratio
 from data_prep.images import CROPS
-from data_prep.pipeline import prepare
-from data_prep.records import Settings
-from data_prep.sources import Folder
+from data_prep.prepare import prepare
+from data_prep.settings import Settings
+from data_prep.sources import open_source
 
 SIZE, PHOTOS, ROUNDS = 256, 4000, 3
 OPTIONS = {"png": {}, "webp": {"lossless": True}, "jpeg": {"quality": 95, "subsampling": 0}}
@@ -38,7 +38,7 @@ def ours(photos: Path, encode: str, workers: int, peaks: list[float]) -> float:
     """Adds to `peaks` what there was on the disk at most, as a share of the finished set."""
     with tempfile.TemporaryDirectory(dir=photos.parent) as out, watched(Path(out)) as sizes:
         began = time.perf_counter()
-        source = Folder(photos, val_fraction=0.1, seed=0)
+        source = open_source(photos, layout="folder", val_fraction=0.1, seed=0)
         prepare(source, Path(out), ["mds"], Settings(size=SIZE, encode=encode), workers=workers)
         rate = len(source) / (time.perf_counter() - began)
         peaks.append(max(sizes) / on_disk(Path(out)))

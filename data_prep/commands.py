@@ -4,18 +4,19 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from data_prep import remote
-from data_prep.images import CROPS, ENCODINGS, HONEST_PIXELS
-from data_prep.pipeline import help_prepare, prepare
-from data_prep.records import Settings
+from data_prep import show, verify
+from data_prep.images import CROPS, ENCODINGS
+from data_prep.prepare import help_prepare, prepare
+from data_prep.settings import HONEST_PIXELS, Settings
 from data_prep.sources import LAYOUTS, Digits, Source, open_source
 from data_prep.sources.names import listed, say_passed_over
-from data_prep.sources.objects import source_path
+from data_prep.sources.storage import source_path
+from data_prep.upload import is_remote, prepare_and_upload
 from tarflow_dist.errors import INTERRUPTED_EXIT_CODE, UserError
 
 MAX_SIZE, MAX_WORKERS = 4096, 1024
@@ -71,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         _add_image_options(command)
 
     digits = commands.add_parser("digits", help="scikit-learn's handwritten digits, 8x8, built in")
-    digits.set_defaults(run=run_digits, format="both", workers=1)
+    digits.set_defaults(run=run_digits, format="both", workers=1, size=Digits.size)
     digits.add_argument("--encode", choices=("png", "jpeg", "raw"), default="png", help=ENCODE_HELP)
     for command in (imagenet, folder, digits):
         command.add_argument(
@@ -85,12 +86,11 @@ def parser() -> argparse.ArgumentParser:
             help="processes; they change no byte (default: 1 for digits, else one a core)",
         )
 
-    for name, help_ in (
-        ("verify", "read a finished set back and say what is wrong with it"),
-        ("show", "print a set's summary and draw a contact sheet"),
+    for name, module, help_ in (
+        ("verify", verify, "read a finished set back and say what is wrong with it"),
+        ("show", show, "print a set's summary and draw a contact sheet"),
     ):
         command = commands.add_parser(name, help=help_)
-        module = import_module(f"data_prep.{name}")
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return top
@@ -160,21 +160,12 @@ def _world_size() -> int:
 
 
 def run_digits(args: argparse.Namespace) -> int:
-    settings = Settings(size=Digits.size, encode=args.encode, seed=args.seed)
-    return _run(args, settings, Digits.path, partial(Digits, seed=args.seed))
+    return _run(args, Digits.path, partial(Digits, seed=args.seed))
 
 
 def run_images(args: argparse.Namespace) -> int:
     src = source_path(args.src)
-    settings = Settings(
-        size=args.size,
-        crop=args.crop,
-        encode=args.encode,
-        seed=args.seed,
-        max_errors=args.max_errors,
-        max_pixels=args.max_pixels,
-    )
-    return _run(args, settings, src, partial(_open, args, src))
+    return _run(args, src, partial(_open, args, src))
 
 
 def _open(args: argparse.Namespace, src: Path) -> Source:
@@ -189,10 +180,10 @@ def _open(args: argparse.Namespace, src: Path) -> Source:
     return source
 
 
-def _run(
-    args: argparse.Namespace, settings: Settings, path: Path, opened: Callable[[], Source]
-) -> int:
+def _run(args: argparse.Namespace, path: Path, opened: Callable[[], Source]) -> int:
     """This rank's part of a preparation of the source at `path`, which the first has `opened`."""
+    options = {field.name for field in fields(Settings)} & vars(args).keys()
+    settings = Settings(**{name: getattr(args, name) for name in options})
     formats, workers = FORMATS[args.format], args.workers or _cores()
     ranks = {"workers": workers, "world_size": _world_size()}
     if _rank():
@@ -200,10 +191,8 @@ def _run(
         return 0
     source = opened()
     try:
-        if remote.is_remote(args.out):
-            summary = remote.prepare_and_upload(
-                source, args.out, formats, settings, workers=workers
-            )
+        if is_remote(args.out):
+            summary = prepare_and_upload(source, args.out, formats, settings, workers=workers)
         else:
             summary = prepare(source, Path(args.out), formats, settings, **ranks)
     except KeyboardInterrupt:
@@ -252,7 +241,7 @@ def parse(argv: list[str], *, world_size: int | None = None) -> argparse.Namespa
         value = getattr(args, name, None)
         if value is not None and not is_sound(value):
             raise UserError(f"--{name.replace('_', '-')} is {value}: give {wanted}")
-    if "seed" in args and remote.is_remote(args.out) and (world_size or _world_size()) > 1:
+    if "seed" in args and is_remote(args.out) and (world_size or _world_size()) > 1:
         raise UserError(
             f"{args.out} is in an object store, which one rank alone can write to: leave out "
             "--nodes and --tasks-per-node, or give a folder that all nodes share"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from PIL import Image, UnidentifiedImageError
 
 from data_prep.images import Stored, prepare_image
-from data_prep.records import Settings
+from data_prep.settings import Settings
 from data_prep.sources.base import Content
 from data_prep.sources.names import readable
 from tarflow_dist.errors import UserError
@@ -26,14 +26,7 @@ def store_image(read: Callable[[], Content], settings: Settings, channels: int) 
         content = read()
         if content is None:
             return "not there"
-        return prepare_image(
-            content,
-            size=settings.size,
-            channels=channels,
-            crop=settings.crop,
-            encode=settings.encode,
-            max_pixels=settings.max_pixels,
-        )
+        return prepare_image(content, settings, channels=channels)
     except UnidentifiedImageError:
         return "not an image that Pillow knows" if content else "empty"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

@@ -1,8 +1,8 @@
 """Image files, whatever they are, to square 8-bit images: decode, crop, encode."""
 
-import hashlib
+import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import import_module
 from io import BytesIO
@@ -10,15 +10,17 @@ from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
-from xxhash import xxh3_64_hexdigest
 
-from data_prep.png import without_texts
+from data_prep.settings import HONEST_PIXELS, Settings
 from tarflow_dist.errors import UserError
 
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # of TIFF's tags
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_DROPPED = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # Pillow refuses an image for large ones
+PNG_ORIENTATION = (b"Raw profile type exif", b"XML:com.adobe.xmp")  # texts that may tell it
+PNG_LARGEST_TEXT = 1 << 20
 ENCODINGS = ("png", "jpeg", "webp", "raw", "keep")
 MAX_PIXELS = 1 << 27  # of an image when its short side is `size`: 400 MB
-HONEST_PIXELS = 1 << 28  # of a file, unless the user knows better: phones make 200 million
 PLUG_INS = ("pillow_heif.HeifImagePlugin", "pillow_jxl")  # formats that Pillow lacks, if installed
 # They run programs (EPS), or Pillow knows them by name alone and reads no pixels.
 NOT_READ = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
@@ -47,67 +49,68 @@ class Stored(NamedTuple):
     """In pixels, before EXIF's orientation is applied."""
     original_height: int
 
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.data).hexdigest()
 
-    @property
-    def xxh3_64(self) -> str:
-        return xxh3_64_hexdigest(self.data)
-
-
-def prepare_image(
-    content: bytes | np.ndarray,
-    *,
-    size: int | None,
-    channels: int,
-    crop: str,
-    encode: str,
-    max_pixels: int = HONEST_PIXELS,
-) -> Stored:
-    """An image of any size and kind as one of `size` x `size` pixels. Damage is found as far as the
+def prepare_image(content: bytes | np.ndarray, settings: Settings, *, channels: int) -> Stored:
+    """An image of any size and kind as the `settings` want it stored. Damage is found as far as the
     format allows: a PNG has checksums; a JPEG with a flipped bit mostly decodes, to other pixels.
 
     Args:
-        content: a file's bytes, or pixels: uint8, (H, W) or (H, W, 3).
-        size: None where `encode` is keep: that gives `content` back, once it has been decoded.
+        content: a file's bytes, or pixels: uint8, (H, W) or (H, W, 3). With `encode` keep it comes
+            back as it is, once it has been decoded.
         channels: 1 for grey, 3 for RGB.
-        crop: a key of CROPS.
-        encode: one of ENCODINGS.
-        max_pixels: larger images are refused before they are decoded.
 
     Raises:
-        Image.DecompressionBombWarning, Image.DecompressionBombError: the image is too large.
+        Image.DecompressionBombWarning, Image.DecompressionBombError: the image has more than
+            `max_pixels`, and is not decoded.
         Exception: Pillow's decoders raise of every kind on files that are damaged or no image, or
             that decode to more pixels than Pillow allows.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tags that make no sense, by the thousand
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with open_image(content, max_pixels) as image:
-            if image.format == "PNG":
-                open_image(
-                    content, max_pixels
-                ).verify()  # checksums, which decoding does not look at
+        with open_image(content, settings.max_pixels) as image:
+            if image.format == "PNG":  # checksums, which decoding does not look at
+                open_image(content, settings.max_pixels).verify()
             about = (len(content) if isinstance(content, bytes) else content.nbytes, *image.size)
-            if encode == "keep":
+            if settings.encode == "keep":
                 if isinstance(content, np.ndarray):
                     raise UserError("--encode keep stores files, and the source has bare pixels")
                 assert image.format is not None
                 image.load()
                 return Stored(content, _kind(image.format), *about)
+            size = settings.size
             assert size is not None
             if image.width * image.height * (size / min(image.size)) ** 2 > MAX_PIXELS:
                 raise ValueError(f"too narrow to be resized: {image.width}x{image.height}")
-            pixels = CROPS[crop](to_8bit(image, channels), size)
-            return Stored(*encode_image(pixels, encode), *about)
+            pixels = CROPS[settings.crop](to_8bit(image, channels), size)
+            return Stored(*encode_image(pixels, settings.encode), *about)
 
 
 def open_image(content: bytes | np.ndarray, max_pixels: int = HONEST_PIXELS) -> Image.Image:
     Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow knows it no other way
     if isinstance(content, np.ndarray):
         return Image.fromarray(content)
-    return Image.open(BytesIO(without_texts(content)), formats=FORMATS)
+    return Image.open(BytesIO(_without_texts(content)), formats=FORMATS)
+
+
+def _without_texts(content: bytes) -> bytes:
+    """`content`, if it is a PNG, without texts and colour profiles, but for those texts of no great
+    size that may say how the picture is turned. What is damaged stays as it is."""
+    if not content.startswith(PNG_SIGNATURE):
+        return content
+    return PNG_SIGNATURE + b"".join(_kept_chunks(content))
+
+
+def _kept_chunks(png: bytes) -> Iterator[bytes]:
+    begin = len(PNG_SIGNATURE)
+    while begin + 8 <= len(png):
+        length, kind = struct.unpack_from(">I4s", png, begin)
+        end = begin + 12 + length
+        keyword = png[begin + 8 : begin + 8 + 80].partition(b"\0")[0]
+        tells = keyword in PNG_ORIENTATION and length <= PNG_LARGEST_TEXT
+        if kind not in PNG_DROPPED or (kind != b"iCCP" and tells):
+            yield png[begin:end]
+        begin = end
 
 
 def is_image(stream: IO[bytes]) -> bool:

@@ -18,9 +18,9 @@ import numpy as np
 
 from data_prep.encode import store_image
 from data_prep.images import Stored
-from data_prep.records import Settings
+from data_prep.settings import Settings
 from data_prep.sources import Source, read_image
-from data_prep.sources.base import Item, Place, unreadable
+from data_prep.sources.base import Item, Place
 from data_prep.sources.names import SPLITS, shuffle_key
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import describe, read_sealed, write_sealed, write_whole
@@ -29,9 +29,8 @@ VERSION = 1
 PLAN, BEGUN = "plan.parquet", "begun.json"
 SAMPLED = 16  # images that tell how many fill a shard
 MAX_IMAGES = 2048  # of a shard, however small: a worker is at one for seconds, and not for hours
-SHARES = (
-    16  # shards that a split has if they can be an eighth full: as many workers have their share
-)
+SHARES = 16
+"""Shards that a split has if they can be an eighth full: as many workers have their share."""
 ROWS = 1 << 16  # of the plan, turned into columns at a time
 COLUMNS = {
     "split": "int8",
@@ -177,7 +176,7 @@ def _list(source: Source, seed: int) -> tuple[Any, np.ndarray]:
 
     schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in COLUMNS.items()])
     items, batches, keys = source.items(), [], bytearray()
-    while some := _next(items):
+    while some := list(islice(items, ROWS)):
         rows = [
             {
                 "split": SPLITS.index(item.split),
@@ -191,13 +190,6 @@ def _list(source: Source, seed: int) -> tuple[Any, np.ndarray]:
         batches.append(pa.RecordBatch.from_pylist(rows, schema))
         keys += b"".join(shuffle_key(seed, "order", item.name) for item in some)
     return pa.Table.from_batches(batches, schema), np.frombuffer(keys, ">u8").reshape(-1, 2)
-
-
-def _next(items: Iterator[Item]) -> list[Item]:
-    try:
-        return list(islice(items, ROWS))
-    except OSError as error:
-        raise unreadable(error) from error
 
 
 def _block_keys(table: Any, seed: int) -> np.ndarray:

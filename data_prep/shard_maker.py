@@ -9,19 +9,16 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from xxhash import xxh3_128_hexdigest
 
 from data_prep.encode import store_image
-from data_prep.images import Stored
+from data_prep.formats import IMAGE_HASHES, Shard, digest, make_format
 from data_prep.plan import Plan
-from data_prep.records import IMAGE, STORED, Settings
-from data_prep.shards import Sample, Shard, make_format
+from data_prep.settings import Settings
 from data_prep.sources import read_images
-from data_prep.sources.base import Item
 from tarflow_dist.files import (
     from_saved,
     give_up_pages,
@@ -33,6 +30,27 @@ from tarflow_dist.files import (
 
 VERSION = 1
 DONE, PARTS = "done", "parts"
+STORED = {
+    "kind": "string",
+    "sha256": "string",
+    "xxh3_64": "string",
+    "original_bytes": "int64",
+    "original_width": "int64",
+    "original_height": "int64",
+}
+"""What is known of an image that is stored: see images.Stored."""
+IMAGE = {
+    "split": "string",
+    "position": "int64",
+    "source": "string",
+    "class": "string",
+    "label": "int64",
+    "reason": "string",
+    "bytes": "int64",
+    **STORED,
+}
+"""What is known of any image. Those that could not be read have a reason, and nothing from there
+on."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +59,8 @@ class Record:
 
     bad: int
     """Of its images, those that could not be read."""
-    table: bytes
-    """A Parquet file of IMAGE and where the images begin in the shards, a row an image of the
+    table: Any
+    """A pyarrow table of IMAGE and where the images begin in the shards, a row an image of the
     plan."""
     shards: Mapping[str, Shard]
     """By format; empty if no image could be read."""
@@ -72,41 +90,23 @@ class ShardMaker:
         if record := read_record(self.folder, number):
             return record.bad, True
         plan = Plan(self.folder)
-        planned, items = plan.shards[number], plan.items(number)
-        rows: list[dict[str, Any]] = []
-        stored, samples = [], []
-        for position, item, result in zip(
-            count(planned.first), items, self._encode(plan, items), strict=False
-        ):
-            row = {
-                "split": planned.split,
-                "position": position,
-                "source": item.name,
-                "class": plan.classes[item.label],
-                "label": item.label,
-            }
-            rows.append(row)
-            if isinstance(result, str):
-                row["reason"] = result
-                continue
-            row |= {"bytes": len(result.data), **{name: getattr(result, name) for name in STORED}}
-            stored.append(row)
-            samples.append(Sample.of(row, result.data))
+        planned, rows = plan.shards[number], self._rows(plan, number)
+        stored = [row for row in rows if "reason" not in row]
         shards = {}
-        for form in self.formats if samples else ():
+        for form in self.formats if stored else ():
             writer = make_format(
                 form, plan.name, self.settings.encode, self.settings.size, plan.channels
             )
             file = writer.file(planned.split, planned.number)
-            data, offsets = writer.pack(samples)
+            data, offsets = writer.pack(stored)
             self._put(self.folder / form / file, data)
-            shards[form] = Shard(file, len(samples), len(data), writer.hashes(data))
+            shards[form] = Shard(file, len(stored), len(data), writer.hashes(data))
             for row, offset in zip(stored, offsets, strict=True):
                 row[f"{form}_offset"] = offset
         table = self._table(rows)
         done = self.folder / DONE / f"{number:06d}"
         self._put(done.with_suffix(".parquet"), table)
-        bad = len(items) - len(stored)
+        bad = len(rows) - len(stored)
         about = {
             "number": number,
             "bad": bad,
@@ -116,18 +116,32 @@ class ShardMaker:
         write_sealed(done.with_suffix(".json"), about, version=VERSION)
         return bad, False
 
-    def _encode(self, plan: Plan, items: Sequence[Item]) -> list[Stored | str]:
-        """In the items' order. They are read as they lie, so that a block is read once."""
+    def _rows(self, plan: Plan, number: int) -> list[dict[str, Any]]:
+        """What becomes of each image, in the order of the plan: a row of IMAGE, and its bytes as
+        `data` if it is stored."""
+        planned, items = plan.shards[number], plan.items(number)
+        # they are read as they lie, so that a block is read once
         order = sorted(range(len(items)), key=lambda i: items[i].place[1:])
         reads = read_images(self.path, [items[i].place for i in order])
-        results = {
-            i: store_image(read, self.settings, plan.channels)
-            for i, read in zip(order, reads, strict=True)
-        }
-        return [results[i] for i in range(len(items))]
+        rows = {}
+        for i, read in zip(order, reads, strict=True):
+            rows[i] = {
+                "split": planned.split,
+                "position": planned.first + i,
+                "source": items[i].name,
+                "class": plan.classes[items[i].label],
+                "label": items[i].label,
+            }
+            result = store_image(read, self.settings, plan.channels)
+            if isinstance(result, str):
+                rows[i]["reason"] = result
+            else:
+                rows[i] |= {"bytes": len(result.data), **result._asdict()}
+                rows[i] |= {kind: digest(kind, result.data) for kind in IMAGE_HASHES}
+        return [rows[i] for i in range(len(items))]
 
     def _table(self, rows: list[dict[str, Any]]) -> bytes:
-        """A Parquet file, as Record has it."""
+        """A Parquet file of what Record has."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -149,15 +163,19 @@ class ShardMaker:
 
 def read_record(folder: Path, number: int) -> Record | None:
     """What is known of a shard; None if it is not there, or not whole."""
+    import pyarrow.parquet as pq
+
     done = folder / DONE / f"{number:06d}"
     try:
         about = read_sealed(done.with_suffix(".json"), version=VERSION)
-        table = read_regular(done.with_suffix(".parquet"))
+        data = read_regular(done.with_suffix(".parquet"))
         shards = {form: from_saved(Shard, shard) for form, shard in about["shards"].items()}
-        whole = (about["number"], about["table"]) == (number, xxh3_128_hexdigest(table)) and all(
+        whole = (about["number"], about["table"]) == (number, xxh3_128_hexdigest(data)) and all(
             _size(folder, form, shard.file) == shard.bytes for form, shard in shards.items()
         )
-        return Record(about["bad"], table, shards) if whole else None
+        if not whole:
+            return None
+        return Record(about["bad"], pq.read_table(BytesIO(data), use_threads=False), shards)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 

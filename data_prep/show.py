@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data_prep.images import to_8bit
-from data_prep.sources.base import damage_named
 from data_prep.sources.names import SPLITS, say_passed_over
+from data_prep.sources.storage import damage_named
 from data_prep.verify import decode, find_sets, on_disk
 from tarflow_dist.data.shards import Summary
 from tarflow_dist.errors import UserError

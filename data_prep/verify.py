@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep.images import HONEST_PIXELS, open_image
-from data_prep.remote import is_remote
-from data_prep.shards import Format, Sample, Shard, digest, make_format
+from data_prep.formats import IMAGE_HASHES, Format, Shard, digest, make_format
+from data_prep.images import open_image
+from data_prep.settings import HONEST_PIXELS
 from data_prep.sources.names import SPLITS
+from data_prep.upload import is_remote
 from data_prep.workers import map_in_order
 from tarflow_dist.data.images import decode_image
 from tarflow_dist.data.shards import COLUMNS as READ_COLUMNS
@@ -22,7 +23,6 @@ from tarflow_dist.errors import UserError
 from tarflow_dist.files import inside, read_json, read_regular, regular
 from tarflow_dist.telemetry.progress import Progress
 
-HASHES = ("sha256", "xxh3_64")
 POSITION = "position"
 """What shards count images by, where the manifest has it; before there was one, by `index`."""
 COLUMNS = READ_COLUMNS | dict.fromkeys(("source", "class", "kind", "sha256"), "string")
@@ -165,15 +165,13 @@ def _list_split(
         wrong.append(f"{split}: its index is {_why(error)}")
         listed = {}
     rows = rows.filter(pc.equal(rows["split"], split))
-    shards = np.array(rows["shard"].to_pylist(), str)
-    starts = np.flatnonzero(np.append(True, shards[1:] != shards[:-1]))[: len(shards)]
+    runs = pc.run_end_encode(rows["shard"].combine_chunks())
+    files, ends = runs.values.to_pylist(), runs.run_ends.to_pylist()
     jobs = []
-    for start, end in zip(starts, [*starts[1:], len(shards)], strict=True):
-        file = str(shards[start])
+    for file, start, end in zip(files, [0, *ends], ends, strict=False):
         # `take` copies: a mere slice would bring the whole table along to another process
         its_rows = rows.take(np.arange(start, end))
         jobs.append(Job(folder, file, listed.get(file), its_rows, summary, writer))
-    files = [job.file for job in jobs]
     if listed and list(listed) != files:
         wrong.append(f"{split}: the shards of its index are not those of manifest.parquet")
     known = {*listed, *files, f"{split}/index.json"}
@@ -201,26 +199,27 @@ def _check_shard(job: Job) -> str:
         ]
         if job.listed.images != len(rows):
             wrong.append(f"{job.listed.images} images in the index and {len(rows)} in the manifest")
-    images = [
+    for row in rows:
+        row["data"] = data[row["offset"] : row["offset"] + row["bytes"]]
+    bad = [
         f"image {row['index']} ({row['source']}) {problem}"
         for row in rows
-        if (problem := _check_image(data, row, job.summary))
+        if (problem := _check_image(row, job.summary))
     ]
-    if images:
-        more = f" and {len(images) - 1} more" if len(images) > 1 else ""
-        wrong.append(images[0] + more)
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        wrong.append(bad[0] + more)
     elif odd := _check_rest(data, rows, job.writer):
         wrong.append(odd)
     return "; ".join(wrong)
 
 
-def _check_image(data: bytes, row: dict[str, Any], summary: dict[str, Any]) -> str:
-    image = data[row["offset"] : row["offset"] + row["bytes"]]
-    for kind in HASHES:
-        if digest(kind, image) != row[kind]:
+def _check_image(row: dict[str, Any], summary: dict[str, Any]) -> str:
+    for kind in IMAGE_HASHES:
+        if digest(kind, row["data"]) != row[kind]:
             return f"has not the manifest's {kind}"
     try:
-        decode(image, summary)
+        decode(row["data"], summary)
     except Exception as error:  # decoders raise of every kind
         return f"can't be decoded ({_gist(error)})"
     return ""
@@ -230,12 +229,8 @@ def _check_rest(data: bytes, rows: list[dict[str, Any]], writer: Format) -> str:
     """What is wrong with a shard besides its images: written once more, as the manifest has them,
     these must give the same bytes."""
     offsets = [row["offset"] for row in rows]
-    samples = [
-        Sample.of({POSITION: row["index"], **row}, data[row["offset"] :][: row["bytes"]])
-        for row in rows
-    ]
     try:
-        written = writer.pack(samples)
+        written = writer.pack([{POSITION: row["index"], **row} for row in rows])
     except Exception as error:  # whatever a manifest may say
         return f"the manifest has what can't be stored ({_gist(error)})"
     if written == (data, offsets):

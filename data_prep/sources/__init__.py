@@ -7,24 +7,32 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources import mds, npz, tables
+from data_prep.sources import huggingface, mds, npz
 from data_prep.sources.archives import Archives
-from data_prep.sources.base import Content, Place, Source, patiently, unreadable
+from data_prep.sources.base import Content, Place, Source
 from data_prep.sources.digits import Digits as Digits
 from data_prep.sources.digits import read_digit
 from data_prep.sources.edm import EDM
 from data_prep.sources.folder import Folder
+from data_prep.sources.huggingface import Arrow, Parquet
 from data_prep.sources.kaggle import Kaggle
 from data_prep.sources.mds import MDS
 from data_prep.sources.npz import Npz
-from data_prep.sources.objects import ObjectPath, forget_listings, read_file, read_part
-from data_prep.sources.tables import Arrow, Parquet
+from data_prep.sources.storage import (
+    ObjectPath,
+    forget_listings,
+    patiently,
+    read_file,
+    read_part,
+    unreadable,
+)
 from data_prep.sources.walk import images_in
 from data_prep.sources.wds import WebDataset
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import inside
 
-PACKED: dict[str, Any] = {
+LAYOUTS: dict[str, Any] = {
+    "folder": Folder,
     "archives": Archives,
     "kaggle": Kaggle,
     "parquet": Parquet,
@@ -34,13 +42,10 @@ PACKED: dict[str, Any] = {
     "edm": EDM,
     "arrow": Arrow,
 }
-SPLIT_HERE = ("wds", "mds", "edm", "arrow")
-"""Those of them that may come without val."""
-ALL_IMAGES = ("kaggle", "edm")
+ALL_IMAGES = ("folder", "kaggle", "edm")
 """Those of them that are folders of images themselves."""
 AHEAD = 8
 """Images that are fetched from a store at a time."""
-LAYOUTS = ("folder", *PACKED)
 READERS: dict[str, Callable[..., Content]] = {
     "file": lambda file, place: read_file(file),
     "part": lambda file, place: read_part(file, place.offset, place.size),
@@ -48,8 +53,8 @@ READERS: dict[str, Callable[..., Content]] = {
     "digits": read_digit,
     "npz": npz.read_pixels,
     "mds": mds.read_sample,
-    "parquet": tables.read_row,
-    "arrow": tables.read_row,
+    "parquet": huggingface.read_row,
+    "arrow": huggingface.read_row,
 }
 """How an image is read from its file and place."""
 
@@ -87,10 +92,12 @@ def open_source(path: Path, *, layout: str = "auto", val_fraction: float, seed: 
 
     Args:
         layout: one of LAYOUTS, or auto, which looks what is there.
-        val_fraction, seed: see Folder, the only layout that may come without a split.
+        val_fraction: share of each class that is held out where there is no val.
+        seed: of what is held out.
 
     Raises:
-        UserError: there is no such folder, no such layout in it, or more than one.
+        UserError: there is no such folder, no such layout in it, or more than one; val would be
+            empty.
     """
     forget_listings()
     try:
@@ -100,16 +107,14 @@ def open_source(path: Path, *, layout: str = "auto", val_fraction: float, seed: 
             )
         advice = ""
         if layout == "auto":
-            found = [known for known, kind in PACKED.items() if kind.recognises(path)]
+            found = [known for known, kind in LAYOUTS.items() if kind.recognises(path)]
             if len(found) > 1:
                 raise UserError(f"{path} holds {' and '.join(found)}: choose one with --layout")
             layout = found[0] if found else "folder"
-            advice = f"; if it is no {layout} set, choose another --layout"
-        options: dict[str, Any] = {"val_fraction": val_fraction, "seed": seed}
-        if layout == "folder":
-            return Folder(path, **options)
+            advice = f"; if it is no {layout} set, choose another --layout" if found else ""
         try:
-            source = PACKED[layout](path, **options if layout in SPLIT_HERE else {})
+            source: Source = LAYOUTS[layout](path)
+            source.hold_out(val_fraction, seed)
             if layout not in ALL_IMAGES and path.is_dir():
                 source.passed_over += Counter({"images beside": len(images_in(path).names)})
             return source

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.sources.base import Group, Images, Source, damage_named
+from data_prep.sources.base import Group, Images, Source
 from data_prep.sources.names import check_distinct, is_image_name, kind_of
-from data_prep.sources.objects import open_file, read_file
+from data_prep.sources.storage import damage_named, open_file, read_file
 from tarflow_dist.errors import UserError
 
 TRAIN = "ILSVRC2012_img_train.tar"

@@ -1,33 +1,21 @@
 """What a source of images is: groups of images, each with its place."""
 
-import struct
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import chain, groupby
 from pathlib import Path
-from typing import IO, NamedTuple, TypeVar
-from zipfile import ZIP_STORED, BadZipFile, ZipInfo
+from typing import NamedTuple
 
 import numpy as np
 
 from data_prep.sources.names import check_distinct, readable, set_name, shuffle_key
-from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError
-from tarflow_dist.files import NotRegularError
-
-LOCAL_HEADER = struct.Struct("<4s22xHH")
-"""Of a file in a zip: signature, lengths of its name and of what follows that."""
-T = TypeVar("T")
-
+from tarflow_dist.errors import UserError
 
 Content = bytes | np.ndarray | None
 """A file's bytes, or pixels: uint8, (H, W) or (H, W, 3). None is an image that the source names and
 has not."""
-WAITS = (0.5, 2.0, 8.0)
-"""Seconds before something that the system refused is tried again."""
 
 
 class Place(NamedTuple):
@@ -122,43 +110,6 @@ class Images(NamedTuple):
         )
 
 
-@dataclass(frozen=True)
-class HoldOut:
-    """How val is drawn where a source has none."""
-
-    fraction: float
-    """Of each class; at least one image where there are two."""
-    seed: int
-    note: str = ""
-    """What the source then says of it."""
-    by_name: bool = True
-    """Whether the images' names decide, or their positions in the source."""
-
-    def split(self, groups: list[Group]) -> list[Group]:
-        """Groups of train alone as groups of train and val.
-
-        Raises:
-            UserError: val would be empty.
-        """
-        names = [group.prefix + readable(name) for group in groups for name in group.names]
-        if not self.by_name:
-            names = [str(position) for position in range(len(names))]
-        labels = np.concatenate([np.broadcast_to(g.label, len(g.names)) for g in groups])
-        val = np.zeros(len(names), bool)
-        order = np.argsort(labels, kind="stable")
-        for places in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
-            key = {i: shuffle_key(self.seed, "split", names[i]) for i in places.tolist()}
-            count = min(max(1, round(len(key) * self.fraction)), len(key) - 1)
-            val[sorted(key, key=key.__getitem__)[:count]] = True
-        if not val.any():
-            raise UserError("no class has two images, so val would be empty: give more images")
-        halves = []
-        for group in groups:
-            mine, val = val[: len(group.names)], val[len(group.names) :]
-            halves += [group.part("train", ~mine), group.part("val", mine)]
-        return halves
-
-
 class Source:
     """Images in a layout that users have, and where each of them lies. The order in which they are
     stored is made by the plan, so a source may give them as they lie. A layout is a subclass that
@@ -168,6 +119,8 @@ class Source:
         name: for file names: letters, digits, - and _.
         channels: of the images once prepared: 1 for grey, 3 for RGB.
         in_blocks: whether many images must be read for one: the blocks of their places.
+        held_out_note: what `hold_out` adds to the notes; None in a layout that always has val.
+        held_out_by_name: whether the images' names decide on that, or their positions.
 
     Args:
         layout: a key of `sources.LAYOUTS`, or digits.
@@ -176,13 +129,14 @@ class Source:
         class_names: what people call the classes, where the layout has it beside `classes`.
         passed_over: how many files, by their kind, are no images of the set.
         notes: what of the layout a user may not expect.
-        hold_out: how val is drawn, if no group is of it.
 
     Raises:
-        UserError: two of the images have one name, or val would be empty.
+        UserError: two of the images have one name.
     """
 
     channels = 3
+    held_out_note: str | None = None
+    held_out_by_name = True
 
     def __init__(
         self,
@@ -194,7 +148,6 @@ class Source:
         *,
         passed_over: Mapping[str, int] | None = None,
         notes: Sequence[str] = (),
-        hold_out: HoldOut | None = None,
     ):
         self.layout, self.path, self.name = layout, path, set_name(path, classes)
         self.classes, self.class_names = classes, class_names
@@ -203,14 +156,45 @@ class Source:
         for (prefix, _), alike in groupby(files, lambda group: (group.prefix, group.where)):
             names = chain.from_iterable(group.names for group in alike)
             check_distinct(names, f"{path}: {prefix} has two images")
-        if hold_out and all(group.split == "train" for group in groups):
-            groups = hold_out.split(groups)
-            self.notes += [hold_out.note] if hold_out.note else []
         self.groups = groups
         self.in_blocks = any(group.in_block for group in groups)
 
+    @staticmethod
+    def recognises(path: Path) -> bool:
+        """Whether `path` holds this layout, by what is found there."""
+        return False
+
     def __len__(self) -> int:
         return sum(len(group.names) for group in self.groups)
+
+    def hold_out(self, fraction: float, seed: int) -> None:
+        """Draws val from train, if there is none: `fraction` of each class, at least one image
+        where there are two.
+
+        Raises:
+            UserError: val would be empty.
+        """
+        if self.held_out_note is None or any(group.split == "val" for group in self.groups):
+            return
+        if self.held_out_by_name:
+            names = [group.prefix + readable(name) for group in self.groups for name in group.names]
+        else:
+            names = [str(position) for position in range(len(self))]
+        labels = np.concatenate([np.broadcast_to(g.label, len(g.names)) for g in self.groups])
+        val = np.zeros(len(names), bool)
+        order = np.argsort(labels, kind="stable")
+        for places in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
+            key = {i: shuffle_key(seed, "split", names[i]) for i in places.tolist()}
+            count = min(max(1, round(len(key) * fraction)), len(key) - 1)
+            val[sorted(key, key=key.__getitem__)[:count]] = True
+        if not val.any():
+            raise UserError("no class has two images, so val would be empty: give more images")
+        halves = []
+        for group in self.groups:
+            mine, val = val[: len(group.names)], val[len(group.names) :]
+            halves += [group.part("train", ~mine), group.part("val", mine)]
+        self.groups = halves
+        self.notes += [self.held_out_note] if self.held_out_note else []
 
     def items(self) -> Iterator[Item]:
         """All images, always in the same order; they are not read here."""
@@ -229,62 +213,3 @@ class Source:
             digest.update("\0".join(about).encode(errors="surrogateescape"))
             digest.update(b"" if group.parts is None else group.parts.tobytes())
         return digest.hexdigest()
-
-
-def patiently(read: Callable[[], T], file: Path) -> T:
-    """What `read` gives. What the system refuses may be there in a moment: it is tried again after
-    each of WAITS.
-
-    Raises:
-        NotRegularError: it is no file.
-        UserError: it still can't be read.
-    """
-    for wait in (*WAITS, None):
-        try:
-            return read()
-        except NotRegularError:
-            raise
-        except OSError as error:
-            if wait is None:
-                raise UserError(
-                    f"can't read {readable(str(file))} ({error.strerror}), after "
-                    f"{len(WAITS)} more attempts: once it can be read, the same command goes on"
-                ) from error
-            time.sleep(wait)
-    raise AssertionError
-
-
-@contextmanager
-def damage_named(what: str, mend: str = "fetch it again") -> Iterator[None]:
-    """Whatever damage makes a parser raise in the body becomes a `UserError`: `what`, why, and how
-    to `mend` it. What the system refuses says nothing of the content, and passes."""
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in REFUSED_BY_MACHINE:
-            raise
-        said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(f"{what} ({said.splitlines()[0]}): {mend}") from error
-
-
-def unreadable(error: OSError) -> UserError:
-    """What a user is told of a file or folder that the system refuses."""
-    return UserError(f"can't read {error.filename}: {error.strerror}")
-
-
-def zip_part(stream: IO[bytes], member: ZipInfo) -> tuple[int, int]:
-    """Offset and size of a file in the zip `stream`, which the zip's index alone doesn't tell.
-
-    Raises:
-        ValueError: it is compressed or locked.
-        BadZipFile: it isn't there.
-    """
-    if member.compress_type != ZIP_STORED or member.flag_bits & 1:
-        raise ValueError(f"{member.filename} is compressed or locked: unpack it, give the folder")
-    stream.seek(member.header_offset)
-    signature, name, extra = LOCAL_HEADER.unpack(stream.read(LOCAL_HEADER.size))
-    if signature != b"PK\3\4":
-        raise BadZipFile(f"{member.filename} is not where the index says")
-    return member.header_offset + LOCAL_HEADER.size + name + extra, member.file_size

@@ -7,7 +7,7 @@ from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
-from data_prep.sources.base import Group, HoldOut, Images, Source, damage_named, zip_part
+from data_prep.sources.base import Group, Images, Source
 from data_prep.sources.names import (
     MAX_CLASSES,
     UNCONDITIONAL,
@@ -15,7 +15,7 @@ from data_prep.sources.names import (
     is_image_name,
     kind_of,
 )
-from data_prep.sources.objects import open_file, read_file
+from data_prep.sources.storage import damage_named, open_file, read_file, zip_part
 from data_prep.sources.walk import images_in
 from tarflow_dist.errors import UserError
 
@@ -26,18 +26,17 @@ LARGEST_LABELS = 1 << 28  # bytes: ImageNet's are 50 million
 
 class EDM(Source):
     """A zip, or a folder, with images and a dataset.json, whose `labels` are null or [name, number]
-    an image; or a folder with such zips for train and val, by their names. Where there is no val,
-    it is drawn here. Labels stay as they are, and classes are the numbers; without labels it is an
-    unconditional set. Images are read where they lie.
-
-    Args:
-        val_fraction: share of each class held out where there is no val.
+    an image; or a folder with such zips for train and val, by their names. Labels stay as they are,
+    and classes are the numbers; without labels it is an unconditional set. Images are read where
+    they lie.
 
     Raises:
         UserError: `path` is no such set, or it is damaged.
     """
 
-    def __init__(self, path: Path, *, val_fraction: float, seed: int):
+    held_out_note = "no val: a share of each class is held out"
+
+    def __init__(self, path: Path):
         splits = _find(path)
         groups: list[Group] = []
         passed_over: Counter[str] = Counter()
@@ -55,10 +54,7 @@ class EDM(Source):
         if count == 1:
             classes = [UNCONDITIONAL]
             notes.append("no labels, or one alone: an unconditional set, for model.num_classes=0")
-        hold_out = HoldOut(val_fraction, seed, "no val: a share of each class is held out")
-        super().__init__(
-            "edm", path, classes, groups, passed_over=passed_over, notes=notes, hold_out=hold_out
-        )
+        super().__init__("edm", path, classes, groups, passed_over=passed_over, notes=notes)
 
     @staticmethod
     def recognises(path: Path) -> bool:

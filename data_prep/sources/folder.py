@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
-from data_prep.sources.base import HoldOut, Source
+from data_prep.sources.base import Source
 from data_prep.sources.names import (
     SPLIT_NAMES,
     SPLITS,
@@ -22,16 +22,16 @@ class Folder(Source):
     """A folder of class folders, images at any depth below them: SRC/CLASS/…/IMAGE, split here, or
     SRC/{train,val}/CLASS/…/IMAGE, split as it lies; these may be called as in SPLIT_NAMES. Without
     class folders, SRC/IMAGE or SRC/{train,val}/IMAGE, it is an unconditional set of the one class
-    UNCONDITIONAL. Folders without images are no classes.
-
-    Args:
-        val_fraction: share of each class held out where SRC is not split.
+    UNCONDITIONAL. Folders without images are no classes. What is in no other layout is taken for
+    this one.
 
     Raises:
         UserError: `path` is no such folder.
     """
 
-    def __init__(self, path: Path, *, val_fraction: float, seed: int):
+    held_out_note = ""
+
+    def __init__(self, path: Path):
         splits = _split_folders(path) or {"train": ""}
         found = {split: class_folders(path / name) for split, name in splits.items()}
         passed_over = _beside(path, splits.values()) if "val" in splits else Counter[str]()
@@ -47,7 +47,6 @@ class Folder(Source):
         first = next(iter(found.values()))
         if first.classes:
             classes = sorted(first.classes)
-            passed_over["loose images"] += sum(len(there.loose.names) for there in found.values())
             groups = [
                 there.classes[name].group(split, label, f"{above[split]}{name}/")
                 for split, there in found.items()
@@ -58,10 +57,7 @@ class Folder(Source):
             classes = [UNCONDITIONAL]
             notes.append("no class folders: an unconditional set, for model.num_classes=0")
             groups = [there.loose.group(split, 0, above[split]) for split, there in found.items()]
-        hold_out = HoldOut(val_fraction, seed)
-        super().__init__(
-            "folder", path, classes, groups, passed_over=passed_over, notes=notes, hold_out=hold_out
-        )
+        super().__init__("folder", path, classes, groups, passed_over=passed_over, notes=notes)
 
 
 def _check(found: dict[str, ClassFolders], passed_over: Counter[str]) -> None:

@@ -1,12 +1,11 @@
 """ImageNet as Kaggle's object localization challenge packs it."""
 
 import csv
-from collections import Counter
 from pathlib import Path
 
-from data_prep.sources.base import Group, Source, damage_named
+from data_prep.sources.base import Group, Source
 from data_prep.sources.names import check_distinct
-from data_prep.sources.objects import read_file
+from data_prep.sources.storage import damage_named, read_file
 from data_prep.sources.walk import class_folders, images_in
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import inside
@@ -28,8 +27,8 @@ class Kaggle(Source):
     def __init__(self, path: Path):
         val = path / IMAGES / "val"
         found = class_folders(path / IMAGES / "train")
-        in_val = images_in(val, deep=False) if val.is_dir() else None
-        train, there = found.classes, set(in_val.names if in_val else ())
+        in_val = images_in(val, deep=False)
+        train, there = found.classes, set(in_val.names)
         names = dict(line.partition(" ")[::2] for line in _text(path / MAPPING).splitlines())
         classes = sorted(names)
         if set(train) != set(classes):
@@ -52,8 +51,7 @@ class Kaggle(Source):
             for label, wnid in enumerate(classes)
             if wnid in solution
         ]
-        passed_over = found.passed_over + (in_val.passed_over if in_val else Counter())
-        passed_over["loose images"] += len(found.loose.names)
+        passed_over = found.passed_over + in_val.passed_over
         class_names = [names[wnid] for wnid in classes]
         super().__init__("kaggle", path, classes, groups, class_names, passed_over=passed_over)
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep.sources.base import Group, HoldOut, Place, Source, damage_named
+from data_prep.sources.base import Group, Place, Source
 from data_prep.sources.names import MAX_CLASSES, find_splits
-from data_prep.sources.objects import ObjectPath, read_file
+from data_prep.sources.storage import ObjectPath, damage_named, read_file
 from data_prep.sources.walk import folders_in
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import inside, open_regular
@@ -28,21 +28,20 @@ PIXELS = re.compile(r"ndarray:uint8:(\d+,\d+(,3)?)")
 class MDS(Source):
     """A folder of folders named after the splits (train, val …), or the folder of one split, each
     with an index.json and its shards, compressed or not. Columns: an image (x or image: jpeg, png,
-    pil, bytes or pixels in an ndarray) and its label (y or label: whole numbers). Where there is no
-    val, it is drawn here. Labels stay as they are; classes are numbers, or those of the
-    summary.json of this program's own sets.
+    pil, bytes or pixels in an ndarray) and its label (y or label: whole numbers). Labels stay
+    as they are; classes are numbers, or those of the summary.json of this program's own sets.
 
     Only places and labels are read here, of compressed shards all. Nothing is unpickled: other
     columns are not looked at.
-
-    Args:
-        val_fraction: share of each class held out where there is no val.
 
     Raises:
         UserError: `path` is no such folder, or a shard is damaged.
     """
 
-    def __init__(self, path: Path, *, val_fraction: float, seed: int):
+    held_out_note = "no folder for val: a share of each class is held out"
+    held_out_by_name = False
+
+    def __init__(self, path: Path):
         folders = _folders(path)
         splits, others = find_splits(folders)
         if "" in folders:
@@ -59,7 +58,6 @@ class MDS(Source):
         if not count:
             raise UserError(f"no image in {path} has a label from 0 on")
         classes, class_names = _classes(path, count)
-        note = "no folder for val: a share of each class is held out"
         super().__init__(
             "mds",
             path,
@@ -67,7 +65,6 @@ class MDS(Source):
             groups,
             class_names,
             passed_over={f"folder {name}/": 1 for name in others} | {"without a label": without},
-            hold_out=HoldOut(val_fraction, seed, note, by_name=False),
         )
 
     @staticmethod

@@ -1,7 +1,7 @@
 """What the names of files, folders and classes tell, and how they are told of."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from hashlib import blake2b
 from pathlib import Path
 
@@ -84,19 +84,19 @@ def set_name(path: Path, classes: Sequence[str]) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "-", path.resolve().name) or "images"
 
 
-def by_label(found: Iterable[tuple[int, str]]) -> dict[int, set[str]]:
-    """What was found of each label."""
-    texts: dict[int, set[str]] = {}
-    for label, text in found:
-        texts.setdefault(label, set()).add(text)
-    return texts
+def names_by_label(seen: Set[tuple[int, str]], count: int) -> list[str] | None:
+    """The names of `count` labels, if in the pairs that were `seen` each label has one, its own."""
+    pairs = sorted(seen)
+    names = [name for _, name in pairs]
+    each_has_one = [label for label, _ in pairs] == list(range(count))
+    return names if each_has_one and all(names) and len(set(names)) == count else None
 
 
-def wnids_by_label(seen: Mapping[int, set[str]], count: int) -> list[str] | None:
-    """The wnids of `count` labels, if in what was seen of it each has its own, in sorted order."""
-    wnids = [wnid for label in sorted(seen) for wnid in sorted(seen[label])]
-    sound = len(wnids) == count and wnids == sorted(set(wnids))
-    return wnids if sound and all(re.fullmatch(r"n\d{8}", wnid) for wnid in wnids) else None
+def wnids_by_label(seen: Set[tuple[int, str]], count: int) -> list[str] | None:
+    """As `names_by_label`, if they are wnids in sorted order."""
+    names = names_by_label(seen, count) or []
+    sound = names == sorted(names) and all(re.fullmatch(r"n\d{8}", name) for name in names)
+    return names if names and sound else None
 
 
 def shuffle_key(seed: int, purpose: str, name: str) -> bytes:

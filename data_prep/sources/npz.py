@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import isqrt
 from pathlib import Path
 from typing import IO
@@ -10,9 +10,9 @@ from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
-from data_prep.sources.base import Group, Item, Place, Source, damage_named, zip_part
+from data_prep.sources.base import Group, Item, Place, Source
 from data_prep.sources.names import MAX_CLASSES, SPLITS
-from data_prep.sources.objects import open_file, read_part
+from data_prep.sources.storage import damage_named, open_file, patiently, read_part, zip_part
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import read_npy_header
 
@@ -49,11 +49,7 @@ class Npz(Source):
     def items(self) -> Iterator[Item]:
         """Holds all pixels against the files' checksums first."""
         for group in self.groups:
-            file = group.where
-            said = damage_named(f"{file} can't be read")
-            with said, open_file(file) as raw, ZipFile(raw) as archive:
-                if name := archive.testzip():
-                    raise BadZipFile(f"the checksum of {name} is another")
+            patiently(partial(_check_sums, group.where), group.where)
         return super().items()
 
 
@@ -80,14 +76,13 @@ def _scan(split: str, file: Path) -> Group:
         damage_named(f"{file} can't be read"),
         open_file(file) as raw,
         np.load(raw, allow_pickle=False) as arrays,
-        ZipFile(raw) as archive,
     ):
         labels = arrays["labels"].reshape(-1)
         is_whole = labels.dtype.kind in "iu" and len(labels) > 0
         if not is_whole or not 1 <= labels.min() <= labels.max() <= MAX_CLASSES:
             raise ValueError("its labels are not whole numbers from 1 on")
-        member = archive.getinfo(PIXELS)
-        with archive.open(member) as stream:
+        member = arrays.zip.getinfo(PIXELS)
+        with arrays.zip.open(member) as stream:
             size, start = _row_size(stream, len(labels)), stream.tell()
         if member.file_size < start + size * len(labels):
             raise ValueError("it ends too early")
@@ -104,6 +99,13 @@ def _scan(split: str, file: Path) -> Group:
         reader="npz compressed" if member.compress_type else "npz",
         in_block=bool(member.compress_type),
     )
+
+
+def _check_sums(file: Path) -> None:
+    said = damage_named(f"{file} can't be read")
+    with said, open_file(file) as raw, ZipFile(raw) as archive:
+        if name := archive.testzip():
+            raise BadZipFile(f"the checksum of {name} is another")
 
 
 def _row_size(stream: IO[bytes], count: int) -> int:

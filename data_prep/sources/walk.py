@@ -9,7 +9,7 @@ from typing import NamedTuple
 from data_prep.images import is_image
 from data_prep.sources.base import Images
 from data_prep.sources.names import check_distinct, is_image_name, kind_of, readable
-from data_prep.sources.objects import ObjectPath, open_file
+from data_prep.sources.storage import ObjectPath, open_file
 from tarflow_dist.files import NotRegularError
 
 
@@ -26,7 +26,9 @@ class ClassFolders(NamedTuple):
     @property
     def passed_over(self) -> Counter[str]:
         folders = (self.loose, *self.classes.values())
-        return sum((images.passed_over for images in folders), Counter[str]())
+        found = sum((images.passed_over for images in folders), Counter[str]())
+        found["loose images"] += len(self.loose.names) if self.classes else 0
+        return found
 
 
 def class_folders(folder: Path) -> ClassFolders:

@@ -13,16 +13,16 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.sources.archives import SCANNERS, TRAIN, VAL, files_in, read_member
-from data_prep.sources.base import Group, HoldOut, Source, damage_named
+from data_prep.sources.base import Group, Source
 from data_prep.sources.names import (
     MAX_CLASSES,
-    by_label,
     find_splits,
     is_image_name,
     kind_of,
+    names_by_label,
     wnids_by_label,
 )
-from data_prep.sources.objects import open_file
+from data_prep.sources.storage import damage_named, open_file
 from tarflow_dist.errors import UserError
 from tarflow_dist.telemetry.progress import Progress
 
@@ -60,21 +60,20 @@ class WebDataset(Source):
     """Tars with an image and its label a sample: KEY.jpg, or any suffix of Pillow's, and KEY.cls,
     a number, or KEY.json, its `label`. They lie in `path` or in folders in it, and are told apart
     by the names of the splits in theirs: imagenet1k-train-0000.tar, imagenet1k-validation-00.tar,
-    train/0.tar. Where none is for val, it is drawn here.
+    train/0.tar.
 
     Labels stay as they are. Classes are the wnids in the `filename` of the json, where each label
     has its own in sorted order, or else its `class` or `class_name`, or else the numbers.
 
     Only headers and labels are read here, and nothing is unpacked.
 
-    Args:
-        val_fraction: share of each class held out where there is no val.
-
     Raises:
         UserError: `path` is no such folder, or a tar is damaged.
     """
 
-    def __init__(self, path: Path, *, val_fraction: float, seed: int):
+    held_out_note = "no tars for val: a share of each class is held out"
+
+    def __init__(self, path: Path):
         splits, others = find_splits(file.relative_to(path).as_posix() for file in _tars(path))
         if not splits:
             splits, others = {"train": others}, []
@@ -97,9 +96,7 @@ class WebDataset(Source):
             groups.append(
                 Group(split, found.labels, prefix, tar, names, found.parts, reader="part")
             )
-        note = "no tars for val: a share of each class is held out"
-        hold_out = HoldOut(val_fraction, seed, note)
-        super().__init__("wds", path, classes, groups, passed_over=passed_over, hold_out=hold_out)
+        super().__init__("wds", path, classes, groups, passed_over=passed_over)
 
     @staticmethod
     def recognises(path: Path) -> bool:
@@ -183,14 +180,11 @@ def _sample(
 
 def _classes(path: Path, scanned: list[Scanned]) -> tuple[list[str], bool]:
     """The classes, and whether they are wnids, by which files are named."""
-    wnids = by_label(pair for found in scanned for pair in found.wnids)
-    names = by_label(pair for found in scanned for pair in found.class_names)
+    wnids = {pair for found in scanned for pair in found.wnids}
+    names = {pair for found in scanned for pair in found.class_names}
     if not wnids:
         raise UserError(f"the tars in {path} have no image with a label, in .cls or .json")
-    count = max(wnids) + 1
-    if found := wnids_by_label(wnids, count):
-        return found, True
-    said = [name for label in sorted(names) for name in sorted(names[label])]
-    if len(said) == len(set(said)) == count and all(said):
-        return said, False
-    return [str(number) for number in range(count)], False
+    count = max(wnids)[0] + 1
+    if classes := wnids_by_label(wnids, count):
+        return classes, True
+    return names_by_label(names, count) or [str(number) for number in range(count)], False

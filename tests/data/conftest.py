@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.pipeline import prepare
-from data_prep.records import Settings
+from data_prep.prepare import prepare
+from data_prep.settings import Settings
 from data_prep.sources import Digits
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from damage import KINDS, damage_shards
 
-from data_prep.pipeline import prepare
-from data_prep.records import Settings
+from data_prep.prepare import prepare
+from data_prep.settings import Settings
 from data_prep.sources import Digits
 from tarflow_dist.data.loader import eval_batches, train_batches
 from tarflow_dist.data.order import ImageOrder

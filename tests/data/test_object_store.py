@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from data_prep.remote import upload
+from data_prep.upload import upload
 from tarflow_dist.data.loader import train_batches
 from tarflow_dist.data.order import ImageOrder
 from tarflow_dist.data.shards import Shards, open_shards

@@ -14,9 +14,9 @@ import webdataset as wds
 from PIL import Image
 from streaming import LocalDataset, StreamingDataset
 
-from data_prep.pipeline import prepare
-from data_prep.records import Settings
-from data_prep.sources import Folder
+from data_prep.prepare import prepare
+from data_prep.settings import Settings
+from data_prep.sources import open_source
 from tarflow_dist.data.shards import Shards, open_shards
 
 ENCODINGS = ["png", "jpeg", "webp", "raw"]
@@ -31,7 +31,7 @@ def out(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         file = folder / "src" / "ab"[number % 2] / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(file)
-    source = Folder(folder / "src", val_fraction=0.2, seed=0)
+    source = open_source(folder / "src", layout="folder", val_fraction=0.2, seed=0)
     settings = Settings(size=16, encode=request.param, shard_bytes=6000)
     prepare(source, folder / "out", ["mds", "wds"], settings)
     return folder / "out"

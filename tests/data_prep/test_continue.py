@@ -20,11 +20,12 @@ import pytest
 from commands import FRESH
 from PIL import Image
 
-from data_prep import encode, pipeline
+from data_prep import encode
+from data_prep import prepare as preparation
 from data_prep.__main__ import main
-from data_prep.pipeline import help_prepare, prepare
-from data_prep.records import Settings
-from data_prep.sources import Folder
+from data_prep.prepare import help_prepare, prepare
+from data_prep.settings import Settings
+from data_prep.sources import open_source
 from tarflow_dist.errors import UserError, run_command
 
 COUNT = 1200
@@ -45,7 +46,7 @@ def run_apart(
             share = {"rank": rank, "world_size": world_size}
             help_prepare(src, out, formats, settings, workers=workers, **share)
         else:
-            source = Folder(src, val_fraction=0.1, seed=0)
+            source = open_source(src, layout="folder", val_fraction=0.1, seed=0)
             prepare(source, out, formats, settings, workers=workers, world_size=world_size)
 
     run_command(command)
@@ -235,7 +236,7 @@ def unfinished(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "describe_sets", interrupt)
+        patch.setattr(preparation, "describe_sets", interrupt)
         assert main(command(few, tmp_path / "out")) == 130
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == [".partial"]
     return tmp_path / "out"
@@ -352,7 +353,7 @@ def test_a_kill_between_two_formats(few: Path, tmp_path: Path) -> None:
         pass
 
     for count in (1, 2):
-        publish = iter([pipeline.publish_folder] * count)
+        publish = iter([preparation.publish_folder] * count)
 
         def once(*args: Path, publish: Iterator = publish) -> None:
             next(publish, kill)(*args)
@@ -361,9 +362,9 @@ def test_a_kill_between_two_formats(few: Path, tmp_path: Path) -> None:
             raise Killed
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline, "publish_folder", once)
+            patch.setattr(preparation, "publish_folder", once)
             if count == 2:
-                patch.setattr(pipeline.shutil, "rmtree", kill)
+                patch.setattr(preparation.shutil, "rmtree", kill)
             with pytest.raises(Killed):
                 main(command(few, out, "--format", "both"))
         assert len(list(out.glob("[mw]ds"))) == count

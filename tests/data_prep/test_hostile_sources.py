@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 
 import layouts
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,7 +19,7 @@ from PIL import Image
 
 from data_prep import encode
 from data_prep.__main__ import main
-from data_prep.sources import Archives, Folder, Kaggle, Parquet, base, objects, open_source
+from data_prep.sources import Archives, Folder, Kaggle, Parquet, open_source, storage
 from data_prep.verify import verify
 from tarflow_dist.errors import UserError
 
@@ -77,7 +78,7 @@ def test_folders_behind_links_are_read_once_and_circles_end(src: Path, tmp_path:
     (src / "ant" / "more").symlink_to(tmp_path / "elsewhere")
     (src / "ant" / "circle").symlink_to(src / "ant")
     (tmp_path / "elsewhere" / "up").symlink_to(src)
-    names = [item.name for item in Folder(src, val_fraction=0.1, seed=0).items()]
+    names = [item.name for item in Folder(src).items()]
     assert len(names) == len(set(names))
     direct = {f"ant/{i:02d}.png" for i in range(0, 12, 2)}
     linked = {f"{above}/{i:02d}.png" for i in range(1, 12, 2) for above in ("ant/more", "bee")}
@@ -93,7 +94,7 @@ def test_names_that_collide_are_refused(kind: str, src: Path) -> None:
         file.parent.mkdir(exist_ok=True)
         shutil.copy(src / "ant" / "00.png", file)
     with pytest.raises(UserError, match=r"two .* that are both called caf\ufffd.*: rename one"):
-        Folder(src, val_fraction=0.1, seed=0)
+        open_source(src, layout="folder", val_fraction=0.1, seed=0)
 
 
 def repeat_a_class(root: Path) -> None:
@@ -146,7 +147,7 @@ def test_a_passing_read_error_leaves_no_trace(
 ) -> None:
     main(command(src, tmp_path / "whole"))
     failures = {"ant/04.png": 2, "bee/07.png": 3}
-    whole = objects.read_regular
+    whole = storage.read_regular
 
     def failing(file: Path) -> bytes:
         name = file.relative_to(src).as_posix()
@@ -155,8 +156,8 @@ def test_a_passing_read_error_leaves_no_trace(
             raise OSError(number, os.strerror(number), str(file))
         return whole(file)
 
-    monkeypatch.setattr(objects, "read_regular", failing)
-    monkeypatch.setattr(base, "WAITS", (0, 0, 0))
+    monkeypatch.setattr(storage, "read_regular", failing)
+    monkeypatch.setattr(storage, "WAITS", (0, 0, 0))
     main(command(src, tmp_path / "out"))
     assert not any(failures.values())
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -166,7 +167,7 @@ def test_a_folder_that_vanishes_ends_the_run_which_goes_on(
     src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     main(command(src, tmp_path / "whole"))
-    monkeypatch.setattr(base, "WAITS", (0, 0, 0))
+    monkeypatch.setattr(storage, "WAITS", (0, 0, 0))
     original = encode.prepare_image
 
     def vanish(*args: object, **kwargs: object) -> object:
@@ -240,6 +241,16 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(
     with pytest.raises(UserError, match=f"can't read .*{name}.*Permission denied") as caught:
         open_source(tmp_path / "src", val_fraction=0.1, seed=0)
     assert "damaged" not in str(caught.value)
+
+
+def test_checksums_are_read_patiently(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("train_data_batch_1", "val_data"):
+        np.savez(tmp_path / name, data=np.zeros((2, 192), np.uint8), labels=np.ones(2, int))
+    source = open_source(tmp_path, val_fraction=0.1, seed=0)
+    refuse("val_data.npz", monkeypatch)
+    monkeypatch.setattr(storage, "WAITS", (0, 0, 0))
+    with pytest.raises(UserError, match=r"can't read .*val_data.npz \(Permission .*once it can be"):
+        source.items()
 
 
 @pytest.mark.parametrize("name", ["summary.json", "train/index.json", "shard.00000.mds"])
@@ -320,7 +331,7 @@ def test_images_that_are_null(kind: str, src: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.jfif", "a.JPE", "a.apng", "a.pnm", "a.avif"])
 def test_a_format_goes_by_all_its_names(name: str, src: Path) -> None:
     shutil.copy(src / "ant" / "00.png", src / "ant" / name)
-    names = {item.name for item in Folder(src, val_fraction=0.1, seed=0).items()}
+    names = {item.name for item in Folder(src).items()}
     assert f"ant/{name}" in names
 
 
@@ -329,7 +340,7 @@ def test_a_split_by_any_name(name: str, src: Path, tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     src.rename(tmp_path / "set" / "train")
     shutil.copytree(tmp_path / "set" / "train", tmp_path / "set" / name)
-    source = Folder(tmp_path / "set", val_fraction=0.1, seed=0)
+    source = open_source(tmp_path / "set", layout="folder", val_fraction=0.1, seed=0)
     assert source.classes == ["ant", "bee"]
     splits = [(item.split, item.name.split("/")[0]) for item in source.items()]
     assert splits == [("train", "train")] * 12 + [("val", name)] * 12

@@ -21,7 +21,7 @@ from data_prep.images import (
     tarflow_crop,
     to_8bit,
 )
-from data_prep.records import Settings
+from data_prep.settings import Settings
 
 SIZES = [(64, 64), (8, 8), (500, 375), (375, 500), (131, 97), (33, 129), (20, 30), (640, 65)]
 
@@ -111,7 +111,7 @@ def deep_png(values: np.ndarray, transparent: tuple[int, ...]) -> bytes:
 
 
 def prepared(content: bytes, size: int = 8) -> np.ndarray:
-    stored = prepare_image(content, size=size, channels=3, crop="adm", encode="raw")
+    stored = prepare_image(content, Settings(size=size, encode="raw"), channels=3)
     return np.frombuffer(stored.data, np.uint8).reshape(size, size, 3)
 
 
@@ -173,7 +173,7 @@ def test_texts_and_profiles_never_cost_a_png(kind: bytes, sound: bool) -> None:
         chunk = chunk[:-4] + b"oops"
     assert np.array_equal(prepared(content[:33] + chunk + content[33:]), pixels)
     kept = prepare_image(
-        content[:33] + chunk + content[33:], size=None, channels=3, crop="adm", encode="keep"
+        content[:33] + chunk + content[33:], Settings(size=None, encode="keep"), channels=3
     )
     assert kept.data == content[:33] + chunk + content[33:]
 
@@ -254,7 +254,7 @@ def test_every_mode_comes_out_grey_or_rgb(
     mode: str, colour: object, kind: str, channels: int
 ) -> None:
     content = file_of(Image.new(mode, (30, 20), colour), kind)
-    stored = prepare_image(content, size=8, channels=channels, crop="adm", encode="png")
+    stored = prepare_image(content, Settings(size=8), channels=channels)
     image = Image.open(BytesIO(stored.data))
     assert stored[1:] == ("png", len(content), 30, 20)
     assert (image.mode, image.size) == ({1: "L", 3: "RGB"}[channels], (8, 8))
@@ -315,7 +315,7 @@ def test_cmyk_without_adobes_marker_is_inverted_too() -> None:
 def test_the_suffix_says_nothing(kind: str) -> None:
     """Files are known by their content alone: nothing else is given."""
     content = file_of(Image.new("RGB", (9, 9), "white"), kind)
-    stored = prepare_image(content, size=9, channels=3, crop="adm", encode="raw")
+    stored = prepare_image(content, Settings(size=9, encode="raw"), channels=3)
     assert stored.data == b"\xff" * 243
 
 
@@ -344,17 +344,17 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_keep_gives_the_file_back(kind: str) -> None:
     content = file_of(Image.new("RGB", (30, 20), "red"), kind)
-    stored = prepare_image(content, size=None, channels=3, crop="adm", encode="keep")
+    stored = prepare_image(content, Settings(size=None, encode="keep"), channels=3)
     assert stored == (content, KINDS[kind], len(content), 30, 20)
     with pytest.raises(OSError, match=r".*"):
-        prepare_image(content[:40], size=None, channels=3, crop="adm", encode="keep")
+        prepare_image(content[:40], Settings(size=None, encode="keep"), channels=3)
 
 
 def test_a_camera_file_of_two_pictures_is_a_jpeg() -> None:
     content = BytesIO()
     image = Image.new("RGB", (30, 20), "red")
     image.save(content, "MPO", save_all=True, append_images=[image])
-    stored = prepare_image(content.getvalue(), size=None, channels=3, crop="adm", encode="keep")
+    stored = prepare_image(content.getvalue(), Settings(size=None, encode="keep"), channels=3)
     assert stored.kind == "jpg"
 
 
@@ -371,7 +371,7 @@ def bomb(side: int) -> bytes:
 def test_decompression_bombs_are_refused(side: int, encode: str) -> None:
     """Also between once and twice Pillow's limit, where Pillow itself only warns."""
     with pytest.raises((Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        prepare_image(bomb(side), size=8, channels=3, crop="adm", encode=encode)
+        prepare_image(bomb(side), Settings(size=8, encode=encode), channels=3)
 
 
 @pytest.mark.parametrize("encode", ["png", "keep"])
@@ -392,7 +392,7 @@ def test_any_flipped_bit_of_a_png_is_found() -> None:
         damaged = bytearray(content)
         damaged[place] ^= 1 << place % 8
         with pytest.raises((OSError, SyntaxError, ValueError)):
-            prepare_image(bytes(damaged), size=8, channels=3, crop="adm", encode="png")
+            prepare_image(bytes(damaged), Settings(size=8), channels=3)
 
 
 def test_programs_are_not_images() -> None:
@@ -407,5 +407,7 @@ def test_threads_are_refused(crop: str) -> None:
     """With its short side at 256 this one would have a hundred times the pixels of a poster."""
     thread = file_of(Image.new("L", (1, 60_000)), "PNG")
     with pytest.raises(ValueError, match="too narrow to be resized: 1x60000"):
-        prepare_image(thread, size=256, channels=3, crop=crop, encode="png")
-    assert prepare_image(thread, size=8, channels=3, crop=crop, encode="raw").data == bytes(192)
+        prepare_image(thread, Settings(size=256, crop=crop), channels=3)
+    assert prepare_image(
+        thread, Settings(size=8, crop=crop, encode="raw"), channels=3
+    ).data == bytes(192)

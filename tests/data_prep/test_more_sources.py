@@ -17,6 +17,7 @@ from streaming import LocalDataset, MDSWriter
 
 from data_prep.__main__ import main
 from data_prep.images import prepare_image
+from data_prep.settings import Settings
 from data_prep.sources import Source, open_source, read_image
 from tarflow_dist.errors import UserError
 
@@ -34,7 +35,7 @@ def pixels(found: Source) -> dict[str, list[tuple[int, bytes]]]:
     prepared: dict[str, list[tuple[int, bytes]]] = {"train": [], "val": []}
     for item in found.items():
         content = read_image(found.path, item.place)
-        stored = prepare_image(content, size=8, channels=3, crop="adm", encode="raw")
+        stored = prepare_image(content, Settings(size=8, encode="raw"), channels=3)
         prepared[item.split].append((item.label, stored.data))
     return prepared
 
@@ -195,6 +196,17 @@ def test_class_names_in_a_tar(tmp_path: Path) -> None:
         ]
         write_tar(tmp_path / split / "0.tar", samples)
     assert source(tmp_path).classes == ["dog", "cats, big"]
+
+
+def test_a_class_of_two_names_does_not_shift_the_others(tmp_path: Path) -> None:
+    """As many names as labels, but none of label 1."""
+    abouts = [(0, "ant"), (0, "bee"), (2, "cat")] * 2
+    samples = [
+        {"__key__": f"{i}", "png": b"", "json": json.dumps({"label": y, "class": name}).encode()}
+        for i, (y, name) in enumerate(abouts)
+    ]
+    write_tar(tmp_path / "train.tar", samples)
+    assert source(tmp_path).classes == ["0", "1", "2"]
 
 
 def test_damaged_tars(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from layouts import TRAIN, VAL, WNIDS
 
 from data_prep.__main__ import main
-from data_prep.sources.objects import ObjectPath, open_file
+from data_prep.sources.storage import ObjectPath, open_file
 from tarflow_dist.errors import UserError
 
 
@@ -166,7 +166,7 @@ def test_user_errors_are_one_sentence(
 def test_a_store_that_fails_ends_the_run_which_goes_on(
     s3: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_prep.sources.base.WAITS", (0, 0, 0))
+    monkeypatch.setattr("data_prep.sources.storage.WAITS", (0, 0, 0))
     src = tmp_path / "here" / "fail"
     layouts.write_folder(src)
     put(src, "fail")

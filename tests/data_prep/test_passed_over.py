@@ -12,7 +12,8 @@ from PIL import Image, features
 
 from data_prep.__main__ import main
 from data_prep.images import prepare_image
-from data_prep.sources import Folder
+from data_prep.settings import Settings
+from data_prep.sources import Source, open_source
 from tarflow_dist.errors import UserError
 
 SUFFIXES = (
@@ -23,8 +24,8 @@ LOSSY = ("avif", "icns", "jpg", "mpo", "webp")  # an icon is stored resized
 BLACK_AND_WHITE = ("msp", "xbm")
 
 
-def source(src: Path) -> Folder:
-    return Folder(src, val_fraction=0.5, seed=0)
+def source(src: Path) -> Source:
+    return open_source(src, layout="folder", val_fraction=0.5, seed=0)
 
 
 def names(src: Path) -> set[str]:
@@ -50,7 +51,7 @@ def test_a_format_of_pillows_is_taken_with_its_pixels(suffix: str, tmp_path: Pat
     options = {"save_all": True, "append_images": [picture]} if suffix == "mpo" else {}
     picture.save(file, {"mpo": "MPO", "jp2": "JPEG2000"}.get(suffix), **options)
     assert f"a/picture.{suffix}" in names(tmp_path)
-    stored = prepare_image(file.read_bytes(), size=32, channels=3, crop="adm", encode="raw")
+    stored = prepare_image(file.read_bytes(), Settings(size=32, encode="raw"), channels=3)
     found = np.frombuffer(stored.data, np.uint8).reshape(32, 32, 3)
     apart = np.abs(found.astype(int) - np.asarray(picture.convert("RGB"))).max()
     assert apart <= (12 if suffix in LOSSY else 0)

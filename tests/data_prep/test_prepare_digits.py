@@ -17,8 +17,8 @@ from sklearn.datasets import load_digits
 from streaming import LocalDataset, StreamingDataset
 
 from data_prep.__main__ import main
-from data_prep.pipeline import prepare
-from data_prep.records import Settings
+from data_prep.prepare import prepare
+from data_prep.settings import Settings
 from data_prep.sources import Digits
 from tarflow_dist.errors import UserError
 

@@ -11,9 +11,9 @@ from PIL import Image
 from streaming import LocalDataset
 
 from data_prep.__main__ import main
-from data_prep.pipeline import prepare
-from data_prep.records import Settings
-from data_prep.sources import Folder
+from data_prep.prepare import prepare
+from data_prep.settings import Settings
+from data_prep.sources import Source, open_source
 from data_prep.sources.names import set_name
 from tarflow_dist.errors import UserError
 
@@ -35,8 +35,8 @@ def rows(out: Path, table: str = "manifest") -> list[dict]:
     return pq.read_table(out / f"{table}.parquet").to_pylist()
 
 
-def folder(src: Path, val_fraction: float = 0.1, seed: int = 0) -> Folder:
-    return Folder(src, val_fraction=val_fraction, seed=seed)
+def folder(src: Path, val_fraction: float = 0.1, seed: int = 0) -> Source:
+    return open_source(src, layout="folder", val_fraction=val_fraction, seed=seed)
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from commands import run
 from PIL import Image
 
 from data_prep.__main__ import main
-from data_prep.pipeline import prepare
-from data_prep.records import Settings
+from data_prep.prepare import prepare
+from data_prep.settings import Settings
 from data_prep.show import CELL, COLUMNS
-from data_prep.sources import Folder
+from data_prep.sources import open_source
 from tarflow_dist.errors import UserError
 from tarflow_dist.telemetry.pictures import GUTTER, NAME_WIDTH
 
@@ -26,7 +26,7 @@ def out(tmp_path: Path) -> Path:
             file = tmp_path / "src" / f"class-{number}" / f"{image}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (20, 20), colour).save(file)
-    source = Folder(tmp_path / "src", val_fraction=0.2, seed=0)
+    source = open_source(tmp_path / "src", layout="folder", val_fraction=0.2, seed=0)
     prepare(source, tmp_path / "out", ["mds", "wds"], Settings(size=16, encode="raw"))
     return tmp_path / "out"
 

@@ -186,6 +186,10 @@ def fewer_labels(root: Path) -> None:
     file.write_text("\n".join(file.read_text().splitlines()[:-1]) + "\n")
 
 
+def without_val(root: Path) -> None:
+    shutil.rmtree(root / "ILSVRC" / "Data" / "CLS-LOC" / "val")
+
+
 def odd_labels(root: Path) -> None:
     table(root / "data" / "train-00000-of-00002.parquet", [{"bytes": b"", "path": "a"}], [9])
 
@@ -206,6 +210,7 @@ BROKEN: list[tuple[str, Callable[[Path], None], str]] = [
     ("kaggle", cut("LOC_val_solution.csv", 10), "does not label ILSVRC2012_val_00000001"),
     ("kaggle", fewer_labels, "does not label ILSVRC2012_val_"),
     ("kaggle", cut("LOC_synset_mapping.txt", 29), "disagree about n02119789"),
+    ("kaggle", without_val, "can't read .*/CLS-LOC/val: No such file"),
     ("parquet", cut("train-00001*", 900), "parquet files in .* can't be read"),
     ("parquet", without("validation*"), r"has no files validation-\*.parquet"),
     ("parquet", odd_labels, "labels go from 0 to 9, with 4 classes"),

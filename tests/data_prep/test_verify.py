@@ -14,8 +14,8 @@ import pytest
 from commands import run
 from damage import damage_shards
 
-from data_prep.pipeline import prepare
-from data_prep.records import Settings
+from data_prep.prepare import prepare
+from data_prep.settings import Settings
 from data_prep.sources import Digits
 from data_prep.verify import verify
 

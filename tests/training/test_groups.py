@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.remote import upload
+from data_prep.upload import upload
 from tarflow_dist import config_file as configs
 from tarflow_dist.data.order import ImageOrder
 from tarflow_dist.data.shards import Shards, open_shards

@@ -3,16 +3,15 @@
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_prep.formats import Shard, make_format
 from data_prep.plan import Plan, Planned
-from data_prep.records import STORED, Settings, versions
-from data_prep.shard_maker import Record, read_record
-from data_prep.shards import Shard, make_format
+from data_prep.settings import Settings, versions
+from data_prep.shard_maker import STORED, Record, read_record
 from data_prep.sources import Source
 from data_prep.sources.names import SPLITS
 from tarflow_dist.errors import UserError
@@ -53,12 +52,12 @@ def describe_sets(source: Source, settings: Settings, folder: Path, formats: Seq
     stored, bad = ({s: np.zeros(len(source.classes), np.int64) for s in SPLITS} for _ in range(2))
     shards: dict[str, dict[str, list[Shard]]]
     shards = {form: {split: [] for split in SPLITS} for form in formats}
-    for planned, record, table in _tables(plan, folder):
+    for planned, record in _records(plan, folder):
         for form in record.shards.keys() & shards.keys():
             shards[form][planned.split].append(record.shards[form])
-        is_bad = pc.is_valid(table["reason"])
+        is_bad = pc.is_valid(record.table["reason"])
         for counts, chosen in ((stored, pc.invert(is_bad)), (bad, is_bad)):
-            labels = table["label"].filter(chosen).to_numpy()
+            labels = record.table["label"].filter(chosen).to_numpy()
             counts[planned.split] += np.bincount(labels, minlength=len(source.classes))
     for split in SPLITS:
         if not stored[split].any():
@@ -69,7 +68,7 @@ def describe_sets(source: Source, settings: Settings, folder: Path, formats: Seq
         writer.write_index(folder / form, shards[form])
         manifest = _manifest(source, plan, folder, form)
         _write_table(folder / form / "manifest.parquet", manifest, MANIFEST)
-        tables = (table for *_, table in _tables(plan, folder))
+        tables = (record.table for _, record in _records(plan, folder))
         errors = (table.filter(pc.is_valid(table["reason"])) for table in tables)
         _write_table(folder / form / "errors.parquet", errors, ERRORS)
         (folder / form / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -80,23 +79,17 @@ def first_error(folder: Path) -> tuple[str, str]:
     for number, _ in enumerate(Plan(folder).shards):
         record = read_record(folder, number)
         if record and record.bad:
-            bad = next(row for row in _read(record).to_pylist() if row["reason"])
+            bad = next(row for row in record.table.to_pylist() if row["reason"])
             return bad["source"], bad["reason"]
     raise AssertionError
 
 
-def _read(record: Record) -> Any:
-    import pyarrow.parquet as pq
-
-    return pq.read_table(BytesIO(record.table), use_threads=False)
-
-
-def _tables(plan: Plan, folder: Path) -> Iterator[tuple[Planned, Record, Any]]:
-    """What is known of all images, those that could not be read among them, a table a shard."""
+def _records(plan: Plan, folder: Path) -> Iterator[tuple[Planned, Record]]:
+    """What is known of all images, those that could not be read among them, shard by shard."""
     for number, planned in enumerate(plan.shards):
         record = read_record(folder, number)
         assert record is not None, "all shards are there"
-        yield planned, record, _read(record)
+        yield planned, record
 
 
 def _manifest(source: Source, plan: Plan, folder: Path, form: str) -> Iterator[Any]:
@@ -107,10 +100,10 @@ def _manifest(source: Source, plan: Plan, folder: Path, form: str) -> Iterator[A
     index = dict.fromkeys(SPLITS, 0)
     nameless = [None] * len(source.classes)
     class_names = pa.array(source.class_names or nameless, pa.string())
-    for planned, record, table in _tables(plan, folder):
+    for planned, record in _records(plan, folder):
         if form not in record.shards:
             continue
-        table = table.filter(pc.is_null(table["reason"]))
+        table = record.table.filter(pc.is_null(record.table["reason"]))
         first = index[planned.split]
         index[planned.split] += len(table)
         table = table.append_column("index", pa.array(np.arange(first, first + len(table))))

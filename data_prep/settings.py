@@ -1,11 +1,12 @@
-"""What a preparation depends on, and what is known of each of its images."""
+"""What a preparation is told, and with which versions it works."""
 
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
-from data_prep.images import HONEST_PIXELS
+HONEST_PIXELS = 1 << 28
+"""Of an image file, unless the user knows better: phones make 200 million."""
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,9 @@ class Settings:
     size: int | None
     """Side of the square images; None where `encode` is keep."""
     crop: str = "adm"
+    """A key of images.CROPS."""
     encode: str = "png"
+    """One of images.ENCODINGS."""
     seed: int = 0
     max_errors: float = 0.01
     """Share of the images that may be unreadable; ten may be in any case, but never all."""
@@ -32,29 +35,6 @@ class Settings:
         if self.max_pixels == HONEST_PIXELS:
             del own["max_pixels"]
         return own
-
-
-STORED = {
-    "kind": "string",
-    "sha256": "string",
-    "xxh3_64": "string",
-    "original_bytes": "int64",
-    "original_width": "int64",
-    "original_height": "int64",
-}
-"""What is known of an image that is stored: see images.Stored."""
-IMAGE = {
-    "split": "string",
-    "position": "int64",
-    "source": "string",
-    "class": "string",
-    "label": "int64",
-    "reason": "string",
-    "bytes": "int64",
-    **STORED,
-}
-"""What is known of any image. Those that could not be read have a reason, and nothing from there
-on."""
 
 
 def versions() -> dict[str, str]:

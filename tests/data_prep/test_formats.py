@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from streaming import MDSWriter
 
-from data_prep.pipeline import prepare
-from data_prep.records import Settings
-from data_prep.shards import MDS, Sample, Shard
+from data_prep.formats import MDS, Shard
+from data_prep.prepare import prepare
+from data_prep.settings import Settings
 from data_prep.sources import Parquet
 
 
@@ -41,8 +41,8 @@ def test_mds_shards_are_those_that_streaming_writes(
             writer.write({"i": i, "x": image, "y": 7 * i})
         writer.flush_shard()
         writer._reset_cache()
-        samples = [Sample(i, 7 * i, "", "", "", images[i]) for i in some]
-        data, offsets = ours.pack(samples)
+        rows = [{"position": i, "label": 7 * i, "data": images[i]} for i in some]
+        data, offsets = ours.pack(rows)
         assert [data[at:][: len(images[i])] for i, at in zip(some, offsets, strict=True)] == [
             images[i] for i in some
         ]

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.sources.base import Group, HoldOut, Place, Source, damage_named
-from data_prep.sources.names import MAX_CLASSES, SPLITS, by_label, find_splits, wnids_by_label
-from data_prep.sources.objects import ObjectPath, open_file
+from data_prep.sources.base import Group, Place, Source
+from data_prep.sources.names import MAX_CLASSES, SPLITS, find_splits, wnids_by_label
+from data_prep.sources.storage import ObjectPath, damage_named, open_file
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import inside, read_json, regular
 
@@ -75,8 +74,7 @@ class Tables(Source):
         path: Path,
         files: Sequence[tuple[str, Path]],
         *,
-        passed_over: Mapping[str, int] = MappingProxyType({}),
-        hold_out: HoldOut | None = None,
+        passed_over: Mapping[str, int] | None = None,
     ):
         with damage_named(f"the {layout} files in {path} can't be read"):
             names: list[str] | None = None
@@ -114,8 +112,7 @@ class Tables(Source):
             classes,
             groups,
             names if wnids else None,
-            passed_over={**passed_over, "without a label": without},
-            hold_out=hold_out,
+            passed_over={**(passed_over or {}), "without a label": without},
         )
 
 
@@ -150,17 +147,16 @@ def _find(path: Path) -> dict[str, list[Path]]:
 
 class Arrow(Tables):
     """A folder with a dataset_dict.json and a folder a split, or the folder of one split, each with
-    a state.json and data-*.arrow; for what is in these, see Tables. Where there is no val, it is
-    drawn here.
-
-    Args:
-        val_fraction: share of each class held out where there is no val.
+    a state.json and data-*.arrow; for what is in these, see Tables.
 
     Raises:
         UserError: `path` is no such folder, or a file is damaged.
     """
 
-    def __init__(self, path: Path, *, val_fraction: float, seed: int):
+    held_out_note = "no split for val: a share of each class is held out"
+    held_out_by_name = False
+
+    def __init__(self, path: Path):
         if isinstance(path, ObjectPath):
             raise UserError(f"can't read {path}: folders of save_to_disk are mapped from a disk")
         splits: dict[str, list[str]] = {"train": [""]}
@@ -176,14 +172,8 @@ class Arrow(Tables):
             ]
         if "train" not in splits:
             raise UserError(f"{path} has no split that is called train")
-        note = "no split for val: a share of each class is held out"
-        super().__init__(
-            "arrow",
-            path,
-            files,
-            passed_over={f"folder {name}/": 1 for name in others},
-            hold_out=HoldOut(val_fraction, seed, note, by_name=False),
-        )
+        passed_over = {f"folder {name}/": 1 for name in others}
+        super().__init__("arrow", path, files, passed_over=passed_over)
 
     @staticmethod
     def recognises(path: Path) -> bool:
@@ -232,17 +222,18 @@ def _wnids(parts: list[Part], names: list[str] | None) -> tuple[list[str] | None
     Raises:
         ValueError: the labels are none.
     """
-    seen = by_label(
+    seen = {
         (label, match[2] if (match := WNID_PATH.match(path or "")) else "")
         for part in parts
         for label, path in zip(part.labels.tolist(), part.paths, strict=True)
-    )
-    seen.pop(-1, None)
+        if label != -1
+    }
     if not seen:
         raise ValueError("no row has a label")
-    count = len(names) if names else min(max(seen) + 1, MAX_CLASSES)
-    if not 0 <= min(seen) <= max(seen) < count:
-        raise ValueError(f"labels go from {min(seen)} to {max(seen)}, with {count} classes")
+    (least, _), (most, _) = min(seen), max(seen)
+    count = len(names) if names else min(most + 1, MAX_CLASSES)
+    if not 0 <= least <= most < count:
+        raise ValueError(f"labels go from {least} to {most}, with {count} classes")
     return wnids_by_label(seen, count), count
 
 

@@ -1,24 +1,35 @@
-"""Files of a source, on a disk or in an object store, to be read where they lie."""
+"""Files of a source, on a disk or in an object store: read where they lie, patiently, and named
+where they are damaged."""
 
 import errno
 import os
 import re
 import stat
-from collections.abc import Generator
+import struct
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path, PosixPath
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn, TypeVar
+from zipfile import ZIP_STORED, BadZipFile, ZipInfo
 
 from fsspec.spec import AbstractBufferedFile
 
-from tarflow_dist.errors import UserError
-from tarflow_dist.files import open_regular, read_regular
+from data_prep.sources.names import readable
+from tarflow_dist.errors import REFUSED_BY_MACHINE, UserError
+from tarflow_dist.files import NotRegularError, open_regular, read_regular
 
 S3 = "s3://"
 BUFFER = 1 << 22  # bytes that are fetched ahead where a file is read from the front on
 CONNECTIONS = 32
 ABSENT = ("404", "NoSuchKey")
+WAITS = (0.5, 2.0, 8.0)
+"""Seconds before something that the system refused is tried again."""
+LOCAL_HEADER = struct.Struct("<4s22xHH")
+"""Of a file in a zip: signature, lengths of its name and of what follows that."""
+T = TypeVar("T")
 
 
 def source_path(address: str) -> Path:
@@ -53,6 +64,65 @@ def read_part(file: Path, offset: int, size: int) -> bytes:
     with open(open_regular(file), "rb", buffering=0) as stream:
         stream.seek(offset)
         return stream.read(size)
+
+
+def patiently(read: Callable[[], T], file: Path) -> T:
+    """What `read` gives. What the system refuses may be there in a moment: it is tried again after
+    each of WAITS.
+
+    Raises:
+        NotRegularError: it is no file.
+        UserError: it still can't be read.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return read()
+        except NotRegularError:
+            raise
+        except OSError as error:
+            if wait is None:
+                raise UserError(
+                    f"can't read {readable(str(file))} ({error.strerror}), after "
+                    f"{len(WAITS)} more attempts: once it can be read, the same command goes on"
+                ) from error
+            time.sleep(wait)
+    raise AssertionError
+
+
+@contextmanager
+def damage_named(what: str, mend: str = "fetch it again") -> Iterator[None]:
+    """Whatever damage makes a parser raise in the body becomes a `UserError`: `what`, why, and how
+    to `mend` it. What the system refuses says nothing of the content, and passes."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in REFUSED_BY_MACHINE:
+            raise
+        said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(f"{what} ({said.splitlines()[0]}): {mend}") from error
+
+
+def unreadable(error: OSError) -> UserError:
+    """What a user is told of a file or folder that the system refuses."""
+    return UserError(f"can't read {error.filename}: {error.strerror}")
+
+
+def zip_part(stream: IO[bytes], member: ZipInfo) -> tuple[int, int]:
+    """Offset and size of a file in the zip `stream`, which the zip's index alone doesn't tell.
+
+    Raises:
+        ValueError: it is compressed or locked.
+        BadZipFile: it isn't there.
+    """
+    if member.compress_type != ZIP_STORED or member.flag_bits & 1:
+        raise ValueError(f"{member.filename} is compressed or locked: unpack it, give the folder")
+    stream.seek(member.header_offset)
+    signature, name, extra = LOCAL_HEADER.unpack(stream.read(LOCAL_HEADER.size))
+    if signature != b"PK\3\4":
+        raise BadZipFile(f"{member.filename} is not where the index says")
+    return member.header_offset + LOCAL_HEADER.size + name + extra, member.file_size
 
 
 class Listing(NamedTuple):

@@ -14,7 +14,7 @@ from commands import FRESH
 from streaming.base.storage.upload import S3Uploader
 
 from data_prep.__main__ import main
-from data_prep.remote import LAST, prepare_and_upload
+from data_prep.upload import LAST, prepare_and_upload
 from tarflow_dist.errors import UserError
 
 
@@ -110,7 +110,7 @@ def test_killed_while_it_uploads_it_goes_on(s3: object, digits: Path, staging: P
 
 
 def test_the_summary_comes_last(s3: object, staging: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from data_prep.records import Settings
+    from data_prep.settings import Settings
     from data_prep.sources import Digits
 
     uploaded = []

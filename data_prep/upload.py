@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.pipeline import prepare
-from data_prep.records import Settings
+from data_prep.prepare import prepare
+from data_prep.settings import Settings
 from data_prep.sources import Source
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import read_json, write_whole
@@ -25,7 +25,7 @@ def is_remote(out: str | Path) -> bool:
 def prepare_and_upload(
     source: Source, url: str, formats: Sequence[str], settings: Settings, *, workers: int
 ) -> dict[str, Any]:
-    """`pipeline.prepare` for the address `url`. The sets wait in a folder below the temporary one
+    """`prepare.prepare` for the address `url`. The sets wait in a folder below the temporary one
     (TMPDIR), which must have room for them; the same command finds it again, and goes on.
 
     Raises:

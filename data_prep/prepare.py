@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.finishing import describe_sets, first_error
+from data_prep.metadata import describe_sets, first_error
 from data_prep.plan import BEGUN, Plan, begin
-from data_prep.records import Settings, versions
+from data_prep.settings import Settings, versions
 from data_prep.shard_maker import DONE, ShardMaker
 from data_prep.sources import Source
-from data_prep.sources.base import damage_named
+from data_prep.sources.storage import damage_named
 from data_prep.workers import map_in_order
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import lock_folder, publish_folder, read_json
@@ -66,7 +66,8 @@ def prepare(
                 begin(partial, source, settings, about)
                 missing = [form for form in formats if not (out / form).exists()]
                 if missing:
-                    _write_sets(source, out, missing, settings, workers, world_size, about)
+                    maker = ShardMaker(partial, source.path, settings, missing)
+                    _write_sets(source, maker, out, about, workers, world_size)
                 (partial / BEGUN).unlink()  # the rest is known to be none without it
         if partial.exists():
             shutil.rmtree(partial)
@@ -142,21 +143,18 @@ def _digest(about: dict[str, Any]) -> str:
 
 def _write_sets(
     source: Source,
+    maker: ShardMaker,
     out: Path,
-    formats: Sequence[str],
-    settings: Settings,
+    about: dict[str, Any],
     workers: int,
     world_size: int,
-    about: dict[str, Any],
 ) -> None:
-    began = time.monotonic()
-    partial = out / PARTIAL
-    maker = ShardMaker(partial, source.path, settings, formats)
+    began, partial = time.monotonic(), maker.folder
     before = _make_share(maker, workers, 0, world_size)
     if world_size > 1:
         _wait_for_others(partial)
         _make_share(maker, workers, 0, 1)  # finds them, or what a crash left of one
-    describe_sets(source, settings, partial, formats)
+    describe_sets(source, maker.settings, partial, maker.formats)
     timing = {
         "seconds": round(time.monotonic() - began, 1),
         "workers": workers,
@@ -164,9 +162,9 @@ def _write_sets(
         "images_before": before,
         "preparation": _digest(about),
     }
-    for form in formats:
+    for form in maker.formats:
         (partial / form / "timing.json").write_text(json.dumps(timing) + "\n")
-    for form in formats:
+    for form in maker.formats:
         publish_folder(partial / form, out / form)
 
 

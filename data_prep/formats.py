@@ -18,26 +18,13 @@ import xxhash
 from tarflow_dist.files import read_json, write_whole
 
 Shape = tuple[int, int, int]
+Rows = Sequence[Mapping[str, Any]]
+"""Of the manifest, an image each, with its bytes as `data`."""
+IN_JSON = ("label", "class", "source")
 MDS_COLUMNS = {"png": "png", "webp": "png", "jpeg": "jpeg", "keep": "jpeg"}
 MDS_HASHES = ["sha1", "xxh64"]
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One image as it is stored."""
-
-    position: int
-    """In the split, as planned: those of images that could not be read are left out."""
-    label: int
-    class_name: str
-    source: str
-    kind: str
-    data: bytes
-
-    @classmethod
-    def of(cls, row: Mapping[str, Any], data: bytes) -> "Sample":
-        """The image of a `row` of the manifest."""
-        return cls(row["position"], row["label"], row["class"], row["source"], row["kind"], data)
+IMAGE_HASHES = ("sha256", "xxh3_64")
+"""Of each image, in the manifest."""
 
 
 @dataclass(frozen=True)
@@ -84,19 +71,19 @@ class MDS:
         """What a split's shard is called."""
         return f"{split}/shard.{number:05d}.mds"
 
-    def pack(self, samples: Sequence[Sample]) -> tuple[bytes, list[int]]:
+    def pack(self, rows: Rows) -> tuple[bytes, list[int]]:
         """The bytes of a shard, and where in them those of each image begin."""
         about = json.dumps(self._about, sort_keys=True).encode()
-        lengths = np.array([len(sample.data) for sample in samples], np.int64)
+        lengths = np.array([len(row["data"]) for row in rows], np.int64)
         before = 8 if self._is_fixed else 4 + 8
-        header = 4 * (1 + len(samples) + 1) + len(about)
+        header = 4 * (1 + len(rows) + 1) + len(about)
         ends = header + np.cumsum([0, *(before + lengths + 8)])
         assert ends[-1] < 1 << 32, "shards are far smaller"
-        parts = [np.uint32(len(samples)).tobytes(), ends.astype("<u4").tobytes(), about]
-        for sample in samples:
+        parts = [np.uint32(len(rows)).tobytes(), ends.astype("<u4").tobytes(), about]
+        for row in rows:
             if not self._is_fixed:
-                parts.append(np.uint32(len(sample.data)).tobytes())
-            parts += [_int64(sample.position), sample.data, _int64(sample.label)]
+                parts.append(np.uint32(len(row["data"])).tobytes())
+            parts += [_int64(row["position"]), row["data"], _int64(row["label"])]
         return b"".join(parts), (ends[:-1] + before).tolist()
 
     def hashes(self, data: bytes) -> dict[str, str]:
@@ -157,21 +144,16 @@ class Tar:
     def file(self, split: str, number: int) -> str:
         return f"{split}/{self._name}-{split}-{number:04d}.tar"
 
-    def pack(self, samples: Sequence[Sample]) -> tuple[bytes, list[int]]:
+    def pack(self, rows: Rows) -> tuple[bytes, list[int]]:
         file, offsets = BytesIO(), []
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for sample in samples:
-                about = {
-                    "index": sample.position,
-                    "label": sample.label,
-                    "class": sample.class_name,
-                    "source": sample.source,
-                }
-                key = f"{sample.position:08d}"
-                suffix = "npy" if sample.kind == "raw" else sample.kind
+            for row in rows:
+                about = {"index": row["position"], **{key: row[key] for key in IN_JSON}}
+                key = f"{row['position']:08d}"
+                suffix = "npy" if row["kind"] == "raw" else row["kind"]
                 offsets.append(tar.offset + tarfile.BLOCKSIZE + len(self._npy_header))
-                _add(tar, f"{key}.{suffix}", self._npy_header + sample.data)
-                _add(tar, f"{key}.cls", str(sample.label).encode())
+                _add(tar, f"{key}.{suffix}", self._npy_header + row["data"])
+                _add(tar, f"{key}.cls", str(row["label"]).encode())
                 _add(tar, f"{key}.json", json.dumps(about).encode())
         return file.getvalue(), offsets
 
