@@ -5,7 +5,7 @@ weights; at stage 3 an equal part of every weight, the last ones padded.
 """
 
 from itertools import cycle
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,13 +13,13 @@ from deepspeed.utils import safe_get_full_optimizer_state
 from torch import Tensor, nn
 
 from tarflow_dist import distributed
+from tarflow_dist.config import Stage
 
 EMA = "ema"
 """The weights' moving average, as one more state of the optimiser: that sees what a rank owns, so
 each rank averages its own share, and the average is saved and restored like Adam's moments."""
 DECAY = "ema_decay"
 """Key of its decay in each parameter group."""
-Stage = Literal[0, 1, 2, 3]
 
 
 class ZeroState:
