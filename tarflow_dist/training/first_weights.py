@@ -69,9 +69,8 @@ def _open(path: Path) -> tuple[str, TarFlow]:
         found = hub.find_on_all_ranks(path)
         return found.name, TarFlow.from_pretrained(found.folder, calibrated=False)
     saved = open_run(path)
-    with torch.device("meta"):
-        flow = TarFlow(**saved.model.to_json())
-    flow.load_weights(saved.read_all("ema") | saved.read_all("buffers"), source=path)
+    weights = saved.read_all("ema") | saved.read_all("buffers")
+    flow = TarFlow.with_weights(saved.model, weights, source=path)
     flow.classes = saved.classes
     return str(path), flow
 

@@ -9,13 +9,11 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tarflow_dist import distributed
 from tarflow_dist.config import CheckpointConfig
-from tarflow_dist.files import describe, grant, publish_folder, sync, write_sealed
+from tarflow_dist.files import describe, publish_folder, sync, write_sealed, write_tensors
 from tarflow_dist.flow.config import FlowConfig
 from tarflow_dist.models.classes import NAMELESS, Classes
 from tarflow_dist.training import latest_checkpoint
@@ -139,11 +137,7 @@ def _write_share(share: "Future[_Share]", *arguments: Any) -> None:
 
 
 def _write(file: Path, tensors: dict[str, Tensor], starts: dict[str, int]) -> _Share:
-    try:
-        save_file(tensors, file)
-    except SafetensorError as error:  # of a full disk, too
-        raise OSError(str(error)) from error
-    grant(file)
+    write_tensors(file, tensors)
     sync(file)
     return _Share(file.name, describe(file), starts)
 

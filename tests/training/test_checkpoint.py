@@ -293,12 +293,12 @@ def test_its_files_are_its_own(name: str, tmp_path: Path) -> None:
 def test_a_full_disk_is_told_and_leaves_the_earlier_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(tensors: dict, file: Path) -> None:
+    def full(file: Path, tensors: dict) -> None:
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     earlier = write(tmp_path, 128)
-    monkeypatch.setattr("tarflow_dist.training.saver.save_file", full)
+    monkeypatch.setattr("tarflow_dist.training.saver.write_tensors", full)
     writing = saver(tmp_path)
     start(writing, 256)
     with pytest.raises(UserError, match="could not be written: No space left on device"):
