@@ -209,18 +209,6 @@ def open_run(path: Path) -> Checkpoint:
     return newest
 
 
-def least_val_loss(folder: Path, names: list[str]) -> str | None:
-    """Which of the checkpoints `names` below `folder` has the least held-out loss, if any has."""
-    losses = {}
-    for name in names:
-        try:
-            losses[name] = Checkpoint(folder / name).state.val_loss
-        except UserError:
-            continue  # damaged: it is named when a run would go on from it
-    measured = {name: loss for name, loss in losses.items() if loss is not None}
-    return min(measured, key=lambda name: measured[name], default=None)
-
-
 def newest_whole(folder: Path) -> Checkpoint | None:
     """The checkpoint below `folder` to go on from, every file of it verified; None if there is none
     yet. A damaged one is named, and the one before it taken. Collective.

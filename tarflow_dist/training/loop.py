@@ -10,6 +10,7 @@ from tarflow_dist import distributed
 from tarflow_dist.config import Config
 from tarflow_dist.data.loader import train_batches
 from tarflow_dist.models.classes import NAMELESS
+from tarflow_dist.telemetry.throughput import Throughput
 from tarflow_dist.training import latest_checkpoint, run_folder
 from tarflow_dist.training.first_weights import first_state
 from tarflow_dist.training.health import Health, Interrupt, Watchdog
@@ -23,7 +24,6 @@ from tarflow_dist.training.setup import (
     open_data,
     recognise_data,
     restore,
-    start_throughput,
 )
 from tarflow_dist.training.step import Stepper
 from tarflow_dist.training.validation import draw_preview, held_out_loss
@@ -69,7 +69,7 @@ def train(config: Config, device: torch.device) -> bool:
             world_size=distributed.world_size(),
             num_workers=config.data.num_workers,
         )
-        throughput = start_throughput(config, device, state.images)
+        throughput = Throughput(config, device, state.images)
         stepper = Stepper(engine, objective, batches, config, throughput)
         saver = Saver(
             config.run / latest_checkpoint.FOLDER, config.checkpoint, engine.flow.config, classes
