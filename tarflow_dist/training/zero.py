@@ -23,7 +23,9 @@ DECAY = "ema_decay"
 
 
 class ZeroState:
-    """The fp32 weights and optimiser states behind `optimizer`, under DeepSpeed's `zero`.
+    """The fp32 weights and optimiser states behind `optimizer`, under DeepSpeed's `zero`: Adam's
+    moments, made here so that they can be loaded before the first step, and the average, which
+    moves at each step from now on.
 
     Args:
         stage: ZeRO's.
@@ -37,21 +39,16 @@ class ZeroState:
         if stage == 0:
             largest_first = sorted(self._partitions(), key=Tensor.numel, reverse=True)
             self._owners = dict(zip(largest_first, cycle(range(distributed.world_size()))))
-
-    @torch.no_grad()
-    def create(self) -> None:
-        """Adam's moments and the average, which moves at each step from now on, so that they can be
-        loaded before the first step."""
         for partition in self._partitions():
-            self._optimizer.state[partition] = {
+            optimizer.state[partition] = {
                 "step": torch.zeros((), device=partition.device),
                 "exp_avg": torch.zeros_like(partition),
                 "exp_avg_sq": torch.zeros_like(partition),
                 EMA: partition.detach().clone(),
             }
-        if self._stage in (1, 2):
-            self._zero._lazy_init_hp_params_optimizer_state()
-        track_ema(self._optimizer)
+        if stage in (1, 2):
+            zero._lazy_init_hp_params_optimizer_state()
+        track_ema(optimizer)
 
     @property
     def steps(self) -> int:
