@@ -137,8 +137,8 @@ def _check_shared_memory(needed: int) -> None:
 
 @dataclass(frozen=True)
 class _Decoded:
-    """A batch whose images lie in a slot. No tuple: DataLoader would make tensors of its arrays, with
-    shared memory for each."""
+    """A batch whose images lie in a slot. No tuple: DataLoader would put its arrays into shared
+    memory, each into some of its own."""
 
     slot: int
     labels: np.ndarray
