@@ -12,7 +12,7 @@ from tarflow_dist.config import CheckpointConfig
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import describe, write_sealed
 from tarflow_dist.flow.config import FlowConfig
-from tarflow_dist.training.checkpoint import Checkpoint, Piece, RunState, newest_whole
+from tarflow_dist.training.checkpoint import Checkpoint, Piece, RunState, newest_whole, open_run
 from tarflow_dist.training.latest_checkpoint import give_up_after, newest
 from tarflow_dist.training.saver import Saver
 
@@ -229,6 +229,21 @@ def lose_state(folder: Path) -> None:
 def cut_state(folder: Path) -> None:
     file = folder / "state.json"
     file.write_text(file.read_text()[:-10])
+
+
+def test_one_rank_of_several_that_opens_it_alone_verifies_all_of_it(
+    in_two_files: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As rank 0 of a job does, which converts the run's newest checkpoint."""
+    folder, _ = in_two_files
+    monkeypatch.setattr("tarflow_dist.distributed.world_size", lambda: 2)
+    assert open_run(folder).state.images == 128
+    file = folder / "tensors-00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"tensors-00001\.safetensors is damaged"):
+        open_run(folder)
 
 
 @pytest.mark.parametrize("damage", [cut, flip_a_bit, lose_tensors, lose_state, cut_state])
