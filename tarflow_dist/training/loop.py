@@ -12,7 +12,6 @@ from tarflow_dist.data.loader import train_batches
 from tarflow_dist.models.classes import NAMELESS
 from tarflow_dist.telemetry.throughput import Throughput
 from tarflow_dist.training import latest_checkpoint, run_folder
-from tarflow_dist.training.first_weights import first_state
 from tarflow_dist.training.health import Health, Interrupt, watchdog
 from tarflow_dist.training.maximum_likelihood import MaximumLikelihood
 from tarflow_dist.training.run_log import RunLog
@@ -27,6 +26,7 @@ from tarflow_dist.training.setup import (
 )
 from tarflow_dist.training.step import Stepper
 from tarflow_dist.training.validation import draw_preview, held_out_loss
+from tarflow_dist.training.warm_start import warm_start
 
 
 def train(config: Config, device: torch.device) -> bool:
@@ -55,7 +55,7 @@ def train(config: Config, device: torch.device) -> bool:
         objective = MaximumLikelihood(engine, config)
         state = restore(config, engine)
         if config.init is not None and state.images == 0:
-            read, said = first_state(config, classes)
+            read, said = warm_start(config, classes)
             engine.load(read, optimizer_steps=0)
             changes += said
         changes += recognise_data(state, shards)
