@@ -170,8 +170,7 @@ def expected(config: Any, rate: int, sent: float, alone: float) -> tuple[float, 
 
         def step(bandwidth: float) -> network.Step:
             link = network.Network("", bandwidth)
-            own = 2, config.train.zero_stage, "fp32"
-            return network.training_step(config, card, link, 1, 1.0, *own)
+            return network.training_step(config, card, link, 1, 1.0, nodes=2)
 
         whole = step(1.0)  # seconds at 1 byte a second: what one of two ranks sends
         found = step(rate * 1e6 / 8 * whole.communication / sent)

@@ -34,11 +34,12 @@ from tarflow_dist.cost.estimate import estimate
 from tarflow_dist.data.loader import Batch
 from tarflow_dist.flow.flops import FlowCost
 from tarflow_dist.flow.noise import scale_pixels
+from tarflow_dist.telemetry.throughput import Throughput
 from tarflow_dist.training.checkpoint import RunState
 from tarflow_dist.training.engine import Engine
 from tarflow_dist.training.maximum_likelihood import MaximumLikelihood
 from tarflow_dist.training.saver import Saver
-from tarflow_dist.training.setup import build_engine, start_throughput
+from tarflow_dist.training.setup import build_engine
 from tarflow_dist.training.step import Stepper
 from tarflow_dist.training.zero import DECAY, EMA, track_ema
 
@@ -64,7 +65,7 @@ class Ours:
         self.engine: Engine = build_engine(config, micro_batch, device)
         self.state = RunState(images=config.optimizer.warmup_images)
         self._batch_size = config.train.batch_size
-        throughput = start_throughput(config, device, 0)
+        throughput = Throughput(config, device, 0)
         batches = random_batches(config, micro_batch)
         objective = MaximumLikelihood(self.engine, config)
         self.stepper = Stepper(self.engine, objective, batches, config, throughput)

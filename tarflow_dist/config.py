@@ -25,6 +25,9 @@ from tarflow_dist.flow.guidance import Guidance
 
 Share = Annotated[float, Field(ge=0, le=1)]
 LossWeight = Literal["none", "sigma", "sigma_squared"]
+Precision = Literal["fp32", "bf16", "bf16_autocast"]
+Stage = Literal[0, 1, 2, 3]
+"""ZeRO's."""
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -98,13 +101,13 @@ class TrainConfig(Section):
     GPU as large a part of it as fits into the memory by tarflow_dist.plan. Gradients are
     accumulated over batch_size / (micro_batch_size x ranks) passes, and the curve is the same but
     for rounding."""
-    precision: Literal["fp32", "bf16", "bf16_autocast"] = "bf16"
+    precision: Precision = "bf16"
     """bf16 keeps fp32 master weights and accumulates gradients in fp32; bf16_autocast keeps fp32
     weights and multiplies matrices in bf16."""
     reduce_precision: Literal["fp32", "bf16"] = "fp32"
     """In which gradients are summed over the ranks. bf16 halves what they send, for a slow network,
     and rounds each rank's gradient and the sum on its way; over passes they are summed in fp32."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Stage = 1
     """DeepSpeed ZeRO: 0 keeps everything on every rank, 1 shards the optimiser state over the
     ranks, 2 the gradients too, 3 the weights too."""
     offload: bool = False

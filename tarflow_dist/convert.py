@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tarflow_dist.errors import UserError, run_command
+from tarflow_dist.flow.config import FlowConfig
 from tarflow_dist.models.classes import NAMELESS, Classes
 from tarflow_dist.options import command_parser
 from tarflow_dist.training import latest_checkpoint
@@ -29,8 +30,7 @@ class Source(NamedTuple):
     """What a checkpoint says of a model."""
 
     weights: dict[str, "Tensor"]
-    sizes: dict[str, Any]
-    """The arguments of `Flow`."""
+    config: FlowConfig
     provenance: dict[str, Any]
     classes: Classes
 
@@ -38,7 +38,7 @@ class Source(NamedTuple):
 def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     read = _read_run if latest_checkpoint.is_run(args.source) else _read_foreign
-    weights, sizes, provenance, classes = read(args.source, args)
+    weights, config, provenance, classes = read(args.source, args)
 
     import torch
 
@@ -47,12 +47,7 @@ def main(argv: list[str]) -> None:
     if args.dtype:
         dtype = getattr(torch, args.dtype)
         weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
-    try:
-        with torch.device("meta"):
-            flow = TarFlow(**sizes)
-    except ValueError as error:
-        raise UserError(f"{args.source} makes no TARFlow: {error}") from error
-    flow.load_weights(weights, source=args.source)
+    flow = TarFlow.with_weights(config, weights, source=args.source)
     for name, tensor in flow.state_dict().items():
         if not tensor.isfinite().all():
             kind = f"in {args.dtype} " if args.dtype else ""
@@ -125,7 +120,7 @@ def _read_run(source: Path, args: argparse.Namespace) -> Source:
     kind = args.weights or "ema"
     weights = saved.read_all(RUN_WEIGHTS[kind]) | saved.read_all("buffers")
     provenance = {"images": saved.state.images, "weights": kind}
-    return Source(weights, saved.model.to_json(), provenance, saved.classes)
+    return Source(weights, saved.model, provenance, saved.classes)
 
 
 def _read_foreign(source: Path, args: argparse.Namespace) -> Source:
@@ -162,7 +157,10 @@ def _read_foreign(source: Path, args: argparse.Namespace) -> Source:
         "sigma_range": args.sigma_range,
         "head_dim": args.head_dim,
     }
-    return Source(weights, model, {}, NAMELESS)
+    try:
+        return Source(weights, FlowConfig(**model), {}, NAMELESS)
+    except ValueError as error:
+        raise UserError(f"{source} makes no TARFlow: {error}") from error
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from tarflow_dist.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
 T = TypeVar("T")
 UMASK = os.umask(0o022)  # can only be read by setting it
@@ -35,7 +36,6 @@ def write_whole(file: Path, part: Path | None = None) -> Iterator[Path]:
     part = part or file.with_name(f".{file.name}.part")
     try:
         yield part
-        grant(part)
         sync(part)
         os.replace(part, file)
         sync(file.parent)
@@ -46,9 +46,22 @@ def write_whole(file: Path, part: Path | None = None) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def grant(file: Path) -> None:
-    """Gives `file` the mode that a new file has: safetensors writes for its owner alone."""
-    file.chmod(0o666 & ~UMASK)
+def write_tensors(
+    file: Path, tensors: "dict[str, Tensor]", metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, file, metadata)
+    except SafetensorError as error:  # of a full disk, too
+        raise OSError(errno.EIO, str(error)) from error
+    file.chmod(0o666 & ~UMASK)  # safetensors writes for its owner alone
 
 
 def publish_folder(part: Path, folder: Path) -> None:

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from tarflow_dist.errors import UserError, run_command
-from tarflow_dist.files import read_json, sha256
+from tarflow_dist.files import from_saved, read_json, sha256
+from tarflow_dist.flow.config import FlowConfig
+from tarflow_dist.flow.flops import FlowCost
+from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.models import hub
+from tarflow_dist.models.classes import Classes, some
 from tarflow_dist.models.folder import (
     CONFIG_FILE,
     POLICY_FILE,
@@ -18,10 +22,12 @@ from tarflow_dist.models.folder import (
     check_weights,
     read_config,
 )
-from tarflow_dist.models.model_card import model_card
 from tarflow_dist.options import command_parser
 
 CARD, RESULT, GRID = "README.md", "result.json", "grid.png"
+TASK = "unconditional-image-generation"
+"""The hub's name of it; it has none for images of classes."""
+WEIGHTS = {"ema": "moving average", "raw": "as trained"}
 
 
 def main(argv: list[str]) -> None:
@@ -78,7 +84,7 @@ def push(
         operations = [CommitOperationAdd(name, file) for name, file in files.items()]
         operations.append(CommitOperationAdd(WEIGHTS_FILE, folder / WEIGHTS_FILE))
         if new_card or not api.file_exists(repo, CARD):
-            card = model_card(repo, saved, result, license=license)
+            card = _card(repo, saved, result, license=license)
             operations.append(CommitOperationAdd(CARD, card.encode()))
         api.create_commit(repo, operations, commit_message="Model by tarflow_dist")
     return str(url)
@@ -95,6 +101,67 @@ def _result(samples: Path, folder: Path) -> dict[str, Any]:
     if result.get("weights_sha256") != sha256(folder / WEIGHTS_FILE):
         raise UserError(f"--samples {samples} are not of the model {folder}: its weights differ")
     return result
+
+
+def _card(
+    repo: str, saved: dict[str, Any], result: dict[str, Any] | None, *, license: str | None
+) -> str:
+    """What the model of the config.json `saved` is, how to use it, and how good its samples are, of
+    whose `result` the grid stands beside the card; its metadata in YAML first."""
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    from tarflow_dist.evaluation.result import described
+
+    config = from_saved(FlowConfig, saved["model"])
+    classes = from_saved(Classes, saved.get("classes", {}))
+    provenance = saved.get("provenance", {})
+    measured = None
+    if result is not None:
+        fid = result["features"].startswith("inception")
+        measured = EvalResult(
+            task_type=TASK,
+            dataset_type="image-folder",
+            dataset_name=result["reference"],
+            metric_type="fid" if fid else "frechet_distance",
+            metric_value=result["frechet_distance"],
+        )
+    data = ModelCardData(
+        license=license,
+        library_name="tarflow_dist",
+        pipeline_tag=TASK,
+        tags=["tarflow", "normalizing-flow", "arxiv:2412.06329"],
+        model_name=repo.partition("/")[2],
+        eval_results=measured,
+    )
+    call = ["[0]"] if config.num_classes else []
+    if result:
+        plain = Guidance().arguments().items()
+        call += [f"{name}={result[name]!r}" for name, value in plain if result[name] != value]
+    card = ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("model_card.md.jinja")),
+        repo=repo,
+        config=config,
+        kind="An iTARFlow" if config.sigma_range else "A TARFlow",
+        grid=result is not None,
+        call=", ".join(call),
+        parameters=FlowCost(config).num_parameters,
+        noise=_noise(config),
+        images=provenance.get("images"),
+        weights=WEIGHTS.get(provenance.get("weights", "")),
+        names=some(classes.shown),
+        figures=None if result is None else described(result),
+        warnings=[] if result is None else result["warnings"],
+        license=license,
+    )
+    return str(card)
+
+
+def _noise(config: FlowConfig) -> str:
+    if config.noise == "uniform":
+        return "uniform, within the 8-bit bins"
+    levels = config.sigma_range or (config.sigma,)
+    return f"Gaussian, std {' to '.join(map(str, levels))} of images in [-1, 1]"
 
 
 if __name__ == "__main__":

@@ -305,14 +305,13 @@ def test_a_step_waits_as_messages_one_after_another_do(
     stage: Any, passes: int, gb_per_second: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configs.load(
-        ROOT / "configs" / "in256.yaml", [f"train.micro_batch_size={12 // passes}"]
+        ROOT / "configs" / "in256.yaml",
+        [f"train.micro_batch_size={12 // passes}", f"train.zero_stage={stage}"],
     )
     counts, buckets = FlowCost(config.model), 8
     monkeypatch.setattr(networks, "BUCKET", counts.num_parameters / buckets)
     between = networks.network(str(gb_per_second))
-    step = networks.training_step(
-        config, card("h100"), between, 8, 0.5, nodes=8, stage=stage, reduce_precision="fp32"
-    )
+    step = networks.training_step(config, card("h100"), between, 8, 0.5, nodes=8)
     flops = 0.5 * 989e12
     forward = 12 / passes * counts.forward_flops / flops
     backward = 12 / passes * (counts.training_flops - counts.forward_flops) / flops

@@ -92,18 +92,11 @@ def memory(bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def peak_and_plan(bench: Bench, config: Config) -> dict[str, float]:
-    train = config.train
     before = torch.cuda.memory_allocated() / GIB if bench.cuda else 0.0
     step = ours(bench, config)
     step()
     step()
-    planned = training_memory(
-        config,
-        1,
-        stage=train.zero_stage,
-        micro_batch=train.batch_size,
-        checkpoint_every=train.activation_checkpointing,
-    )
+    planned = training_memory(config, 1, config.train.batch_size)
     measured = bench.peak_gib() - before
     return {"gib": round(measured, 3), "planned": round(planned.peak / GIB, 3)}
 

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
 
-from tarflow_dist.config import Config
+from tarflow_dist.config import Config, Stage
 from tarflow_dist.cost.cards import Card
-from tarflow_dist.cost.memory import FP32, STAGES, Memory, Stage, training_memory
+from tarflow_dist.cost.memory import FP32, Memory, training_memory
 from tarflow_dist.files import read_json
 from tarflow_dist.flow.flops import FlowCost
 
@@ -155,8 +156,7 @@ def fitting_micro_batch(config: Config, memory: int, gpus: int) -> int:
     micro_batch = config.micro_batch(gpus)
     if config.train.micro_batch_size is not None:
         return micro_batch
-    stage, every = config.train.zero_stage, config.train.activation_checkpointing
-    return _largest_micro_batch(config, memory, gpus, stage, every) or 1
+    return _largest_micro_batch(config, memory, gpus) or 1
 
 
 def checkpoint_bytes(counts: FlowCost) -> int:
@@ -183,36 +183,32 @@ def does_not_fit(result: Estimate, gpu: str) -> str:
 
 def _layouts(config: Config, card: Card, gpus: int, micro_batch: int) -> Iterator[Layout]:
     train = config.train
-    for stage in STAGES:
+    for stage in get_args(Stage):
         if stage == 0 and train.precision == "bf16":
             continue  # refused by the config
         for every in (0, train.activation_checkpointing or 1):
-            memory = training_memory(
-                config, gpus, stage=stage, micro_batch=micro_batch, checkpoint_every=every
-            )
+            other = with_training(config, zero_stage=stage, activation_checkpointing=every)
+            memory = training_memory(other, gpus, micro_batch)
             yield Layout(
                 stage=stage,
                 checkpoint_every=every,
-                chosen=(stage, every) == (train.zero_stage, train.activation_checkpointing),
+                chosen=other == config,
                 memory=memory,
                 fits=memory.peak <= card.memory * (1 - HEADROOM),
-                largest_micro_batch=_largest_micro_batch(config, card.memory, gpus, stage, every),
+                largest_micro_batch=_largest_micro_batch(other, card.memory, gpus),
             )
 
 
-def _largest_micro_batch(
-    config: Config, memory: int, gpus: int, stage: Stage, checkpoint_every: int
-) -> int:
+def with_training(config: Config, **settings: Any) -> Config:
+    """`config` with other settings in `train`."""
+    return config.model_copy(update={"train": config.train.model_copy(update=settings)})
+
+
+def _largest_micro_batch(config: Config, memory: int, gpus: int) -> int:
     """0 if none fits into `memory` less the headroom."""
     share, room = config.train.batch_size // gpus, memory * (1 - HEADROOM)
     sizes = (size for size in range(share, 0, -1) if share % size == 0)
-    for size in sizes:
-        needed = training_memory(
-            config, gpus, stage=stage, micro_batch=size, checkpoint_every=checkpoint_every
-        )
-        if needed.peak <= room:
-            return size
-    return 0
+    return next((s for s in sizes if training_memory(config, gpus, s).peak <= room), 0)
 
 
 def _stored_image_bytes(config: Config) -> float | None:

@@ -7,14 +7,9 @@ than one part in a hundred of any model worth planning.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
-from tarflow_dist.config import Config
+from tarflow_dist.config import Config, Precision
 from tarflow_dist.flow.flops import FlowCost
-
-Stage = Literal[0, 1, 2, 3]
-Precision = Literal["fp32", "bf16", "bf16_autocast"]
-STAGES: tuple[Stage, ...] = get_args(Stage)
 
 FP32 = 4
 # Stages 1 and 2, see training/overlapped_zero.py: values that travel between the ranks at once,
@@ -71,23 +66,17 @@ class Memory:
         return self.states + max(passes, self.update)
 
 
-def training_memory(
-    config: Config, gpus: int, *, stage: Stage, micro_batch: int, checkpoint_every: int
-) -> Memory:
-    """Memory of the run of `config` on one of `gpus`, at another ZeRO stage.
-
-    Args:
-        micro_batch: images a GPU and pass.
-        checkpoint_every: every k-th transformer layer is recomputed in the backward pass; 0: none.
-    """
+def training_memory(config: Config, gpus: int, micro_batch: int) -> Memory:
+    """Memory of the run of `config` on one of `gpus`, with `micro_batch` images a GPU and pass."""
     train, counts = config.train, FlowCost(config.model)
-    precision = train.precision
+    precision, stage = train.precision, train.zero_stage
     accumulating = micro_batch < train.batch_size // gpus
     P = counts.num_parameters
     bf16 = precision == "bf16"
     weight = 2 if bf16 else FP32
     own = P / gpus
-    activations = micro_batch * image_activations(counts, precision, checkpoint_every)
+    every = train.activation_checkpointing
+    activations = micro_batch * image_activations(counts, precision, every)
     if precision == "bf16_autocast":
         activations += 2 * P  # the weights' bf16 copies
 

@@ -7,12 +7,11 @@ first or last bucket. Latency, and the network inside a node, are left out.
 
 import re
 from dataclasses import dataclass
-from functools import partial
 
-from tarflow_dist.config import Config
+from tarflow_dist.config import Config, Precision, Stage
 from tarflow_dist.cost.cards import Card
-from tarflow_dist.cost.estimate import estimate, fitting_micro_batch
-from tarflow_dist.cost.memory import BUCKET, FP32, LIVE_WEIGHTS, Precision, Stage
+from tarflow_dist.cost.estimate import estimate, fitting_micro_batch, with_training
+from tarflow_dist.cost.memory import BUCKET, FP32, LIVE_WEIGHTS
 from tarflow_dist.errors import UserError
 from tarflow_dist.flow.flops import FlowCost
 
@@ -128,20 +127,26 @@ def network_estimate(
     Raises:
         UserError: the batch can't be cut over the GPUs.
     """
-    step = partial(training_step, config, card, between, gpus_per_node, mfu)
-    own = config.train.zero_stage, config.train.reduce_precision
+
+    def step(config: Config, nodes: int) -> Step:
+        return training_step(config, card, between, gpus_per_node, mfu, nodes)
+
     every = config.train.activation_checkpointing
     layouts = estimate(config, card, nodes * gpus_per_node, mfu=mfu).layouts
     stages = [a.stage for a in layouts if a.fits and a.checkpoint_every == every]
     kinds: list[Precision] = ["fp32"] if config.train.precision == "fp32" else ["fp32", "bf16"]
     # the simplest first
-    found = [Advice(at, kind, step(nodes, at, kind)) for kind in kinds for at in stages]
+    found = [
+        Advice(at, kind, step(with_training(config, zero_stage=at, reduce_precision=kind), nodes))
+        for kind in kinds
+        for at in stages
+    ]
     least = min((advice.step.seconds for advice in found), default=0.0)
     return NetworkEstimate(
         between,
-        step(nodes, *own),
+        step(config, nodes),
         next((a for a in found if a.step.seconds <= (1 + TOLERANCE) * least), None),
-        [step(n, *own) for n in NODES if config.train.batch_size % (n * gpus_per_node) == 0],
+        [step(config, n) for n in NODES if config.train.batch_size % (n * gpus_per_node) == 0],
     )
 
 
@@ -152,10 +157,8 @@ def training_step(
     gpus_per_node: int,
     mfu: float,
     nodes: int,
-    stage: Stage,
-    reduce_precision: Precision,
 ) -> Step:
-    """A step of `config` with another ZeRO stage and precision of the reduction."""
+    """A step of the run of `config`."""
     train, counts, gpus = config.train, FlowCost(config.model), nodes * gpus_per_node
     micro_batch = fitting_micro_batch(config, card.memory, gpus)
     passes = train.batch_size // (gpus * micro_batch)
@@ -167,7 +170,7 @@ def training_step(
     P = counts.num_parameters
     # of a ring's S bytes, a rank keeps its own part
     rate = between.bandwidth / ((gpus - 1) / gpus) if nodes > 1 else float("inf")
-    gradients = P * (FP32 if reduce_precision == "fp32" else 2)
+    gradients = P * (FP32 if train.reduce_precision == "fp32" else 2)
     weights = P * (2 if train.precision == "bf16" else FP32)
     last = min(1.0, BUCKET / P)  # the share of all that is sent at once
 
@@ -175,6 +178,7 @@ def training_step(
         """What is still to be waited for."""
         return max(size / rate - (1 - last) * computing, last * size / rate)
 
+    stage = train.zero_stage
     if stage == 0:  # all-reduced after the last pass
         sent = 2.0 * gradients
         waited = sent / rate

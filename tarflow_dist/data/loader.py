@@ -137,7 +137,8 @@ def _check_shared_memory(needed: int) -> None:
 
 @dataclass(frozen=True)
 class _Decoded:
-    """A batch whose images lie in a slot."""
+    """A batch whose images lie in a slot. No tuple: DataLoader would put its arrays into shared
+    memory, each into some of its own."""
 
     slot: int
     labels: np.ndarray

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tarflow_dist import rng
 from tarflow_dist.errors import UserError
-from tarflow_dist.files import describe, from_saved, write_sealed, write_whole
+from tarflow_dist.files import describe, from_saved, write_sealed, write_tensors, write_whole
 from tarflow_dist.flow.config import FlowConfig
 from tarflow_dist.flow.denoise import Denoising
 from tarflow_dist.flow.guidance import Guidance, Guide, Rule
@@ -71,11 +71,9 @@ class TarFlow(Flow):
         except ValueError as error:
             raise UserError(f"{path / CONFIG_FILE} describes no TARFlow: {error}") from error
         weights = read_weights(path / WEIGHTS_FILE, saved.get("weights"))
-        with torch.device("meta"):
-            flow = cls(**config.to_json())
+        flow = cls.with_weights(config, weights, source=path / WEIGHTS_FILE)
         flow.provenance = saved.get("provenance", {})
         flow.classes = classes
-        flow.load_weights(weights, source=path / WEIGHTS_FILE)
         flow.policy = Policy(fingerprint_of(weights))
         if calibrated:
             flow.policy = read_policy(
@@ -83,14 +81,20 @@ class TarFlow(Flow):
             )
         return flow.eval()
 
-    def load_weights(self, weights: dict[str, Tensor], *, source: Path) -> None:
-        """Takes the tensors of `weights` as this model's own, their type and device included.
+    @classmethod
+    def with_weights(
+        cls, config: FlowConfig, weights: dict[str, Tensor], *, source: Path
+    ) -> "TarFlow":
+        """The model of `config` that has the tensors of `weights` as its own, their type and device
+        included.
 
         Raises:
             UserError: they are not exactly this model's, or of several types or whole numbers;
                 `source` is named.
         """
-        expected = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        with torch.device("meta"):
+            flow = cls(**config.to_json())
+        expected = {name: tuple(tensor.shape) for name, tensor in flow.state_dict().items()}
         there = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         for name in expected | there:
             if expected.get(name) != there.get(name):
@@ -98,27 +102,22 @@ class TarFlow(Flow):
                     f"{source} is of another model: its {name} is {there.get(name, 'missing')}, "
                     f"and {expected.get(name, 'missing')} in the model of its config"
                 )
-        types = {weights[name].dtype for name, _ in self.named_parameters()}
+        types = {weights[name].dtype for name, _ in flow.named_parameters()}
         if len(types) > 1 or not all(dtype.is_floating_point for dtype in types):
             named = ", ".join(sorted(map(dtype_name, types)))
             raise UserError(f"{source} should hold weights of one floating type, and not {named}")
-        self.load_state_dict(weights, assign=True)
+        flow.load_state_dict(weights, assign=True)
+        return flow
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes model.safetensors and config.json into the folder `path`, each whole or not at
         all."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         # the weights appear last: where they are, the model is whole
         with write_whole(path / WEIGHTS_FILE) as weights_part:
-            try:
-                save_file(weights, weights_part, metadata={"format": "pt"})
-            except SafetensorError as error:  # of a full disk, too
-                raise UserError(f"{path / WEIGHTS_FILE} can't be written: {error}") from error
+            write_tensors(weights_part, weights, metadata={"format": "pt"})
             content = {
                 "model": self.config.to_json(),
                 "classes": asdict(self.classes),

@@ -10,6 +10,9 @@ from contextlib import contextmanager
 import torch
 
 from tarflow_dist import distributed
+from tarflow_dist.config import Config
+from tarflow_dist.cost.cards import find_card
+from tarflow_dist.flow.flops import FlowCost
 
 GIB = 2**30
 
@@ -18,15 +21,16 @@ class Throughput:
     """Measures this rank's time from one row of metrics to the next.
 
     Args:
+        config: the run's.
         device: where the model computes.
         images: the run's position.
-        flops: operations of training on one image, recomputation not counted.
-        peak: what the device promises a second in the run's precision; None if that isn't known.
     """
 
-    def __init__(self, device: torch.device, images: int, *, flops: int, peak: float | None):
+    def __init__(self, config: Config, device: torch.device, images: int):
         self._cuda = device.type == "cuda"
-        self._flops, self._peak = flops, peak
+        self._flops = FlowCost(config.model).training_flops
+        card = find_card(distributed.device_name(device))
+        self._peak = None if card is None else card.peak_flops(config.train.precision)
         self._waited = self._worked = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._began, self._images = time.monotonic(), images
@@ -59,7 +63,7 @@ class Throughput:
 
         - images_per_second
         - mfu: model FLOPs utilisation, the share of the devices' peak that went into the model
-          (arXiv 2204.02311, appendix B), if that peak is known
+          (arXiv 2204.02311, appendix B), if their data sheet is known
         - data_wait: share of the time spent waiting for data, on the rank that waits most
         - slowest_rank, and slowest_rank_lag: by how much its forward passes take longer than the
           median's (0.1: a tenth)

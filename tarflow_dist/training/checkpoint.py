@@ -119,13 +119,13 @@ class Checkpoint:
         except DAMAGED as error:
             raise UserError(f"{folder} is not a whole checkpoint ({error})") from error
 
-    def verify(self) -> None:
-        """Compares this rank's share of the files with their hashes.
+    def verify(self, some: slice = slice(None)) -> None:
+        """Compares the files, or `some` of them in their order, with their hashes.
 
         Raises:
             UserError: a file is damaged.
         """
-        for name in sorted(self._paths)[distributed.rank() :: distributed.world_size()]:
+        for name in sorted(self._paths)[some]:
             try:
                 damaged = describe(self._paths[name]) != self._described[name]
             except OSError as error:
@@ -193,8 +193,8 @@ def _find_pieces(starts: dict[str, dict[str, int]], shapes: dict[str, list[int]]
 
 
 def open_run(path: Path) -> Checkpoint:
-    """The checkpoint to take of a run's folder, or the one that `path` itself is, verified.
-    Collective.
+    """The checkpoint to take of a run's folder, which is collective, or the one that `path` itself
+    is, which any rank may ask for; verified.
 
     Raises:
         UserError: there is none yet, or none is whole.
@@ -207,18 +207,6 @@ def open_run(path: Path) -> Checkpoint:
     if newest is None:
         raise UserError(f"the run {path} has no checkpoint yet")
     return newest
-
-
-def least_val_loss(folder: Path, names: list[str]) -> str | None:
-    """Which of the checkpoints `names` below `folder` has the least held-out loss, if any has."""
-    losses = {}
-    for name in names:
-        try:
-            losses[name] = Checkpoint(folder / name).state.val_loss
-        except UserError:
-            continue  # damaged: it is named when a run would go on from it
-    measured = {name: loss for name, loss in losses.items() if loss is not None}
-    return min(measured, key=lambda name: measured[name], default=None)
 
 
 def newest_whole(folder: Path) -> Checkpoint | None:
@@ -236,7 +224,7 @@ def newest_whole(folder: Path) -> Checkpoint | None:
         try:
             with distributed.together(f"{path} can't be read"):
                 saved = Checkpoint(path)
-                saved.verify()
+                saved.verify(slice(distributed.rank(), None, distributed.world_size()))
             return saved
         except UserError as error:
             problems.append(error)

@@ -107,7 +107,6 @@ class Engine:
         alone = stage == 0 and distributed.world_size() == 1
         self._reduced = self._engine.no_sync if alone else nullcontext
         self._zero_state = ZeroState(stage, zero, optimizer)
-        self._zero_state.create()
         if isinstance(zero, OverlappedZero):
             zero.wait_before_use(flow)
 

@@ -4,7 +4,10 @@ stuck, as in a collective that another rank never joins; and requests to save an
 import faulthandler
 import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -68,22 +71,15 @@ class Health:
         distributed.say(f"{self._config.run}: {why}: {back}")
 
 
-class Watchdog:
-    """While entered, dumps the stacks of all threads to stderr and exits with code 1 when no step
-    has been done for too long. It runs outside Python, so a stuck call can't keep it from it."""
-
-    def __init__(self, config: HealthConfig):
-        self._config = config
-
-    def __enter__(self) -> "Watchdog":
-        faulthandler.dump_traceback_later(self._config.first_step_timeout, exit=True)
-        return self
-
-    def step_done(self) -> None:
-        """The clock starts anew."""
-        faulthandler.dump_traceback_later(self._config.step_timeout, exit=True)
-
-    def __exit__(self, *exception: object) -> None:
+@contextmanager
+def watchdog(config: HealthConfig) -> Iterator[Callable[[], None]]:
+    """While entered, dumps the stacks of all threads to stderr and exits with code 1 when what it
+    yields, to be called after each step, has not been called for too long. It runs outside Python,
+    so a stuck call can't keep it from it."""
+    faulthandler.dump_traceback_later(config.first_step_timeout, exit=True)
+    try:
+        yield partial(faulthandler.dump_traceback_later, config.step_timeout, exit=True)
+    finally:
         faulthandler.cancel_dump_traceback_later()
 
 

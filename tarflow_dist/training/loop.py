@@ -10,9 +10,9 @@ from tarflow_dist import distributed
 from tarflow_dist.config import Config
 from tarflow_dist.data.loader import train_batches
 from tarflow_dist.models.classes import NAMELESS
+from tarflow_dist.telemetry.throughput import Throughput
 from tarflow_dist.training import latest_checkpoint, run_folder
-from tarflow_dist.training.first_weights import first_state
-from tarflow_dist.training.health import Health, Interrupt, Watchdog
+from tarflow_dist.training.health import Health, Interrupt, watchdog
 from tarflow_dist.training.maximum_likelihood import MaximumLikelihood
 from tarflow_dist.training.run_log import RunLog
 from tarflow_dist.training.saver import Saver
@@ -23,10 +23,10 @@ from tarflow_dist.training.setup import (
     open_data,
     recognise_data,
     restore,
-    start_throughput,
 )
 from tarflow_dist.training.step import Stepper
 from tarflow_dist.training.validation import draw_preview, held_out_loss
+from tarflow_dist.training.warm_start import warm_start
 
 
 def train(config: Config, device: torch.device) -> bool:
@@ -41,7 +41,7 @@ def train(config: Config, device: torch.device) -> bool:
     """
     batch_size = config.train.batch_size
     with ExitStack() as stack:
-        watchdog = stack.enter_context(Watchdog(config.health))
+        alive = stack.enter_context(watchdog(config.health))
         interrupt = stack.enter_context(Interrupt(config.train.stop_after))
         micro_batch_size = choose_micro_batch(config, device)
         shards = open_data(config, "train")
@@ -55,7 +55,7 @@ def train(config: Config, device: torch.device) -> bool:
         objective = MaximumLikelihood(engine, config)
         state = restore(config, engine)
         if config.init is not None and state.images == 0:
-            read, said = first_state(config, classes)
+            read, said = warm_start(config, classes)
             engine.load(read, optimizer_steps=0)
             changes += said
         changes += recognise_data(state, shards)
@@ -69,7 +69,7 @@ def train(config: Config, device: torch.device) -> bool:
             world_size=distributed.world_size(),
             num_workers=config.data.num_workers,
         )
-        throughput = start_throughput(config, device, state.images)
+        throughput = Throughput(config, device, state.images)
         stepper = Stepper(engine, objective, batches, config, throughput)
         saver = Saver(
             config.run / latest_checkpoint.FOLDER, config.checkpoint, engine.flow.config, classes
@@ -82,7 +82,7 @@ def train(config: Config, device: torch.device) -> bool:
             anyone.ask(interrupt.requested, saver.writing)
             problem = stepper.step(state)
             state.images += batch_size
-            watchdog.step_done()
+            alive()
             diverged = health.judge(problem, state)  # why the run should go back, if so
             stop, writing = anyone.answers()  # the same on every rank
             finished = state.images >= config.train.images
@@ -93,7 +93,6 @@ def train(config: Config, device: torch.device) -> bool:
             measured = finished or state.passed(config.eval.every_images, batch_size)
             if val_shards is not None and measured:
                 began = time.monotonic()
-                alive = watchdog.step_done
                 loss = held_out_loss(engine, objective, val_shards, config, micro_batch_size, alive)
                 log.write_val_loss(loss, seconds=time.monotonic() - began)
                 state.val_loss = loss if math.isfinite(loss) else None

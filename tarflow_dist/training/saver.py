@@ -4,22 +4,22 @@ import shutil
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tarflow_dist import distributed
 from tarflow_dist.config import CheckpointConfig
-from tarflow_dist.files import describe, grant, publish_folder, sync, write_sealed
+from tarflow_dist.errors import UserError
+from tarflow_dist.files import describe, publish_folder, sync, write_sealed, write_tensors
 from tarflow_dist.flow.config import FlowConfig
 from tarflow_dist.models.classes import NAMELESS, Classes
 from tarflow_dist.training import latest_checkpoint
-from tarflow_dist.training.checkpoint import STATE_FILE, VERSION, Piece, RunState, least_val_loss
+from tarflow_dist.training.checkpoint import STATE_FILE, VERSION, Checkpoint, Piece, RunState
 
 
 class _Share(NamedTuple):
@@ -139,11 +139,7 @@ def _write_share(share: "Future[_Share]", *arguments: Any) -> None:
 
 
 def _write(file: Path, tensors: dict[str, Tensor], starts: dict[str, int]) -> _Share:
-    try:
-        save_file(tensors, file)
-    except SafetensorError as error:  # of a full disk, too
-        raise OSError(str(error)) from error
-    grant(file)
+    write_tensors(file, tensors)
     sync(file)
     return _Share(file.name, describe(file), starts)
 
@@ -157,8 +153,19 @@ def _prune(newest: Path, config: CheckpointConfig) -> None:
     if every := config.permanent_every_images:
         first = {int(name) // every: name for name in reversed(past)}
         kept |= {name for multiple, name in first.items() if multiple}
-    if config.keep_best and (best := least_val_loss(folder, past)):
-        kept.add(best)
+    if config.keep_best:
+        kept |= _least_val_loss(folder, past)
     old = [folder / name for name in past if name not in kept]
     for checkpoint in old + latest_checkpoint.given_up_before(newest):
         shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _least_val_loss(folder: Path, names: list[str]) -> set[str]:
+    """The one of the checkpoints `names` below `folder` with the least held-out loss, if any has
+    been measured."""
+    losses = {}
+    for name in names:
+        with suppress(UserError):  # damaged: it is named when a run would go on from it
+            losses[name] = Checkpoint(folder / name).state.val_loss
+    measured = {name: loss for name, loss in losses.items() if loss is not None}
+    return {min(measured, key=lambda name: measured[name])} if measured else set()

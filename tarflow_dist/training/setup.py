@@ -7,14 +7,11 @@ import torch
 
 from tarflow_dist import distributed
 from tarflow_dist.config import Config
-from tarflow_dist.cost.cards import find_card
 from tarflow_dist.cost.estimate import fitting_micro_batch
 from tarflow_dist.data.order import ImageOrder
 from tarflow_dist.data.shards import Shards, open_shards
 from tarflow_dist.errors import UserError
-from tarflow_dist.flow.flops import FlowCost
 from tarflow_dist.flow.model import Flow
-from tarflow_dist.telemetry.throughput import Throughput
 from tarflow_dist.training import latest_checkpoint
 from tarflow_dist.training.checkpoint import RunState, newest_whole
 from tarflow_dist.training.engine import Engine
@@ -112,14 +109,3 @@ def restore(config: Config, engine: Engine) -> RunState:
             )
     engine.load(saved.read_part, saved.state.optimizer_steps)
     return saved.state
-
-
-def start_throughput(config: Config, device: torch.device, images: int) -> Throughput:
-    """Measures the run's speed from `images` seen on, against the peak of the GPU if its data sheet
-    is known."""
-    peak = None
-    known = find_card(distributed.device_name(device))
-    if known is not None:
-        peak = known.peak_flops(config.train.precision)
-    flops = FlowCost(config.model).training_flops
-    return Throughput(device, images, flops=flops, peak=peak)

@@ -1,6 +1,7 @@
 """The figures of a training step: what its passes over the batch saw, as means over all ranks, and
 where its numbers stopped being finite."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,9 +31,9 @@ class StepMetrics:
             self._bands = NoiseBands(flow.sigma_range, flow.device)
         for t, block in enumerate(flow.blocks):
             assert isinstance(block, FlowBlock)
-            block.register_forward_hook(self._see_output(t))
+            block.register_forward_hook(partial(self._see_output, t))
             # all that goes wrong on the way back through a block comes down to its first weight
-            block.proj_in.weight.register_hook(self._see_gradient(self._gradients[t]))
+            block.proj_in.weight.register_hook(partial(self._see_gradient, t))
 
     def begin_step(self) -> None:
         """Forgets the last step."""
@@ -59,17 +60,14 @@ class StepMetrics:
             assert sigma is not None
             self._bands.add(sigma, self._flow.losses(z, logdets))
 
-    def _see_output(self, t: int) -> Any:
-        def hook(block: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-            self._block_z2[t] += output[0].detach().square().mean()
+    def _see_output(
+        self, t: int, block: nn.Module, inputs: Any, output: tuple[Tensor, Tensor]
+    ) -> None:
+        self._block_z2[t] += output[0].detach().square().mean()
 
-        return hook
-
-    def _see_gradient(self, total: Tensor) -> Any:
-        def hook(gradient: Tensor) -> None:
-            total.add_(torch.linalg.vector_norm(gradient, ord=1, dtype=torch.float32))
-
-        return hook
+    def _see_gradient(self, t: int, gradient: Tensor) -> None:
+        norm = torch.linalg.vector_norm(gradient, ord=1, dtype=torch.float32)
+        self._gradients[t].add_(norm)
 
     def culprit(self, loss: Tensor) -> str:
         """Where the numbers of the last step first stopped being finite, over all ranks: forward

@@ -48,7 +48,7 @@ def held_out_loss(
             yield batch
 
     # bf16 weights would put the third digit off
-    flow = _averaged_flow(engine, torch.float32)
+    flow = _averaged_flow(engine, config, torch.float32)
     return objective.held_out_loss(flow, told())
 
 
@@ -61,7 +61,7 @@ def draw_preview(engine: Engine, objective: Objective, config: Config, images: i
         not be the memory beside training, or the room on the disk.
     """
     dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
-    flow = _averaged_flow(engine, dtype)
+    flow = _averaged_flow(engine, config, dtype)
     file = config.run / PREVIEWS / f"{images:011d}.png"
     if not distributed.is_main():
         return file
@@ -79,10 +79,8 @@ def draw_preview(engine: Engine, objective: Objective, config: Config, images: i
     return file
 
 
-def _averaged_flow(engine: Engine, dtype: torch.dtype) -> TarFlow:
+def _averaged_flow(engine: Engine, config: Config, dtype: torch.dtype) -> TarFlow:
     """The flow that the run would leave if it ended now, whole on every rank. Collective."""
-    with torch.device("meta"):
-        flow = TarFlow(**engine.flow.config.to_json())
     average = {name: tensor.to(dtype) for name, tensor in engine.average()}
-    flow.load_state_dict(average, assign=True)
+    flow = TarFlow.with_weights(engine.flow.config, average, source=config.run)
     return flow.requires_grad_(False)

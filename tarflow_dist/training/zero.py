@@ -5,7 +5,7 @@ weights; at stage 3 an equal part of every weight, the last ones padded.
 """
 
 from itertools import cycle
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,17 +13,19 @@ from deepspeed.utils import safe_get_full_optimizer_state
 from torch import Tensor, nn
 
 from tarflow_dist import distributed
+from tarflow_dist.config import Stage
 
 EMA = "ema"
 """The weights' moving average, as one more state of the optimiser: that sees what a rank owns, so
 each rank averages its own share, and the average is saved and restored like Adam's moments."""
 DECAY = "ema_decay"
 """Key of its decay in each parameter group."""
-Stage = Literal[0, 1, 2, 3]
 
 
 class ZeroState:
-    """The fp32 weights and optimiser states behind `optimizer`, under DeepSpeed's `zero`.
+    """The fp32 weights and optimiser states behind `optimizer`, under DeepSpeed's `zero`: Adam's
+    moments, made here so that they can be loaded before the first step, and the average, which
+    moves at each step from now on.
 
     Args:
         stage: ZeRO's.
@@ -37,21 +39,16 @@ class ZeroState:
         if stage == 0:
             largest_first = sorted(self._partitions(), key=Tensor.numel, reverse=True)
             self._owners = dict(zip(largest_first, cycle(range(distributed.world_size()))))
-
-    @torch.no_grad()
-    def create(self) -> None:
-        """Adam's moments and the average, which moves at each step from now on, so that they can be
-        loaded before the first step."""
         for partition in self._partitions():
-            self._optimizer.state[partition] = {
+            optimizer.state[partition] = {
                 "step": torch.zeros((), device=partition.device),
                 "exp_avg": torch.zeros_like(partition),
                 "exp_avg_sq": torch.zeros_like(partition),
                 EMA: partition.detach().clone(),
             }
-        if self._stage in (1, 2):
-            self._zero._lazy_init_hp_params_optimizer_state()
-        track_ema(self._optimizer)
+        if stage in (1, 2):
+            zero._lazy_init_hp_params_optimizer_state()
+        track_ema(optimizer)
 
     @property
     def steps(self) -> int:

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tarflow_dist import TarFlow
-from tarflow_dist.errors import UserError
+from tarflow_dist.errors import UserError, refusal
 from tarflow_dist.flow.noise import scale_pixels
 
 SIZES = {
@@ -43,6 +43,13 @@ def test_what_is_saved_is_loaded(dtype: torch.dtype, tmp_path: Path) -> None:
         assert tensor.dtype == dtype
         assert torch.equal(tensor, flow.state_dict()[name])
     loaded.to(torch.device("cpu")).double()
+
+
+def test_a_full_disk_is_named_and_nothing_is_left(small_disk: Path) -> None:
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        small_flow(width=512).save_pretrained(small_disk)
+    assert str(refusal(raised.value)).startswith(f"{small_disk / 'model.safetensors'}: ")
+    assert list(small_disk.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -39,11 +39,12 @@ def main(config_file: str, out: str, device: str, *overrides: str) -> None:
 
 
 def train(config: Config, device: torch.device, waits: dict[str, int]) -> dict[str, Any]:
+    from tarflow_dist.telemetry.throughput import Throughput
     from tarflow_dist.training.checkpoint import RunState
     from tarflow_dist.training.latest_checkpoint import FOLDER
     from tarflow_dist.training.maximum_likelihood import MaximumLikelihood
     from tarflow_dist.training.saver import Saver
-    from tarflow_dist.training.setup import build_engine, restore, start_throughput
+    from tarflow_dist.training.setup import build_engine, restore
     from tarflow_dist.training.step import Stepper
     from tarflow_dist.training.validation import draw_preview
 
@@ -55,7 +56,7 @@ def train(config: Config, device: torch.device, waits: dict[str, int]) -> dict[s
         objective,
         batches(config, engine.flow.image_shape),
         config,
-        start_throughput(config, device, 0),
+        Throughput(config, device, 0),
     )
     losses, waited = [], []
 

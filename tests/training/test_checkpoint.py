@@ -12,7 +12,7 @@ from tarflow_dist.config import CheckpointConfig
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import describe, write_sealed
 from tarflow_dist.flow.config import FlowConfig
-from tarflow_dist.training.checkpoint import Checkpoint, Piece, RunState, newest_whole
+from tarflow_dist.training.checkpoint import Checkpoint, Piece, RunState, newest_whole, open_run
 from tarflow_dist.training.latest_checkpoint import give_up_after, newest
 from tarflow_dist.training.saver import Saver
 
@@ -231,6 +231,21 @@ def cut_state(folder: Path) -> None:
     file.write_text(file.read_text()[:-10])
 
 
+def test_one_rank_of_several_that_opens_it_alone_verifies_all_of_it(
+    in_two_files: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As rank 0 of a job does, which converts the run's newest checkpoint."""
+    folder, _ = in_two_files
+    monkeypatch.setattr("tarflow_dist.distributed.world_size", lambda: 2)
+    assert open_run(folder).state.images == 128
+    file = folder / "tensors-00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"tensors-00001\.safetensors is damaged"):
+        open_run(folder)
+
+
 @pytest.mark.parametrize("damage", [cut, flip_a_bit, lose_tensors, lose_state, cut_state])
 def test_a_damaged_one_is_named_and_the_one_before_it_used(
     damage: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -293,12 +308,12 @@ def test_its_files_are_its_own(name: str, tmp_path: Path) -> None:
 def test_a_full_disk_is_told_and_leaves_the_earlier_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(tensors: dict, file: Path) -> None:
+    def full(file: Path, tensors: dict) -> None:
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     earlier = write(tmp_path, 128)
-    monkeypatch.setattr("tarflow_dist.training.saver.save_file", full)
+    monkeypatch.setattr("tarflow_dist.training.saver.write_tensors", full)
     writing = saver(tmp_path)
     start(writing, 256)
     with pytest.raises(UserError, match="could not be written: No space left on device"):

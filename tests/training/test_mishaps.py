@@ -142,7 +142,7 @@ def test_pictures_and_status_never_end_a_run(
 
     config = configs.load(ROOT / "configs" / "digits.yaml", [f"run={tmp_path}", *SHORT[1:]])
     state = RunState(images=320)
-    throughput = Throughput(torch.device("cpu"), 320, flops=1, peak=None)
+    throughput = Throughput(config, torch.device("cpu"), 320)
     with RunLog(config, state, [], throughput):
         monkeypatch.setattr(run_log, "plot_loss", full)
     assert read_status(tmp_path)["state"] == "finished"

@@ -22,11 +22,11 @@ from tarflow_dist.models.tarflow import TarFlow
 from tarflow_dist.training import latest_checkpoint
 from tarflow_dist.training.checkpoint import Read, open_run
 
-FREE = ("num_classes", "noise", "sigma", "sigma_range")
-"""Fields in which a run may differ from the model it starts from."""
+NOISE = ("noise", "sigma", "sigma_range")
+"""Fields in which a run may differ from the model it starts from, as in its classes."""
 
 
-def first_state(config: Config, classes: Classes) -> tuple[Read, list[str]]:
+def warm_start(config: Config, classes: Classes) -> tuple[Read, list[str]]:
     """What a run of `config`, whose data have these `classes`, starts with. Collective.
 
     Returns:
@@ -45,7 +45,7 @@ def first_state(config: Config, classes: Classes) -> tuple[Read, list[str]]:
         _take_classes(weights, t, config, kept)
     if config.model.num_classes:
         said.append(_say_classes(source, model, config.model.num_classes, classes, kept))
-    for name in ("noise", "sigma", "sigma_range"):
+    for name in NOISE:
         there, here = getattr(model.config, name), getattr(config.model, name)
         if there != here:
             said.append(f"its {name} is {here}, there it was {there}")
@@ -69,9 +69,8 @@ def _open(path: Path) -> tuple[str, TarFlow]:
         found = hub.find_on_all_ranks(path)
         return found.name, TarFlow.from_pretrained(found.folder, calibrated=False)
     saved = open_run(path)
-    with torch.device("meta"):
-        flow = TarFlow(**saved.model.to_json())
-    flow.load_weights(saved.read_all("ema") | saved.read_all("buffers"), source=path)
+    weights = saved.read_all("ema") | saved.read_all("buffers")
+    flow = TarFlow.with_weights(saved.model, weights, source=path)
     flow.classes = saved.classes
     return str(path), flow
 
@@ -80,7 +79,8 @@ def _check(source: str, theirs: FlowConfig, mine: FlowConfig) -> None:
     def of(flow: FlowConfig, name: str) -> object:
         return flow.layers if name == "layers_per_block" else getattr(flow, name)
 
-    names = [field.name for field in fields(FlowConfig) if field.name not in FREE]
+    free = ("num_classes", *NOISE)
+    names = [field.name for field in fields(FlowConfig) if field.name not in free]
     other = [name for name in names if of(theirs, name) != of(mine, name)]
     if (theirs.sigma_range is None) != (mine.sigma_range is None):
         other.append("sigma_range")

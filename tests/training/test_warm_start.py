@@ -15,8 +15,8 @@ from tarflow_dist.errors import UserError
 from tarflow_dist.flow.model import Flow
 from tarflow_dist.models.classes import Classes
 from tarflow_dist.training.checkpoint import Checkpoint
-from tarflow_dist.training.first_weights import first_state
 from tarflow_dist.training.latest_checkpoint import newest
+from tarflow_dist.training.warm_start import warm_start
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 SMALL = ["model.num_blocks=2", "model.layers_per_block=1", "model.width=32", "model.head_dim=16"]
@@ -44,7 +44,7 @@ def config_for(init: Path, num_classes: int, *more: str) -> Config:
 
 def start(config: Config, classes: Classes) -> tuple[Flow, str]:
     """The flow of the run before its first step, and what the run says of it."""
-    read, said = first_state(config, classes)
+    read, said = warm_start(config, classes)
     flow = Flow(**config.model.to_json())
     shapes = {name: tensor.shape for name, tensor in flow.state_dict().items()}
 
@@ -106,14 +106,14 @@ def test_another_model_is_refused_by_its_fields(tmp_path: Path) -> None:
     save_model(tmp_path, ["a"])
     other = config_for(tmp_path, 1, "model.width=64", "model.patch_size=4")
     with pytest.raises(UserError, match=r"has patch_size 2 and not 4, width 32 and not 64: give"):
-        first_state(other, Classes(["a"]))
+        warm_start(other, Classes(["a"]))
     itarflow = config_for(tmp_path, 1, "model.sigma=null", "model.sigma_range=[0.01,0.3]")
     with pytest.raises(UserError, match=r"has sigma_range None and not \(0.01, 0.3\)"):
-        first_state(itarflow, Classes(["a"]))
+        warm_start(itarflow, Classes(["a"]))
     with pytest.raises(UserError, match=r"no folder .*none, nor is that a name at the hub"):
-        first_state(config_for(tmp_path / "none", 1), Classes(["a"]))
+        warm_start(config_for(tmp_path / "none", 1), Classes(["a"]))
     per_block = config_for(tmp_path, 1, "model.layers_per_block=[1,1]", "model.sigma=0.2")
-    _, said = first_state(per_block, Classes(["a"]))
+    _, said = warm_start(per_block, Classes(["a"]))
     assert said[-1] == "its sigma is 0.2, there it was 0.1"
 
 
