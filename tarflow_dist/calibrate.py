@@ -191,7 +191,7 @@ class Calibrator:
                 invert = partial(invert_block, block, latent, y, guided, graphed=flow.graphed)
                 best, least = SEQUENTIAL, float("inf")
                 for solver in windows:  # until one is slower than that before
-                    seconds = timed(partial(invert, solver), flow.device)
+                    seconds = timed(partial(invert, solver), flow.device, repeats=2)
                     if seconds > least:
                         break
                     best, least = solver, seconds

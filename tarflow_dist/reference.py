@@ -36,8 +36,6 @@ def main(argv: list[str]) -> None:
     if args.out.suffix != ".npz":
         raise UserError(f"{args.out}: the name of the file to write ends in .npz")
     check_features([args.features], args.inception_weights)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    check_writable(args.out)
 
     from dataclasses import replace
 
@@ -50,6 +48,10 @@ def main(argv: list[str]) -> None:
     device = distributed.init()
     reference = open_shards_reference(args.shards, args.split, args.keep)
     assert reference.images is not None
+    with distributed.together(f"{args.out} can't be written"):
+        if distributed.is_main():
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            check_writable(args.out)
     shape = reference.images.image_shape
     extractor = make_extractor(args.features, shape, args.inception_weights, device)
     measured = measure_reference(reference, extractor, batch_size=args.batch_size, device=device)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tarflow_dist.errors import UserError
 from tarflow_dist.flow.denoise import Denoising
 from tarflow_dist.flow.guidance import Guidance
 
@@ -54,7 +55,11 @@ class SampleSettings:
 
 def named(points: Sequence[SampleSettings]) -> dict[str, SampleSettings]:
     """The points of a sweep, which differ in guidance and denoising, by the names of their folders:
-    "" for a single one."""
+    "" for a single one.
+
+    Raises:
+        UserError: two weights have one name.
+    """
     if len(points) == 1:
         return {"": points[0]}
     steps = {point.denoising.steps for point in points if point.denoising is not None}
@@ -64,4 +69,6 @@ def named(points: Sequence[SampleSettings]) -> dict[str, SampleSettings]:
         if point.denoising is not None and len(steps) > 1:
             name += f"-steps-{point.denoising.steps}"
         names.append(name)
+    if len(set(names)) < len(names):
+        raise UserError("--guidance has two weights that are alike in six digits")
     return dict(zip(names, points, strict=True))

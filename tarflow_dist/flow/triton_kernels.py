@@ -210,7 +210,7 @@ def _solve_patch(
         w = tl.load(weight)
         mu_un, alpha_un = _mu_alpha(out, row + batch, dim, channel, latent.dtype, has_alpha)
         if rule == "gaussian":
-            ws = w * tl.exp(2 * tl.minimum(alpha - alpha_un, 0.0))
+            ws = w * tl.exp(2 * tl.where(alpha > alpha_un, 0.0, alpha - alpha_un))
             precision = 1 + w - ws
             guided_mu = ((1 + w) * mu - ws * mu_un) / precision
             guided_scale = tl.exp(alpha - 0.5 * tl.log(precision))

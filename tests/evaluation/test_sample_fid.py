@@ -117,6 +117,7 @@ def test_lists_that_make_no_sense(
         (10, ["--guidance", "-1"], "must be a number, 0 or more"),
         (10, ["--guidance", "1", "--guide-blocks", "0,2"], "the model's blocks, 0 to 1"),
         (10, ["--guide-blocks", "0"], "and guide_blocks say how to guide: give a guidance above 0"),
+        (10, ["--guidance", "1,1.0000001"], "two weights that are alike"),
         (0, ["--labels", "balanced"], "leave --labels out"),
         (10, ["--labels", "3,x"], "--labels 3,x: 'x' is no class id, and the model does not know"),
         (10, ["--labels", ""], "'' is no class id"),
