@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tarflow_dist.flow import cuda_graphs, cuda_sequence, inverse, native, triton_kernels
+from tarflow_dist.flow import cuda_graphs, cuda_sequential, inverse, native, triton_kernels
 from tarflow_dist.flow.guidance import Guide, Rule
 from tarflow_dist.flow.model import Flow
 
@@ -87,7 +87,7 @@ def decode(dtype: torch.dtype, guidance: float) -> None:
     with (
         mock.patch.object(inverse, "has_graphs", return_value=True),
         mock.patch.object(cuda_graphs, "record", lambda work, changes: work),
-        mock.patch.object(cuda_sequence, "PATCHES", 4),
+        mock.patch.object(cuda_sequential, "PATCHES", 4),
     ):
         x = flow.decode(z, y, guidance=guidance)
     with mock.patch.object(native, "can_run", return_value=False):

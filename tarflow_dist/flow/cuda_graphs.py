@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tarflow_dist.flow.block import FlowBlock
-from tarflow_dist.flow.cuda_sequence import PatchByPatch
+from tarflow_dist.flow.cuda_sequential import PatchByPatch
 from tarflow_dist.flow.guidance import Guidance
 from tarflow_dist.flow.jacobi import Solver, Windows
 from tarflow_dist.flow.kv_cache import TorchTransformer, cache_shape
