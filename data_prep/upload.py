@@ -11,6 +11,7 @@ from typing import Any
 from data_prep.prepare import prepare
 from data_prep.settings import Settings
 from data_prep.sources import Source
+from data_prep.sources.storage import damage_named
 from tarflow_dist.errors import UserError
 from tarflow_dist.files import read_json, write_whole
 from tarflow_dist.telemetry.progress import Progress
@@ -40,7 +41,8 @@ def prepare_and_upload(
         summary = prepare(source, staged, formats, settings, workers=workers)
         with write_whole(done) as part:
             part.write_text(json.dumps(summary))
-    summary = read_json(done)
+    with damage_named(f"{done} is damaged", f"remove {staged} to start over"):
+        summary = read_json(done)
     for form in formats:
         upload(staged / form, f"{url}/{form}")
     shutil.rmtree(staged)

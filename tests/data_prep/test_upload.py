@@ -14,7 +14,9 @@ from commands import FRESH
 from streaming.base.storage.upload import S3Uploader
 
 from data_prep.__main__ import main
-from data_prep.upload import LAST, prepare_and_upload
+from data_prep.settings import Settings
+from data_prep.sources import Digits
+from data_prep.upload import LAST, prepare_and_upload, staging_folder
 from tarflow_dist.errors import UserError
 
 
@@ -134,3 +136,12 @@ def test_the_summary_comes_last(s3: object, staging: Path, monkeypatch: pytest.M
     assert len(set(uploaded)) == len(uploaded)  # nothing twice
     assert json.loads(objects("last/wds")[LAST]) == summary
     assert not list(staging.glob("data_prep-*"))
+
+
+def test_a_damaged_summary_of_what_waits_is_one_sentence(staging: Path) -> None:
+    source, settings = Digits(seed=0), Settings(size=8)
+    done = staging_folder(source, "s3://bucket/up", ["mds"], settings) / "summary.json"
+    done.parent.mkdir()
+    done.write_text("{")
+    with pytest.raises(UserError, match=rf"^{done} is damaged \(.*\): remove {done.parent} to"):
+        prepare_and_upload(source, "s3://bucket/up", ["mds"], settings, workers=1)
