@@ -112,9 +112,6 @@ def test_killed_while_it_uploads_it_goes_on(s3: object, digits: Path, staging: P
 
 
 def test_the_summary_comes_last(s3: object, staging: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from data_prep.settings import Settings
-    from data_prep.sources import Digits
-
     uploaded = []
     original = S3Uploader.upload_file
 
