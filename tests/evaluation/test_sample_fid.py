@@ -493,12 +493,16 @@ def test_pictures_that_lie_on_their_side(tmp_path: Path) -> None:
 
 
 def test_interrupted_says_what_stays(
-    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("tarflow_dist.sample_fid.run", interrupted)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         main(arguments(model, "--features", "pixels", "--out", "there"))
     assert capsys.readouterr().err == (
