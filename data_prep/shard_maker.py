@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,18 @@ class Record:
 
     bad: int
     """Of its images, those that could not be read."""
-    table: Any
-    """A pyarrow table of IMAGE and where the images begin in the shards, a row an image of the
-    plan."""
+    parquet: bytes
+    """A file of `table`."""
     shards: Mapping[str, Shard]
     """By format; empty if no image could be read."""
+
+    @cached_property
+    def table(self) -> Any:
+        """A pyarrow table of IMAGE and where the images begin in the shards, a row an image of the
+        plan."""
+        import pyarrow.parquet as pq
+
+        return pq.read_table(BytesIO(self.parquet), use_threads=False)
 
 
 @dataclass(frozen=True)
@@ -141,7 +149,7 @@ class ShardMaker:
         return [rows[i] for i in range(len(items))]
 
     def _table(self, rows: list[dict[str, Any]]) -> bytes:
-        """A Parquet file of what Record has."""
+        """A Parquet file, as Record has it."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -163,19 +171,15 @@ class ShardMaker:
 
 def read_record(folder: Path, number: int) -> Record | None:
     """What is known of a shard; None if it is not there, or not whole."""
-    import pyarrow.parquet as pq
-
     done = folder / DONE / f"{number:06d}"
     try:
         about = read_sealed(done.with_suffix(".json"), version=VERSION)
-        data = read_regular(done.with_suffix(".parquet"))
+        parquet = read_regular(done.with_suffix(".parquet"))
         shards = {form: from_saved(Shard, shard) for form, shard in about["shards"].items()}
-        whole = (about["number"], about["table"]) == (number, xxh3_128_hexdigest(data)) and all(
+        whole = (about["number"], about["table"]) == (number, xxh3_128_hexdigest(parquet)) and all(
             _size(folder, form, shard.file) == shard.bytes for form, shard in shards.items()
         )
-        if not whole:
-            return None
-        return Record(about["bad"], pq.read_table(BytesIO(data), use_threads=False), shards)
+        return Record(about["bad"], parquet, shards) if whole else None
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
