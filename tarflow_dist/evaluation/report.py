@@ -114,7 +114,7 @@ def report(
         show_sweep(of_all, place)
     show_result(results[best], out)
     if training_run is not None:
-        log_to_run(training_run, {out / name: result for name, result in results.items()})
+        log_to_run(training_run, out, results)
 
 
 def _save(out: Path, results: dict[str, Result]) -> None:
@@ -281,16 +281,16 @@ def find_training_run(folder: Path, provenance: dict[str, Any]) -> TrainingRun:
     return TrainingRun(folder, log, state.wandb_id, provenance.get("images", state.images))
 
 
-def log_to_run(run: TrainingRun, results: dict[Path, Result]) -> None:
-    """Logs the figures and the grid of each result, by its folder, under evaluation/, against the
+def log_to_run(run: TrainingRun, out: Path, results: dict[str, Result]) -> None:
+    """Logs the figures and the grid of each point, by its name, under evaluation/, against the
     images that the run has seen."""
     boards = open_dashboards(
         run.folder, run.log, None, wandb_id=run.wandb_id, images=None, part="evaluation"
     )
     for board in boards:
-        for folder, result in results.items():
-            prefix = "evaluation" if len(results) == 1 else f"evaluation/{folder.name}"
+        for name, result in results.items():
+            prefix = f"evaluation/{name}" if name else "evaluation"
             figures = {f"{prefix}/{n}": result[n] for n in FIGURES if result[n] is not None}
             board.log({"images": run.images, **figures})
-            board.show(run.images, f"{prefix}/samples", folder / "grid.png")
+            board.show(run.images, f"{prefix}/samples", out / name / "grid.png")
         board.close()

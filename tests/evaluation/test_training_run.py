@@ -20,11 +20,11 @@ def test_figures_and_pictures_stand_with_the_training_run(tmp_path: Path) -> Non
         folder = tmp_path / "out" / name
         folder.mkdir(parents=True)
         Image.fromarray(np.full((6, 4), 100, np.uint8)).save(folder / "grid.png")
-        results[folder] = dict.fromkeys(FIGURES) | {"frechet_distance": 3.5 - place}
+        results[name] = dict.fromkeys(FIGURES) | {"frechet_distance": 3.5 - place}
     run = tmp_path / "run"
     run.mkdir()
     log = LogConfig(every_images=1, wandb="offline", tensorboard=True)
-    log_to_run(TrainingRun(run, log, "abc123", 12_800), results)
+    log_to_run(TrainingRun(run, log, "abc123", 12_800), tmp_path / "out", results)
     (file,) = run.glob("wandb/offline-run-*/*.wandb")
     assert file.name == "run-abc123.wandb"
     content = file.read_bytes()  # protocol buffers, names and JSON values in the clear
