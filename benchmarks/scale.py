@@ -99,7 +99,10 @@ class Watch:
         phases += [(loop, "restore", "resume"), (Engine, "is_finite", "save")]
         phases += [(Saver, name, "save") for name in ("save", "publish")]
         with ExitStack() as stack:
-            patch = lambda *args: stack.enter_context(mock.patch.object(*args))  # noqa: E731
+
+            def patch(*args: Any) -> None:
+                stack.enter_context(mock.patch.object(*args))
+
             for owner, name, phase in phases:
                 patch(owner, name, self.during(phase, getattr(owner, name)))
             for name in THROUGH_HOST:

@@ -27,7 +27,7 @@ JACKKNIFE_GROUPS = 10
 BLOCK = 512  # rows of a table of distances that are held at a time
 
 
-class Unmeasurable(Exception):  # noqa: N818
+class UnmeasurableError(Exception):
     """Why these two sets don't have a figure."""
 
 
@@ -67,7 +67,7 @@ def compare(samples: FeatureSet, reference: FeatureSet, device: Device = "cpu") 
         names = (metric.name, *metric.more)
         try:
             figures |= dict(zip(names, metric.measure(samples, reference, device), strict=True))
-        except Unmeasurable as reason:
+        except UnmeasurableError as reason:
             figures |= dict.fromkeys(names)
             missing[metric.name] = str(reason)
     return {
@@ -135,9 +135,9 @@ def _frechet(samples: FeatureSet, reference: FeatureSet, device: Device) -> tupl
 
 def _spatial(samples: FeatureSet, reference: FeatureSet, device: Device) -> tuple[float]:
     if samples.spatial is None:
-        raise Unmeasurable("these features have no places")
+        raise UnmeasurableError("these features have no places")
     if reference.spatial is None:
-        raise Unmeasurable("the reference holds no spatial statistics")
+        raise UnmeasurableError("the reference holds no spatial statistics")
     return (frechet_distance(*samples.spatial, *reference.spatial),)
 
 
@@ -146,7 +146,7 @@ def _inception_score(
 ) -> tuple[float, float]:
     scores = samples.split_scores
     if scores is None:
-        raise Unmeasurable("these features classify nothing")
+        raise UnmeasurableError("these features classify nothing")
     return float(np.mean(scores)), float(np.std(scores))
 
 
@@ -160,12 +160,12 @@ def jackknife(
     samples.
 
     Raises:
-        Unmeasurable: fewer than 20 samples.
+        UnmeasurableError: fewer than 20 samples.
     """
     assert samples.features is not None
     N, groups = len(samples.features), JACKKNIFE_GROUPS
     if 2 * groups > N:
-        raise Unmeasurable(f"fewer than {2 * groups} samples")
+        raise UnmeasurableError(f"fewer than {2 * groups} samples")
 
     def tensor(values: NDArray) -> torch.Tensor:
         return torch.as_tensor(values, dtype=torch.float64, device=device)
@@ -203,9 +203,11 @@ def _both_features(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     assert samples.features is not None
     if reference.features is None:
-        raise Unmeasurable("the reference holds no features of single images, only their moments")
+        raise UnmeasurableError(
+            "the reference holds no features of single images, only their moments"
+        )
     if min(len(samples.features), len(reference.features)) <= NEIGHBOURHOOD:
-        raise Unmeasurable("too few images")
+        raise UnmeasurableError("too few images")
     return samples.features, reference.features
 
 

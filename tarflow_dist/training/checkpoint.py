@@ -168,6 +168,7 @@ class Checkpoint:
 
     def _find_whole_tensors(self) -> tuple[dict[str, list[int]], Pieces]:
         """Shapes and pieces, as version 1 leaves them to the files."""
+        # an open safetensors file is no mapping, but has keys()
         files = {key: name for name in self._paths for key in self._open(name).keys()}  # noqa: SIM118
         shapes = {key: self._open(name).get_slice(key).get_shape() for key, name in files.items()}
         return shapes, {key: [(0, name)] for key, name in files.items()}

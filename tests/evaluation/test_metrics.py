@@ -15,7 +15,7 @@ from tarflow_dist.evaluation.feature_set import FeatureSet, Gaussian
 from tarflow_dist.evaluation.measure import inception_scores
 from tarflow_dist.evaluation.metrics import (
     FIGURES,
-    Unmeasurable,
+    UnmeasurableError,
     compare,
     frechet_distance,
     jackknife,
@@ -189,7 +189,7 @@ def test_jackknife_without_each_tenth_written_out() -> None:
     error = np.sqrt(0.9 * ((np.array(without) - np.mean(without)) ** 2).sum())
     bias = 9 * (np.mean(without) - frechet_distance(*gaussian(x), *gaussian(y)))
     assert jackknife(feature_set(x), feature_set(y)) == pytest.approx((error, bias), rel=1e-4)
-    with pytest.raises(Unmeasurable, match="fewer than 20 samples"):
+    with pytest.raises(UnmeasurableError, match="fewer than 20 samples"):
         jackknife(feature_set(x[:19]), feature_set(y))
 
 
